@@ -1,0 +1,3 @@
+"""The version of kernel-dispatch."""
+
+__version__ = "0.1.0"

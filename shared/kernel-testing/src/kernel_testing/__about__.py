@@ -1,0 +1,3 @@
+"""The version of kernel-testing."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Helpers for tests and benchmarks: strict comparison, poisoned memory, timing."""
