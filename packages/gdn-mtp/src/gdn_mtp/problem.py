@@ -1,0 +1,139 @@
+"""The problem a gated-delta-rule kernel is chosen and compiled for: sizes, dtypes and flags, no tensors."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+from kernel_dispatch import ArgumentError, ArgumentTypeError
+
+StateLayout = Literal["vk", "kv"]
+Intermediate = Literal["none", "buffer", "scatter"]
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+BIAS_DTYPES = (torch.float32, torch.bfloat16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+MAX_BUCKET = 2048  # requests; larger batches share one tuning bucket
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleProblem:
+    """What a provider needs to know to accept a call, choose a tactic and compile.
+
+    Strides, the number of pool slots and the scale are left to the launch. A violated rule raises
+    `ArgumentError` (`ArgumentTypeError` for a wrong type or dtype) naming the field.
+
+    B: requests. T: tokens per request. H: query and key heads. HV: value heads, a multiple of H; value head h
+    uses query and key head h // (HV // H). K, V: elements of a key and of a value head.
+    io_dtype: of q, k and v. gate_dtype: of a and b. state_dtype: also of the intermediate states.
+    state_layout: "vk" for states [HV, V, K], "kv" for [HV, K, V].
+    update_state: the state after token T - 1 is written to the pool.
+    intermediate: "buffer" stores the state after each token in a tensor of its own, "scatter" in pool slots
+    (the last of which is the updated state, so nothing else is written back).
+    index_dtype: None where request i owns slot i, else the dtype of every index tensor of the call.
+    separate_write_indices: states are written to other slots than they are read from.
+    """
+
+    entry_point_group: ClassVar[str] = "gdn_mtp.decode.v1"
+
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    io_dtype: torch.dtype
+    gate_dtype: torch.dtype
+    dt_bias_dtype: torch.dtype
+    out_dtype: torch.dtype
+    state_dtype: torch.dtype
+    state_layout: StateLayout
+    use_qk_l2norm: bool
+    update_state: bool
+    intermediate: Intermediate
+    index_dtype: torch.dtype | None
+    separate_write_indices: bool
+
+    def __post_init__(self) -> None:
+        for name in ("B", "T", "H", "HV", "K", "V"):
+            _check_size(name, getattr(self, name))
+        if self.HV % self.H:
+            raise ArgumentError("HV", f"{self.HV}, expected a multiple of H = {self.H}")
+        for name, allowed in (
+            ("io_dtype", INPUT_DTYPES),
+            ("gate_dtype", INPUT_DTYPES),
+            ("dt_bias_dtype", BIAS_DTYPES),
+            ("out_dtype", INPUT_DTYPES),
+            ("state_dtype", STATE_DTYPES),
+            ("index_dtype", (None, *INDEX_DTYPES)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ArgumentTypeError(name, f"{value}, expected one of {', '.join(map(str, allowed))}")
+        for name, choices in (("state_layout", get_args(StateLayout)), ("intermediate", get_args(Intermediate))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ArgumentError(name, f"{value!r}, expected one of {', '.join(map(repr, choices))}")
+        for name in ("use_qk_l2norm", "update_state", "separate_write_indices"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentTypeError(name, f"{getattr(self, name)!r}, expected a bool")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.separate_write_indices and self.index_dtype is None:
+            raise ArgumentError("separate_write_indices", "True without state indices (index_dtype is None)")
+        if self.separate_write_indices and not self.update_state:
+            raise ArgumentError("separate_write_indices", "True although update_state is False")
+        if self.intermediate != "scatter":
+            return
+        if self.index_dtype is None:
+            raise ArgumentError("intermediate", "'scatter' without state indices (index_dtype is None)")
+        if not self.update_state:
+            raise ArgumentError("intermediate", "'scatter' writes states although update_state is False")
+        if self.separate_write_indices:
+            raise ArgumentError("intermediate", "'scatter' names every write slot; write indices exclude it")
+
+    @property
+    def heads_per_group(self) -> int:
+        """Value heads that share one query and key head."""
+        return self.HV // self.H
+
+    @property
+    def writes_state(self) -> bool:
+        """Whether the ordinary write-back of the final state takes place."""
+        return self.update_state and self.intermediate != "scatter"
+
+    def bucketed(self) -> "GatedDeltaRuleProblem":
+        """The problem that stands for this one in the tuner: B rounded down to a power of two, at most 2048."""
+        return replace(self, B=min(1 << (self.B.bit_length() - 1), MAX_BUCKET))
+
+    def describe(self) -> str:
+        """One line such as `B8-T4-H16-HV32-K128-V128-bf16-gates.bf16.fp32-out.bf16-state.fp32.vk-update`.
+        parts = [f"{name}{getattr(self, name)}" for name in ("B", "T", "H", "HV", "K", "V")]
+        parts.append(short_dtype(self.io_dtype))
+        parts.append(f"gates.{short_dtype(self.gate_dtype)}.{short_dtype(self.dt_bias_dtype)}")
+        parts.append(f"out.{short_dtype(self.out_dtype)}")
+        parts.append(f"state.{short_dtype(self.state_dtype)}.{self.state_layout}")
+        parts.append("update" if self.update_state else "frozen")
+        if self.use_qk_l2norm:
+            parts.append("l2norm")
+        if self.intermediate != "none":
+            parts.append(self.intermediate)
+        if self.index_dtype is not None:
+            parts.append(short_dtype(self.index_dtype))
+        if self.separate_write_indices:
+            parts.append("write_indices")
+        return "-".join(parts)
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """`bf16`, `fp32` and so on."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(name, f"{value!r}, expected an int")
+    if value < 1:
+        raise ArgumentError(name, f"{value}, expected at least 1")
