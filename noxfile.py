@@ -1,0 +1,305 @@
+"""Sessions of the repository; `nox --list` names them, plain `nox` runs what the README calls the tests.
+
+A package is a folder under `shared/` or `packages/` that holds a `pyproject.toml`; its tests are in
+`tests/<module name>`. Nothing here names one, so a new package needs no change to this file.
+
+Torch and the test runner are installed once, into `.nox/base-<key>`; a session that needs them sees that
+environment through a `.pth` file. Our own wheels, and whatever else they declare, are installed afresh into
+the session's environment. An import of something that is in the base but not declared is caught by
+`tests/repository/test_imports.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+from nox.project import load_toml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent
+CONSTRAINTS = ROOT / "constraints.txt"
+TESTS = ROOT / "tests"
+
+BASE_REQUIREMENTS = ("torch", "numpy", "pytest", "hypothesis", "hatchling")
+CLIENT_REQUIREMENTS = ("transformers", "matplotlib")
+TEST_HELPERS = "kernel-testing"
+PRIVATE_CLASSIFIER = "Private :: Do Not Upload"
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "repository", "test", "integration", "demo"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One distribution of this repository, read from its folder.
+
+    `name` is canonical (`mla-core`), `module` the import name; `requirements` are the declared ones, in-repo
+    ones among them; `private` packages are not published.
+    """
+
+    name: str
+    folder: Path
+    requirements: tuple[Requirement, ...]
+    private: bool
+
+    @property
+    def module(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "src"
+
+    @property
+    def tests(self) -> Path:
+        return TESTS / self.module
+
+    @property
+    def version(self) -> str:
+        about = ast.parse((self.source / self.module / "__about__.py").read_text(encoding="utf-8"))
+        for node in about.body:
+            if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["__version__"]:
+                return str(ast.literal_eval(node.value))
+        raise ValueError(f"{self.name}: __about__.py assigns no __version__")
+
+
+def discover_packages(root: Path = ROOT) -> dict[str, Package]:
+    """Every package of the repository by canonical name, in alphabetical order."""
+    found = {}
+    for pyproject in sorted([*root.glob("shared/*/pyproject.toml"), *root.glob("packages/*/pyproject.toml")]):
+        project = load_toml(pyproject)["project"]
+        name = canonicalize_name(project["name"])
+        found[name] = Package(
+            name=name,
+            folder=pyproject.parent,
+            requirements=tuple(Requirement(text) for text in project.get("dependencies", ())),
+            private=PRIVATE_CLASSIFIER in project.get("classifiers", ()),
+        )
+    return dict(sorted(found.items()))
+
+
+PACKAGES = discover_packages()
+
+
+def closure(names: Iterable[str]) -> list[Package]:
+    """The named packages and every package of ours that they depend on, by name."""
+    pending, seen = list(names), set()
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            declared = (canonicalize_name(requirement.name) for requirement in PACKAGES[name].requirements)
+            pending += [dependency for dependency in declared if dependency in PACKAGES]
+    return [PACKAGES[name] for name in sorted(seen)]
+
+
+def base_python(session: nox.Session) -> Path:
+    """The interpreter of the shared base environment, which is built first where it is missing."""
+    key = "\n".join([CONSTRAINTS.read_text(encoding="utf-8"), *BASE_REQUIREMENTS, sys.version])
+    folder = ROOT / ".nox" / f"base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    complete = folder / "complete"
+    if not complete.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+        pip_install = [str(python), "-m", "pip", "install", "-c", str(CONSTRAINTS), *BASE_REQUIREMENTS]
+        session.run_install(*pip_install, external=True)
+        complete.touch()
+    return python
+
+
+def site_packages(session: nox.Session, python: str) -> Path:
+    """Where `python` installs pure-Python distributions."""
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(str(session.run(python, "-c", query, silent=True, external=True)).strip())
+
+
+def use_base(session: nox.Session) -> None:
+    """Make the base environment importable in the session, behind what the session itself installs."""
+    base = site_packages(session, str(base_python(session)))
+    (site_packages(session, "python") / "base.pth").write_text(f"{base}\n", encoding="utf-8")
+
+
+def build_distributions(session: nox.Session, packages: Iterable[Package], into: Path, *targets: str) -> None:
+    """Build the `targets` ("wheel", "sdist") of `packages` into the folder `into`."""
+    flags = [argument for target in targets for argument in ("-t", target)]
+    for package in packages:
+        with session.chdir(package.folder):
+            command = [str(base_python(session)), "-m", "hatchling", "build", "-d", str(into), *flags]
+            session.run_install(*command, external=True, silent=True)
+
+
+def install_packages(
+    session: nox.Session, packages: Sequence[Package], *others: str, constraints: Path = CONSTRAINTS
+) -> None:
+    """Install the wheels of `packages`, what they declare, and `others`; check that our versions arrived."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_distributions(session, packages, Path(folder), "wheel")
+        session.install("-c", str(constraints), *map(str, sorted(Path(folder).iterdir())), *others)
+    for package in packages:
+        query = f"import importlib.metadata; print(importlib.metadata.version({package.name!r}))"
+        installed = str(session.run("python", "-c", query, silent=True)).strip()
+        if installed != package.version:
+            session.error(f"{package.name}: {installed} is installed, the tree holds {package.version}")
+
+
+def run_tests(session: nox.Session, folder: Path, *arguments: str) -> None:
+    """Run the tests of `folder` from an empty directory outside the tree, so that no source is importable."""
+    command = ["python", "-m", "pytest", "-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT)]
+    command += ["-p", "no:cacheprovider", str(folder), *arguments]
+    with tempfile.TemporaryDirectory() as outside, session.chdir(outside):
+        session.run(*command, env={"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+@nox.session
+@nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
+def test(session: nox.Session, package: str) -> None:
+    """Test one package as installed from its wheel; arguments after -- go to pytest."""
+    use_base(session)
+    install_packages(session, closure([package, TEST_HELPERS]))
+    run_tests(session, PACKAGES[package].tests, *session.posargs)
+
+
+@nox.session
+def repository(session: nox.Session) -> None:
+    """Test the repository itself: versions, changelogs, README, discovery of packages, imports."""
+    use_base(session)
+    install_packages(session, list(PACKAGES.values()), "nox")
+    run_tests(session, TESTS / "repository", *session.posargs)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """Run models of transformers through the packages; arguments after -- go to pytest."""
+    use_base(session)
+    install_packages(session, list(PACKAGES.values()), *CLIENT_REQUIREMENTS)
+    run_tests(session, TESTS / "integration", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Decode with small DeepSeek-V3 and Qwen3-Next models; arguments after -- go to the demo."""
+    use_base(session)
+    install_packages(session, list(PACKAGES.values()), *CLIENT_REQUIREMENTS)
+    session.run("python", str(ROOT / "examples" / "demo.py"), *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run benchmarks/bench_*.py one after the other, or only those named after --."""
+    found = {path.stem: path for path in sorted(ROOT.glob("benchmarks/bench_*.py"))}
+    unknown = [name for name in session.posargs if name not in found]
+    if unknown:
+        session.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(found) or 'none'}")
+    if not found:
+        session.skip("there is no benchmarks/bench_*.py")
+    use_base(session)
+    install_packages(session, list(PACKAGES.values()))
+    for name in session.posargs or found:
+        session.run("python", str(found[name]))
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff; `-- --fix` mends what can be mended."""
+    session.install("-c", str(CONSTRAINTS), "ruff")
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), str(ROOT))
+    session.run("ruff", "format", *([] if fix else ["--check"]), str(ROOT))
+
+
+@nox.session(reuse_venv=True)
+def types(session: nox.Session) -> None:
+    """Check the types of every package with mypy --strict."""
+    use_base(session)
+    third_party = {
+        str(requirement)
+        for package in PACKAGES.values()
+        for requirement in package.requirements
+        if canonicalize_name(requirement.name) not in PACKAGES
+    }
+    session.install("-c", str(CONSTRAINTS), "mypy", *sorted(third_party))
+    sources = [str(package.source) for package in PACKAGES.values()]
+    search_path = {"MYPYPATH": os.pathsep.join(sources)}
+    session.run("mypy", "--config-file", str(ROOT / "mypy.ini"), *sources, env=search_path)
+
+
+def oldest_constraints() -> list[str]:
+    """constraints.txt with every dependency that a package declares pinned to its declared lower bound."""
+    lowest: dict[str, str] = {}
+    for package in PACKAGES.values():
+        for requirement in package.requirements:
+            name = canonicalize_name(requirement.name)
+            bounds = [s.version for s in requirement.specifier if s.operator in (">=", "==", "~=")]
+            if name not in PACKAGES and bounds:
+                lowest[name] = f"{name}=={bounds[0]}"
+    pins = [line for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if "==" in line]
+    others = [pin for pin in pins if canonicalize_name(pin.split("==")[0]) not in lowest]
+    return others + sorted(lowest.values())
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Test every package with the oldest dependency versions declared (downloads that version of torch)."""
+    constraints = Path(session.create_tmp()) / "oldest.txt"
+    constraints.write_text("\n".join(oldest_constraints()) + "\n", encoding="utf-8")
+    install_packages(session, list(PACKAGES.values()), "pytest", "hypothesis", constraints=constraints)
+    for package in PACKAGES.values():
+        run_tests(session, package.tests, *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """Build the wheel and the sdist of every published package into dist/."""
+    published = [package for package in PACKAGES.values() if not package.private]
+    (ROOT / "dist").mkdir(exist_ok=True)
+    build_distributions(session, published, ROOT / "dist", "wheel", "sdist")
+    session.log("dist/ holds %s", ", ".join(sorted(path.name for path in (ROOT / "dist").iterdir())))
+
+
+def release_problems(tags: Iterable[str]) -> list[str]:
+    """What disagrees between the tags of a commit (`<name>-v<version>`), the versions and the changelogs.
+
+    Every version needs a heading `## <version>` in its package's CHANGELOG.md; a tagged one may not be headed
+    "unreleased".
+    """
+    tagged = {}
+    problems = []
+    for tag in tags:
+        name, _, version = tag.rpartition("-v")
+        if name in PACKAGES:
+            tagged[name] = version
+        else:
+            problems.append(f"tag {tag}: names no package; expected <name>-v<version>")
+    for name, package in PACKAGES.items():
+        changelog = (package.folder / "CHANGELOG.md").read_text(encoding="utf-8")
+        heading = re.search(rf"^## {re.escape(package.version)}\b(?!\.)(.*)$", changelog, re.MULTILINE)
+        if heading is None:
+            problems.append(f"{name}: CHANGELOG.md has no heading for version {package.version}")
+        if name in tagged and tagged[name] != package.version:
+            problems.append(f"{name}: the tag says {tagged[name]}, __about__.py says {package.version}")
+        if name in tagged and heading is not None and "unreleased" in heading[1].lower():
+            problems.append(f"{name}: {package.version} is tagged but headed 'unreleased' in CHANGELOG.md")
+    return problems
+
+
+@nox.session(venv_backend="none")
+def release_check(session: nox.Session) -> None:
+    """Check that the tags of this commit, the versions and the changelogs agree."""
+    tags = session.run("git", "-C", str(ROOT), "tag", "--points-at", "HEAD", external=True, silent=True)
+    problems = release_problems(str(tags).split())
+    if problems:
+        session.error("\n".join(problems))
