@@ -116,7 +116,7 @@ def base_python(session: nox.Session) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
         pip_install = [str(python), "-m", "pip", "install", "-c", str(CONSTRAINTS), *BASE_REQUIREMENTS]
-        session.run_install(*pip_install, external=True)
+        session.run_install(*pip_install, external=True, silent=True)
         complete.touch()
     return python
 
