@@ -285,8 +285,9 @@ def release_problems(tags: Iterable[str]) -> list[str]:
         else:
             problems.append(f"tag {tag}: names no package; expected <name>-v<version>")
     for name, package in PACKAGES.items():
-        changelog = (package.folder / "CHANGELOG.md").read_text(encoding="utf-8")
-        heading = re.search(rf"^## {re.escape(package.version)}\b(?!\.)(.*)$", changelog, re.MULTILINE)
+        changelog = package.folder / "CHANGELOG.md"
+        text = changelog.read_text(encoding="utf-8") if changelog.exists() else ""
+        heading = re.search(rf"^## {re.escape(package.version)}(?![\w.])(.*)$", text, re.MULTILINE)
         if heading is None:
             problems.append(f"{name}: CHANGELOG.md has no heading for version {package.version}")
         if name in tagged and tagged[name] != package.version:

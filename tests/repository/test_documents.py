@@ -1,0 +1,66 @@
+"""The documents are true: examples run, the support table is current, links point at what exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_testing import evidence
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "shared/*/*.md", "packages/*/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+
+
+def python_blocks() -> list[object]:
+    """Every Python block of every README; the ids are the document and the number of the block."""
+    return [
+        pytest.param(block, id=f"{path.relative_to(ROOT)}-{number}")
+        for path in DOCUMENTS
+        if path.name == "README.md"
+        for number, block in enumerate(PYTHON_BLOCK.findall(path.read_text(encoding="utf-8")), start=1)
+    ]
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_example_runs_as_written(block: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", block]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_readme_has_an_example_for_each_operation_package() -> None:
+    blocks = "\n".join(PYTHON_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {"mla_core", "gdn_mtp", "kernel_dispatch"} <= set(re.findall(r"import (\w+)", blocks))
+
+
+def test_support_table_is_current() -> None:
+    assert evidence.main([str(ROOT / "README.md"), "--check"]) == 0
+
+
+def test_every_package_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for folder in [*ROOT.glob("shared/*/pyproject.toml"), *ROOT.glob("packages/*/pyproject.toml")]:
+        assert f"]({folder.parent.relative_to(ROOT)})" in text
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_point_at_files_of_the_tree(path: Path) -> None:
+    missing = [
+        link for link in LINK.findall(path.read_text(encoding="utf-8")) if not (path.parent / link).exists()
+    ]
+    assert missing == []
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    command = "python -m pip install nox && python -m nox"
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == command
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
