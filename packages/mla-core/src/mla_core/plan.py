@@ -1,0 +1,174 @@
+"""Plans: everything about a decode problem that is settled before the first launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from kernel_dispatch import (
+    Arch,
+    ArgumentError,
+    ArgumentTypeError,
+    PlanCache,
+    Selection,
+    as_arch,
+    check_workspace,
+    debug_mode,
+    resolve,
+)
+
+from .problem import DecodeProblem
+from .specs import DecodeTensors, Scale, bind_tensors, check_values
+
+_plans: PlanCache[Plan] = PlanCache()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A provider and tactic chosen and prepared for one problem on one device; see `plan`.
+
+    backend: name of the provider. tactic: its variant. reason: why it was chosen.
+    workspace_nbytes: bytes of workspace that each run needs; one workspace per stream in flight.
+    A plan holds no tensors and may be used from several threads.
+    """
+
+    problem: DecodeProblem
+    device: torch.device
+    backend: str
+    tactic: str
+    reason: str
+    workspace_nbytes: int
+    _launch: Callable[..., None] = field(repr=False)
+
+    def run(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        softmax_scale: Scale,
+        output_scale: Scale = 1.0,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        cum_seq_lens_q: torch.Tensor | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
+        """Launch, and nothing else: write `out`, and `lse` if the problem has return_lse.
+
+        Arguments are those of `mla_core.decode`, with the sizes and dtypes of the problem. Nothing is allocated,
+        synchronised or compiled, so a run can be captured in a CUDA graph. Arguments are checked on the CPU and
+        in debug mode; otherwise tensors that do not fit the problem are undefined behaviour.
+        """
+        tensors = DecodeTensors(
+            query,
+            kv_cache,
+            block_tables,
+            seq_lens,
+            cum_seq_lens_q,
+            softmax_scale,
+            output_scale,
+            out,
+            lse,
+            workspace,
+        )
+        if self.device.type == "cpu" or debug_mode():
+            self._check(tensors)
+        self.launch(tensors)
+
+    def launch(self, tensors: DecodeTensors) -> None:
+        """Launch on tensors that have been checked; without query tokens there is nothing to do."""
+        if tensors.query.shape[0]:
+            self._launch(*tensors.launch_arguments())
+
+    def _check(self, tensors: DecodeTensors) -> None:
+        problem = self.problem
+        tensors.check_types()
+        for name, given, wanted in (
+            ("out", tensors.out, True),
+            ("lse", tensors.lse, problem.return_lse),
+            ("cum_seq_lens_q", tensors.cum_seq_lens_q, problem.ragged),
+        ):
+            if (given is not None) != wanted:
+                came = "None" if given is None else "a tensor"
+                raise ArgumentTypeError(name, f"{came}, expected {'a tensor' if wanted else 'None'} by the plan")
+        for name, scale, is_tensor in (
+            ("softmax_scale", tensors.softmax_scale, problem.softmax_scale_is_tensor),
+            ("output_scale", tensors.output_scale, problem.output_scale_is_tensor),
+        ):
+            if isinstance(scale, torch.Tensor) != is_tensor:
+                expected = "a tensor" if is_tensor else "a float"
+                raise ArgumentTypeError(name, f"{type(scale).__name__}, expected {expected} by the plan")
+        bind_tensors(
+            tensors,
+            kv_lora_rank=problem.kv_lora_rank,
+            head_dim=problem.head_dim,
+            out_dtype=problem.out_dtype,
+            problem=problem,
+            device=self.device,
+        )
+        check_workspace(tensors.workspace, self.workspace_nbytes, self.device)
+        tensors.check_memory()
+        check_values(tensors, problem)
+
+
+def plan(problem: DecodeProblem, device: torch.device | str | None = None, backend: str = "auto") -> Plan:
+    """Choose a provider for `problem`, and compile or load its kernel.
+
+    device: None is the current CUDA device, or the CPU where there is none. backend: the name of a provider, or
+    "auto" for the tuner's choice if it has one and else the highest priority that supports the problem.
+    Plans are cached. Raises NoKernelError with every provider's reason.
+    """
+    check_problem(problem)
+    device = _as_device(device)
+    key = (problem, device, backend)
+    cached = _plans.get(key)
+    if cached is None:
+        cached = plan_selection(resolve(problem, device, backend), problem, device)
+        _plans.put(key, cached)
+    return cached
+
+
+def plan_selection(selection: Selection, problem: DecodeProblem, device: torch.device) -> Plan:
+    """The plan of a provider and tactic that are already chosen; not cached."""
+    arch = as_arch(device)
+    return Plan(
+        problem=problem,
+        device=device,
+        backend=selection.provider.name,
+        tactic=selection.tactic,
+        reason=selection.reason,
+        workspace_nbytes=selection.kernel.workspace_nbytes(problem, arch),
+        _launch=selection.kernel.prepare(problem, arch, device, selection.tactic),
+    )
+
+
+def workspace_nbytes(
+    problem: DecodeProblem, arch: Arch | str | torch.device | None = None, backend: str = "auto"
+) -> int:
+    """Bytes of workspace that a launch of `problem` needs on `arch`, with the provider `backend` resolves to.
+
+    arch: a name such as "sm_90a" will do, so a workspace can be sized on a machine without that GPU.
+    """
+    check_problem(problem)
+    arch = as_arch(arch)
+    return resolve(problem, arch, backend).kernel.workspace_nbytes(problem, arch)
+
+
+def check_problem(problem: DecodeProblem) -> None:
+    """Raise unless `problem` is a DecodeProblem."""
+    if not isinstance(problem, DecodeProblem):
+        raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected a DecodeProblem")
+
+
+def _as_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError("device", f"{device!r}, expected the CPU or a CUDA device") from error
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
