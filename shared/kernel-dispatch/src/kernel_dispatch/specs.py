@@ -1,0 +1,221 @@
+"""Tensor specs: what an operation asks of its arguments, and checks that say what came and what was expected.
+
+An operation declares one `TensorSpec` per tensor argument and calls `bind` once per plan. The checks that
+read values (`check_index_range`, `check_scale`) never synchronise with a GPU outside debug mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._tensors import dtype_name, has_data, same_device, values_are_readable
+from .debug import debug_mode
+from .errors import ArgumentError, ArgumentTypeError
+
+Layout = Literal["any", "inner", "contiguous"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor argument must be.
+
+    shape: an int is a fixed size, a str names a size that must agree wherever the name appears.
+    layout: "inner" asks for stride 1 in the last dimension (a dimension of size 1 is free), "contiguous" for
+        row-major without gaps, "any" for nothing.
+    optional: None will do. written: the operation writes to it, so no two elements may share memory.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    layout: Layout = "inner"
+    optional: bool = False
+    written: bool = False
+
+    @property
+    def signature(self) -> str:
+        """The shape as messages show it: "[batch, q_len, 576]"."""
+        return f"[{', '.join(map(str, self.shape))}]"
+
+
+def bind(
+    specs: Sequence[TensorSpec],
+    tensors: Mapping[str, Tensor | None],
+    dims: Mapping[str, int] | None = None,
+    device: torch.device | None = None,
+) -> dict[str, int]:
+    """Checks `tensors` against `specs` in order and returns the sizes of the named dimensions.
+
+    dims: sizes known beforehand; messages call their source "the arguments".
+    device: where every tensor must be, by default where the first one is.
+    Fake tensors are welcome; their sizes may be symbolic.
+
+    Raises ArgumentTypeError (missing, not a tensor, wrong dtype) or ArgumentError (device, shape, layout)
+    naming the argument: "block_tables: batch = 4, expected 3 from query".
+    """
+    sizes = dict(dims or {})
+    sources = dict.fromkeys(sizes, "the arguments")
+    assert tensors.keys() <= {spec.name for spec in specs}, "a tensor without a spec would go unchecked"
+    for spec in specs:
+        tensor = tensors.get(spec.name)
+        if tensor is None and spec.optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            came = "None" if tensor is None else type(tensor).__name__
+            raise ArgumentTypeError(spec.name, f"{came}, expected a tensor {spec.signature}")
+        if tensor.dtype not in spec.dtypes:
+            expected = " or ".join(map(dtype_name, spec.dtypes))
+            raise ArgumentTypeError(spec.name, f"dtype {dtype_name(tensor.dtype)}, expected {expected}")
+        if device is None:
+            device = tensor.device
+        elif not same_device(tensor.device, device):
+            raise ArgumentError(spec.name, f"on {tensor.device}, expected {device}")
+        _bind_shape(spec, tensor, sizes, sources)
+        _check_layout(spec, tensor)
+    return sizes
+
+
+def _bind_shape(spec: TensorSpec, tensor: Tensor, sizes: dict[str, int], sources: dict[str, str]) -> None:
+    """Adds the named dimensions of `tensor` to `sizes` (and where each came from to `sources`), or raises."""
+    shape = tensor.shape
+    if len(shape) != len(spec.shape):
+        expected = f"expected {len(spec.shape)}: {spec.signature}"
+        raise ArgumentError(spec.name, f"shape {list(shape)} has {len(shape)} dimensions, {expected}")
+    for index, (size, dim) in enumerate(zip(shape, spec.shape, strict=True)):
+        if isinstance(dim, int):
+            if size != dim:
+                raise ArgumentError(spec.name, f"dimension {index} = {size}, expected {dim}")
+        elif dim not in sizes:
+            sizes[dim] = size
+            sources[dim] = spec.name
+        elif size != sizes[dim]:
+            raise ArgumentError(spec.name, f"{dim} = {size}, expected {sizes[dim]} from {sources[dim]}")
+
+
+def _check_layout(spec: TensorSpec, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ArgumentError(spec.name, f"layout {tensor.layout}, expected torch.strided")
+    if tensor.is_contiguous():
+        return
+    came = f"strides {list(tensor.stride())} for shape {list(tensor.shape)}"
+    if spec.layout == "contiguous":
+        raise ArgumentError(spec.name, f"{came}, expected a contiguous tensor")
+    if spec.layout == "inner" and tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
+        raise ArgumentError(spec.name, f"stride {tensor.stride(-1)} in the last dimension, expected 1")
+    if spec.written and _may_overlap_itself(tensor):
+        raise ArgumentError(spec.name, f"{came}, expected an address of its own for every element")
+
+
+def _may_overlap_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share an address: some stride does not clear the extent of the smaller ones.
+
+    Exact for every tensor made by slicing, transposing and expanding; interleavings that only `as_strided`
+    can build count as overlapping.
+    """
+    extent = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size > 1:
+            if stride <= extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
+def check_no_overlap(outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | None]) -> None:
+    """Raises ArgumentError naming the output if its memory overlaps that of an input or of another output.
+
+    Memory means the byte range from first to last element; two views that interleave with a common outer
+    stride (slots of two kinds in one pool) are told apart. Fake and meta tensors have no address and pass.
+    """
+    written = _with_memory(outputs)
+    read = _with_memory(inputs)
+    for (first, first_tensor), (second, second_tensor) in combinations(written, 2):
+        if _overlap(first_tensor, second_tensor):
+            raise ArgumentError(second, f"shares memory with {first}, expected memory of its own")
+    for name, tensor in written:
+        for other, other_tensor in read:
+            if _overlap(tensor, other_tensor):
+                raise ArgumentError(name, f"shares memory with {other}, expected memory of its own")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.device != b.device:
+        return False
+    a_start, b_start = a.data_ptr(), b.data_ptr()
+    a_bytes, b_bytes = _extent_bytes(a), _extent_bytes(b)
+    if a_start + a_bytes <= b_start or b_start + b_bytes <= a_start:
+        return False
+    a_outer, b_outer = _outer_dim(a), _outer_dim(b)
+    if a_outer is None or b_outer is None:
+        return True
+    period = a.stride(a_outer) * a.element_size()
+    if period != b.stride(b_outer) * b.element_size() or period == 0:
+        return True
+    gap = (b_start - a_start) % period  # from the start of an item of a to that of the next item of b
+    return gap < _extent_bytes(a.select(a_outer, 0)) or gap + _extent_bytes(b.select(b_outer, 0)) > period
+
+
+def _with_memory(tensors: Mapping[str, Tensor | None]) -> list[tuple[str, Tensor]]:
+    return [(name, t) for name, t in tensors.items() if t is not None and has_data(t) and t.numel() > 0]
+
+
+def _extent_bytes(tensor: Tensor) -> int:
+    """Bytes from the start of the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _outer_dim(tensor: Tensor) -> int | None:
+    """The dimension with the largest stride among those longer than 1."""
+    long_dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] > 1]
+    return max(long_dims, key=tensor.stride, default=None)
+
+
+def check_index_range(name: str, indices: Tensor, upper: int, lower: int = -1) -> None:
+    """Raises ArgumentError unless every index is in [lower, upper); with lower -1, any negative is padding.
+
+    indices: an integer tensor of any shape. Its values are read on the CPU and in debug mode; otherwise, and
+    for fake tensors and during graph capture, nothing is checked.
+    """
+    if indices.numel() == 0 or not values_are_readable(indices, debug_mode()):
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(indices))
+    too_small = lower >= 0 and smallest < lower
+    if not too_small and largest < upper:
+        return
+    value = smallest if too_small else largest
+    position = torch.nonzero(indices == value)[0].tolist()
+    padding = "" if lower >= 0 else ", or negative for padding"
+    raise ArgumentError(name, f"{value} at {position}, expected {max(lower, 0)} to {upper - 1}{padding}")
+
+
+def check_scale(name: str, value: float | Tensor, device: torch.device | None = None) -> None:
+    """Raises unless `value` is a finite number or a one-element float32 tensor (on `device`, where given).
+
+    A tensor's value is read on the CPU and in debug mode only. Raises ArgumentTypeError for another type or
+    dtype, ArgumentError for more elements, another device, NaN or infinity.
+    """
+    if isinstance(value, Tensor):
+        if value.dtype != torch.float32:
+            raise ArgumentTypeError(name, f"dtype {dtype_name(value.dtype)}, expected float32")
+        if value.numel() != 1:
+            raise ArgumentError(name, f"shape {list(value.shape)}, expected one element")
+        if device is not None and not same_device(value.device, device):
+            raise ArgumentError(name, f"on {value.device}, expected {device}")
+        if not values_are_readable(value, debug_mode()):
+            return
+        value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        came = type(value).__name__
+        raise ArgumentTypeError(name, f"{came}, expected a float or a float32 tensor of one element")
+    if not math.isfinite(value):
+        raise ArgumentError(name, f"{value}, expected a finite number")
