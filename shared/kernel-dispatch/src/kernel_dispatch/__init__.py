@@ -10,20 +10,15 @@ from .errors import ArgumentError, ArgumentTypeError, CompilationForbiddenError,
 from .ops import needs_op, register_op
 from .plan_cache import PlanCache, clear_plans, tensor_key
 from .providers import (
-    Explanation,
-    ExplanationRow,
     Kernel,
     Problem,
     Provider,
     Registered,
-    Selection,
-    candidates,
-    explain,
     providers,
     registered,
     reload_providers,
-    resolve,
 )
+from .resolution import Explanation, ExplanationRow, Selection, candidates, explain, resolve
 from .specs import Layout, TensorSpec, bind, check_index_range, check_no_overlap, check_scale
 from .workspace import GuardedWorkspace, check_workspace, guard_workspace
 

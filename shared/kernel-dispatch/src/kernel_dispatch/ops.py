@@ -49,10 +49,12 @@ def needs_op(*tensors: torch.Tensor | None) -> bool:
     ):
         return True
     grad_enabled = torch.is_grad_enabled()
-    return any(
-        tensor is not None and (type(tensor) not in _PLAIN_TYPES or (grad_enabled and tensor.requires_grad))
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES or (grad_enabled and tensor.requires_grad)
+        ):
+            return True
+    return False
 
 
 def _returns(schema: str) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Literal
+from itertools import combinations, product
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,40 +136,51 @@ def check_no_overlap(outputs: Mapping[str, Tensor | None], inputs: Mapping[str, 
     Memory means the byte range from first to last element; two views that interleave with a common outer
     stride (slots of two kinds in one pool) are told apart. Fake and meta tensors have no address and pass.
     """
-    written = _with_memory(outputs)
-    read = _with_memory(inputs)
-    for (first, first_tensor), (second, second_tensor) in combinations(written, 2):
-        if _overlap(first_tensor, second_tensor):
-            raise ArgumentError(second, f"shares memory with {first}, expected memory of its own")
-    for name, tensor in written:
-        for other, other_tensor in read:
-            if _overlap(tensor, other_tensor):
-                raise ArgumentError(name, f"shares memory with {other}, expected memory of its own")
+    written = _memory(outputs)
+    for first, second in combinations(written, 2):
+        if _overlap(first, second):
+            raise ArgumentError(second.name, f"shares memory with {first.name}, expected memory of its own")
+    for output, other in product(written, _memory(inputs)):
+        if _overlap(output, other):
+            raise ArgumentError(output.name, f"shares memory with {other.name}, expected memory of its own")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.device != b.device:
+class _Memory(NamedTuple):
+    """The bytes [start, end) that a tensor's elements lie in."""
+
+    name: str
+    tensor: Tensor
+    start: int
+    end: int
+
+
+def _memory(tensors: Mapping[str, Tensor | None]) -> list[_Memory]:
+    return [
+        _Memory(name, tensor, tensor.data_ptr(), tensor.data_ptr() + _extent_bytes(tensor))
+        for name, tensor in tensors.items()
+        if tensor is not None and has_data(tensor) and tensor.numel() > 0
+    ]
+
+
+def _overlap(a: _Memory, b: _Memory) -> bool:
+    if a.end <= b.start or b.end <= a.start or a.tensor.device != b.tensor.device:
         return False
-    a_start, b_start = a.data_ptr(), b.data_ptr()
-    a_bytes, b_bytes = _extent_bytes(a), _extent_bytes(b)
-    if a_start + a_bytes <= b_start or b_start + b_bytes <= a_start:
-        return False
-    a_outer, b_outer = _outer_dim(a), _outer_dim(b)
+    a_outer, b_outer = _outer_dim(a.tensor), _outer_dim(b.tensor)
     if a_outer is None or b_outer is None:
         return True
-    period = a.stride(a_outer) * a.element_size()
-    if period != b.stride(b_outer) * b.element_size() or period == 0:
+    period = a.tensor.stride(a_outer) * a.tensor.element_size()
+    if period != b.tensor.stride(b_outer) * b.tensor.element_size() or period == 0:
         return True
-    gap = (b_start - a_start) % period  # from the start of an item of a to that of the next item of b
-    return gap < _extent_bytes(a.select(a_outer, 0)) or gap + _extent_bytes(b.select(b_outer, 0)) > period
-
-
-def _with_memory(tensors: Mapping[str, Tensor | None]) -> list[tuple[str, Tensor]]:
-    return [(name, t) for name, t in tensors.items() if t is not None and has_data(t) and t.numel() > 0]
+    a_item_bytes = _extent_bytes(a.tensor.select(a_outer, 0))
+    b_item_bytes = _extent_bytes(b.tensor.select(b_outer, 0))
+    gap = (b.start - a.start) % period  # from the start of an item of a to that of the next item of b
+    return gap < a_item_bytes or gap + b_item_bytes > period
 
 
 def _extent_bytes(tensor: Tensor) -> int:
-    """Bytes from the start of the first element to the end of the last."""
+    """Bytes from the start of the first element to the end of the last; `tensor` is not empty."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 
