@@ -38,7 +38,6 @@ PRIVATE_CLASSIFIER = "Private :: Do Not Upload"
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "repository", "test", "integration", "demo"]
 
 
