@@ -5,6 +5,18 @@ Importing this package neither touches CUDA nor imports a kernel language.
 
 from .__about__ import __version__
 from .arch import Arch, as_arch
+from .autotune import Tuner, autotune, choose
+from .canonical import canonical_json
+from .compile_cache import (
+    CompileCache,
+    CompileKey,
+    Lookup,
+    default_cache_directory,
+    forbid_compilation,
+    record_lookups,
+    source_hash,
+    toolchain_versions,
+)
 from .debug import debug, debug_mode
 from .errors import ArgumentError, ArgumentTypeError, CompilationForbiddenError, NoKernelError
 from .ops import needs_op, register_op
@@ -20,6 +32,8 @@ from .providers import (
 )
 from .resolution import Explanation, ExplanationRow, Selection, candidates, explain, resolve
 from .specs import Layout, TensorSpec, bind, check_index_range, check_no_overlap, check_scale
+from .tuning import bucket_batch, clear_tuning, generation, load_tuning, tuned_choice
+from .warmup import WarmupError, WarmupReport, WarmupRow, load_problems, warmup
 from .workspace import GuardedWorkspace, check_workspace, guard_workspace
 
 __all__ = [
@@ -27,11 +41,14 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CompilationForbiddenError",
+    "CompileCache",
+    "CompileKey",
     "Explanation",
     "ExplanationRow",
     "GuardedWorkspace",
     "Kernel",
     "Layout",
+    "Lookup",
     "NoKernelError",
     "PlanCache",
     "Problem",
@@ -39,24 +56,43 @@ __all__ = [
     "Registered",
     "Selection",
     "TensorSpec",
+    "Tuner",
+    "WarmupError",
+    "WarmupReport",
+    "WarmupRow",
     "__version__",
     "as_arch",
+    "autotune",
     "bind",
+    "bucket_batch",
     "candidates",
+    "canonical_json",
     "check_index_range",
     "check_no_overlap",
     "check_scale",
     "check_workspace",
+    "choose",
     "clear_plans",
+    "clear_tuning",
     "debug",
     "debug_mode",
+    "default_cache_directory",
     "explain",
+    "forbid_compilation",
+    "generation",
     "guard_workspace",
+    "load_problems",
+    "load_tuning",
     "needs_op",
     "providers",
+    "record_lookups",
     "register_op",
     "registered",
     "reload_providers",
     "resolve",
+    "source_hash",
     "tensor_key",
+    "toolchain_versions",
+    "tuned_choice",
+    "warmup",
 ]

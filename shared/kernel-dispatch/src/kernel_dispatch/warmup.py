@@ -1,0 +1,192 @@
+"""Ahead-of-time preparation of declared problems: compile or load their kernels before the first request
+comes.
+
+A declaration is a Python object or a JSON file:
+
+    [{"problem": "mla_core:DecodeProblem", "arguments": {"batch": 8, "q_dtype": "torch.bfloat16"}}]
+
+`problem` names the class as module:attribute and `arguments` its constructor's keywords; a string
+"torch.<dtype>" is the dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import operator
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from .arch import Arch, as_arch
+from .compile_cache import record_lookups
+from .errors import ArgumentError
+from .providers import Problem
+from .resolution import resolve
+
+
+@dataclass(frozen=True)
+class WarmupRow:
+    """One prepared problem.
+
+    seconds: wall time of choosing and preparing. status: "built" if something was compiled, "cached" if
+    everything compiled was found on disk, "ready" if nothing was looked up there (loaded before, or not a
+    compiled kernel), "failed" with `error` saying why; provider and tactic are then "-" if none was chosen.
+    """
+
+    problem: str
+    provider: str
+    tactic: str
+    seconds: float
+    status: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class WarmupReport:
+    """What `warmup` did for each problem, in order. `str()` is a table."""
+
+    arch: Arch
+    rows: tuple[WarmupRow, ...]
+
+    @property
+    def failures(self) -> tuple[WarmupRow, ...]:
+        return tuple(row for row in self.rows if row.status == "failed")
+
+    def __str__(self) -> str:
+        table = [("problem", "provider", "tactic", "seconds", "status")]
+        table += [(r.problem, r.provider, r.tactic, f"{r.seconds:.3f}", r.status) for r in self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [f"warm-up for {self.arch}"]
+        for cells in table:
+            lines.append("  " + "  ".join(f"{c:<{w}}" for c, w in zip(cells, widths, strict=True)).rstrip())
+        lines += [f"  {row.problem}: {row.error}" for row in self.failures]
+        return "\n".join(lines)
+
+
+class WarmupError(RuntimeError):
+    """Some problems could not be prepared; the others were. `report` has every row, the message is its
+    table."""
+
+    def __init__(self, report: WarmupReport) -> None:
+        super().__init__(report)
+        self.report = report
+
+
+def warmup(
+    problems: Iterable[Problem],
+    arch: Arch | str | torch.device | None = None,
+    backend: str = "auto",
+    progress: bool = True,
+) -> WarmupReport:
+    """Resolves and prepares each problem on `arch` (None: the current GPU, or else the CPU), with a bar on
+    stderr.
+
+    Kernels are prepared for the current device of the arch's kind. For another arch than that of the machine
+    the provider must be able to compile without loading.
+
+    Raises WarmupError, after all problems have been tried, if any failed.
+    """
+    arch = as_arch(arch)
+    rows = [
+        _prepare(problem, arch, backend)
+        for problem in tqdm(list(problems), "warm-up", unit="problem", file=sys.stderr, disable=not progress)
+    ]
+    report = WarmupReport(arch, tuple(rows))
+    if report.failures:
+        raise WarmupError(report)
+    return report
+
+
+def _prepare(problem: Problem, arch: Arch, backend: str) -> WarmupRow:
+    device = torch.device("cuda" if arch.is_gpu else "cpu")
+    provider = tactic = "-"
+    error: str | None = None
+    start = time.perf_counter()
+    with record_lookups() as lookups:
+        try:
+            selection = resolve(problem, arch, backend)
+            provider, tactic = selection.provider.name, selection.tactic
+            selection.kernel.prepare(problem, arch, device, tactic)
+        except Exception as failure:  # a row of the report, which `warmup` raises when the others are done
+            error = f"{type(failure).__name__}: {failure}"
+    if error is not None:
+        status = "failed"
+    elif any(lookup.built for lookup in lookups):
+        status = "built"
+    else:
+        status = "cached" if lookups else "ready"
+    return WarmupRow(problem.describe(), provider, tactic, time.perf_counter() - start, status, error)
+
+
+def load_problems(target: str) -> list[Problem]:
+    """The problems that `target` declares: a path that ends in .json, or module:attribute naming one or
+    several.
+
+    Raises ArgumentError naming `target` for what cannot be found, read or understood.
+    """
+    found = _from_json(Path(target)) if target.endswith(".json") else _import(target)
+    problems = [found] if _is_problem(found) else found
+    if not isinstance(problems, Iterable):
+        raise ArgumentError("target", f"{target} is a {type(found).__name__}, expected a problem or several")
+    problems = list(problems)
+    for i, problem in enumerate(problems):
+        if not _is_problem(problem):
+            raise ArgumentError(
+                "target", f"item {i} of {target} is a {type(problem).__name__}, expected a problem"
+            )
+    return cast(list[Problem], problems)
+
+
+def _is_problem(value: object) -> bool:
+    return not isinstance(value, type) and all(
+        hasattr(value, name) for name in ("entry_point_group", "bucketed", "describe")
+    )
+
+
+def _import(target: str) -> Any:
+    module, separator, attribute = target.partition(":")
+    if not (module and separator and attribute):
+        raise ArgumentError("target", f"{target!r}, expected module:attribute or a path that ends in .json")
+    try:
+        return operator.attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError("target", f"{target!r} cannot be imported: {error}") from error
+
+
+def _from_json(path: Path) -> list[Any]:
+    try:
+        declared = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArgumentError("target", f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(declared, list):
+        raise ArgumentError(
+            "target", f"{path} holds a {type(declared).__name__}, expected a list of problems"
+        )
+    return [_declared(item, f"item {i} of {path}") for i, item in enumerate(declared)]
+
+
+def _declared(item: Any, where: str) -> Any:
+    if not isinstance(item, dict) or set(item) != {"problem", "arguments"}:
+        raise ArgumentError("target", f'{where} is {item!r}, expected {{"problem": ..., "arguments": ...}}')
+    problem_class = _import(item["problem"])
+    arguments = {name: _argument(value, where) for name, value in item["arguments"].items()}
+    try:
+        return problem_class(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("target", f"{where}: {error}") from error
+
+
+def _argument(value: Any, where: str) -> Any:
+    if not isinstance(value, str) or not value.startswith("torch."):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentError("target", f"{where}: {value!r} is no dtype")
+    return dtype
