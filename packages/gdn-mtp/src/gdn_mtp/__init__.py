@@ -1,6 +1,23 @@
-"""Gated DeltaNet decode and multi-token verify."""
+"""Gated DeltaNet decode and multi-token verify: `S <- exp(g) S + beta (v - exp(g) S k) k^T`, `o = scale S q`.
+
+Importing this package neither touches CUDA nor imports a kernel language.
+"""
 
 from gdn_mtp.__about__ import __version__
+from gdn_mtp.api import (
+    gated_delta_rule_decode,
+    gated_delta_rule_decode_pretranspose,
+    gated_delta_rule_mtp,
+)
+from gdn_mtp.plan import Plan, plan
 from gdn_mtp.problem import GatedDeltaRuleProblem
 
-__all__ = ["GatedDeltaRuleProblem", "__version__"]
+__all__ = [
+    "GatedDeltaRuleProblem",
+    "Plan",
+    "__version__",
+    "gated_delta_rule_decode",
+    "gated_delta_rule_decode_pretranspose",
+    "gated_delta_rule_mtp",
+    "plan",
+]

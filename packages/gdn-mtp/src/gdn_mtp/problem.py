@@ -14,6 +14,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 BIAS_DTYPES = (torch.float32, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
+L2NORM_EPSILON = 1e-6  # x / sqrt(sum x^2 + epsilon)
 MAX_BUCKET = 2048  # requests; larger batches share one tuning bucket
 
 
@@ -71,7 +72,10 @@ class GatedDeltaRuleProblem:
             value = getattr(self, name)
             if value not in allowed:
                 raise ArgumentTypeError(name, f"{value}, expected one of {', '.join(map(str, allowed))}")
-        for name, choices in (("state_layout", get_args(StateLayout)), ("intermediate", get_args(Intermediate))):
+        for name, choices in (
+            ("state_layout", get_args(StateLayout)),
+            ("intermediate", get_args(Intermediate)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ArgumentError(name, f"{value!r}, expected one of {', '.join(map(repr, choices))}")
@@ -105,11 +109,11 @@ class GatedDeltaRuleProblem:
         return self.update_state and self.intermediate != "scatter"
 
     def bucketed(self) -> "GatedDeltaRuleProblem":
-        """The problem that stands for this one in the tuner: B rounded down to a power of two, at most 2048."""
+        """The tuner's stand-in for this problem: B rounded down to a power of two, at most 2048."""
         return replace(self, B=min(1 << (self.B.bit_length() - 1), MAX_BUCKET))
 
     def describe(self) -> str:
-        """One line such as `B8-T4-H16-HV32-K128-V128-bf16-gates.bf16.fp32-out.bf16-state.fp32.vk-update`.
+        """One line such as `B8-T4-H16-HV32-K128-V128-bf16-gates.bf16.fp32-out.bf16-state.fp32.vk-update`."""
         parts = [f"{name}{getattr(self, name)}" for name in ("B", "T", "H", "HV", "K", "V")]
         parts.append(short_dtype(self.io_dtype))
         parts.append(f"gates.{short_dtype(self.gate_dtype)}.{short_dtype(self.dt_bias_dtype)}")

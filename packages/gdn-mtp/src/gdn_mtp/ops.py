@@ -1,0 +1,73 @@
+"""The functional call as a `torch.library` operation, seen through by `torch.compile` and `torch.export`."""
+
+import torch
+from kernel_dispatch import ArgumentTypeError, register_op
+from torch import Tensor
+
+from gdn_mtp.plan import run_call
+from gdn_mtp.specs import FORMS, CallFlags, CallForm, CallTensors, check_flags
+
+
+def gated_delta_rule(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    A_log: Tensor,
+    a: Tensor,
+    dt_bias: Tensor,
+    b: Tensor,
+    state: Tensor,
+    initial_state_indices: Tensor | None,
+    output_state_indices: Tensor | None,
+    intermediate_states_buffer: Tensor | None,
+    ssm_state_indices: Tensor | None,
+    output: Tensor,
+    scale: float | None,
+    scale_tensor: Tensor | None,
+    use_qk_l2norm: bool,
+    disable_state_update: bool,
+    backend: str,
+) -> None:
+    """Run the call described by `form`, a key of `gdn_mtp.specs.FORMS`; tensors as in `CallTensors`."""
+    tensors = CallTensors(
+        q,
+        k,
+        v,
+        A_log,
+        a,
+        dt_bias,
+        b,
+        state,
+        initial_state_indices,
+        output_state_indices,
+        intermediate_states_buffer,
+        ssm_state_indices,
+        output,
+    )
+    flags = CallFlags(use_qk_l2norm, disable_state_update, backend)
+    run_call(FORMS[form], tensors, scale if scale_tensor is None else scale_tensor, flags)
+
+
+_OP = register_op(
+    "gdn_mtp::gated_delta_rule",
+    gated_delta_rule,
+    mutates_args=("state", "intermediate_states_buffer", "output"),
+)
+
+
+def trace_call(
+    form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags
+) -> Tensor:
+    """Record the call with whoever traces; shapes and values are checked when it runs. Returns the output."""
+    check_flags(tensors, flags)
+    for name, tensor in tensors.named(form).items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(name, f"{type(tensor).__name__}, expected a tensor")
+    output = torch.empty_like(tensors.v, memory_format=torch.contiguous_format)
+    if tensors.output is not None:
+        output = tensors.output
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    number = None if isinstance(scale, Tensor) else scale
+    _OP(form.name, *tensors._replace(output=output), number, scale_tensor, *flags)
+    return output

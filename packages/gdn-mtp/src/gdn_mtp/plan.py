@@ -1,0 +1,246 @@
+"""Plans: a problem resolved to a prepared kernel, and the functional calls' cache of them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from kernel_dispatch import (
+    ArgumentError,
+    ArgumentTypeError,
+    PlanCache,
+    Selection,
+    as_arch,
+    check_scale,
+    choose,
+    debug_mode,
+    resolve,
+)
+from torch import Tensor
+
+from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_mtp.specs import CallFlags, CallForm, CallTensors, check_call
+
+# The argument of Plan.run that each field of a problem describes.
+_ARGUMENT_OF_FIELD = {
+    "io_dtype": "q",
+    "gate_dtype": "a",
+    "dt_bias_dtype": "dt_bias",
+    "out_dtype": "output",
+    "state_dtype": "state",
+    "separate_write_indices": "output_state_indices",
+}
+_ARGUMENT_OF_INTERMEDIATE = {"buffer": "intermediate_states_buffer", "scatter": "ssm_state_indices"}
+
+
+class Plan:
+    """One problem on one device, its kernel prepared: `run` launches and does nothing else.
+
+    problem, device: as given to `plan`. provider, tactic, reason: what was chosen and why.
+    """
+
+    def __init__(self, problem: GatedDeltaRuleProblem, device: torch.device, selection: Selection) -> None:
+        self.problem = problem
+        self.device = device
+        self.provider = selection.provider.name
+        self.tactic = selection.tactic
+        self.reason = selection.reason
+        self._launcher = _prepare(problem, device, selection)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.problem.describe()} on {self.device}: {self.provider}, tactic {self.tactic})"
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor,
+        A_log: Tensor,
+        a: Tensor,
+        dt_bias: Tensor,
+        b: Tensor,
+        *,
+        output: Tensor,
+        scale: float | Tensor | None = None,
+        initial_state_indices: Tensor | None = None,
+        output_state_indices: Tensor | None = None,
+        intermediate_states_buffer: Tensor | None = None,
+        ssm_state_indices: Tensor | None = None,
+    ) -> None:
+        """Launch on tensors that fit the problem; writes `output` and what the problem says is written.
+
+        Arguments are those of `gdn_mtp.gated_delta_rule_mtp`; `state` is the pool, or one state per request,
+        in the problem's layout. On a GPU nothing is checked, allocated or waited for, so the call can be
+        captured in a CUDA graph; on the CPU and in debug mode the arguments are checked as a functional
+        call's are.
+        """
+        tensors = CallTensors(
+            q,
+            k,
+            v,
+            A_log,
+            a,
+            dt_bias,
+            b,
+            state,
+            initial_state_indices,
+            output_state_indices,
+            intermediate_states_buffer,
+            ssm_state_indices,
+            output,
+        )
+        if self.device.type == "cpu" or debug_mode():
+            self._check(tensors, scale)
+        self.launch(tensors, q.shape[-1] ** -0.5 if scale is None else scale, output)
+
+    def launch(self, tensors: CallTensors, scale: float | Tensor, output: Tensor) -> None:
+        """Launch on tensors that were checked; `output` stands in for `tensors.output`."""
+        _start(self._launcher, tensors, scale, output)
+
+    def _check(self, tensors: CallTensors, scale: float | Tensor | None) -> None:
+        """Raises, naming the argument, unless the tensors pose exactly the plan's problem."""
+        problem = self.problem
+        if tensors.output is None:
+            raise ArgumentTypeError("output", "None, expected a tensor [B, T, HV, V]")
+        expected = problem.index_dtype
+        for name in ("initial_state_indices", "output_state_indices", "ssm_state_indices"):
+            indices = getattr(tensors, name)
+            if isinstance(indices, Tensor) and indices.dtype != expected:
+                raise ArgumentTypeError(name, f"dtype {indices.dtype}, expected {expected} from the plan")
+        form = CallForm(
+            "plan", "state", problem.state_layout, pooled=expected is not None, single_token=False
+        )
+        flags = CallFlags(problem.use_qk_l2norm, not problem.update_state, self.provider)
+        dims = {name: getattr(problem, name) for name in ("B", "T", "H", "HV", "K", "V")}
+        scale = 1.0 if scale is None else scale
+        posed = check_call(form, tensors, scale, flags, dims=dims, device=self.device)
+        assert posed is not None, "B is at least 1 in every problem"
+        if posed.intermediate != problem.intermediate:
+            asked, given = problem.intermediate, posed.intermediate
+            argument = _ARGUMENT_OF_INTERMEDIATE[asked if given == "none" else given]
+            raise ArgumentError(argument, f"intermediate = {given!r}, expected {asked!r} from the plan")
+        for field, argument in _ARGUMENT_OF_FIELD.items():
+            came, planned = getattr(posed, field), getattr(problem, field)
+            if came != planned:
+                raise ArgumentTypeError(argument, f"{field} = {came}, expected {planned} from the plan")
+
+
+def plan(
+    problem: GatedDeltaRuleProblem, device: torch.device | str | None = None, backend: str = "auto"
+) -> Plan:
+    """Resolve `problem` and compile or load its kernel.
+
+    device: None for the current CUDA device, or the CPU where there is none. backend: a provider's name, or
+    "auto" for the tuned or else the preferred one. Raises NoKernelError with every provider's reason.
+    `kernel_dispatch.explain(problem)` shows the same choice without loading anything.
+    """
+    if not isinstance(problem, GatedDeltaRuleProblem):
+        raise ArgumentTypeError(  # type: ignore[unreachable]
+            "problem", f"{type(problem).__name__}, expected a GatedDeltaRuleProblem"
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Plan(problem, device, resolve(problem, as_arch(device), backend))
+
+
+_PLANS: PlanCache[Plan] = PlanCache()
+
+
+def run_call(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
+    """Run one functional call, reusing the plan of an earlier call that looked the same; returns the output.
+
+    On a GPU, shapes, strides, dtypes, devices and flags are checked when their combination is new, the scale
+    always; on the CPU and in debug mode every call is checked in full, memory overlap and values included.
+    """
+    try:
+        tensor_keys = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        key = (form.name, flags, *tensor_keys)
+        known = _PLANS.get(key)
+    except (AttributeError, TypeError):  # an argument is no tensor, or no flag; check_call says which
+        key, known = (), None
+    problem = None
+    if known is None or tensors.q.device.type == "cpu" or debug_mode():
+        problem = check_call(form, tensors, 1.0 if scale is None else scale, flags)
+    elif scale is not None:
+        check_scale("scale", scale, tensors.q.device)
+    scale = tensors.q.shape[-1] ** -0.5 if scale is None else scale
+    output = tensors.v.new_empty(tensors.v.shape) if tensors.output is None else tensors.output
+    if known is None:
+        if problem is None:  # no requests
+            return output
+        known = Plan(problem, tensors.q.device, _select(problem, tensors, scale, output, flags))
+        _PLANS.put(key, known)
+    known.launch(tensors, scale, output)
+    return output
+
+
+def _select(
+    problem: GatedDeltaRuleProblem,
+    tensors: CallTensors,
+    scale: float | Tensor,
+    output: Tensor,
+    flags: CallFlags,
+) -> Selection:
+    """The kernel and tactic for a call; inside `kernel_dispatch.autotune()` they are timed on its tensors."""
+    device = tensors.q.device
+    arch = as_arch(device)
+    if flags.backend != "auto":
+        return resolve(problem, arch, flags.backend)
+
+    def make_run(selection: Selection) -> Callable[[], None]:
+        return partial(_start, _prepare(problem, device, selection), tensors, scale, output)
+
+    return choose(problem, arch, device, make_run, partial(_snapshot, problem, tensors))
+
+
+def _prepare(
+    problem: GatedDeltaRuleProblem, device: torch.device, selection: Selection
+) -> Callable[..., None]:
+    return selection.kernel.prepare(problem, as_arch(device), device, selection.tactic)
+
+
+def _start(
+    launcher: Callable[..., None], tensors: CallTensors, scale: float | Tensor, output: Tensor
+) -> None:
+    """Call a launcher; all index tensors reach it with the dtype of the first."""
+    reads, writes = tensors.initial_state_indices, tensors.output_state_indices
+    scatter = tensors.ssm_state_indices
+    if writes is not None and reads is not None:
+        writes = writes.to(reads.dtype)
+    if scatter is not None and reads is not None:
+        scatter = scatter.to(reads.dtype)
+    launcher(
+        tensors.q,
+        tensors.k,
+        tensors.v,
+        tensors.a,
+        tensors.b,
+        tensors.A_log,
+        tensors.dt_bias,
+        scale,
+        tensors.state,
+        reads,
+        writes,
+        tensors.intermediate_states_buffer,
+        scatter,
+        output,
+    )
+
+
+def _snapshot(problem: GatedDeltaRuleProblem, tensors: CallTensors) -> Callable[[], None]:
+    """Save the slots that the call writes; the result puts them back."""
+    state = tensors.state
+    slots = tensors.initial_state_indices
+    for indices in (tensors.output_state_indices, tensors.ssm_state_indices):
+        slots = slots if indices is None else indices
+    slots = torch.arange(problem.B, device=state.device) if slots is None else slots.flatten().long()
+    named = slots[slots >= 0]
+    saved = state.index_select(0, named)
+
+    def restore() -> None:
+        state.index_copy_(0, named, saved)
+
+    return restore
