@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -117,12 +118,19 @@ def resolve(
 
 
 def candidates(problem: Problem, arch: Arch | str | torch.device | None = None) -> tuple[Selection, ...]:
-    """Every (provider, tactic) that supports `problem`, loaded, highest priority first."""
+    """Every (provider, tactic) that supports `problem`, loaded, highest priority first.
+
+    A provider that does not load is left out with a RuntimeWarning, and the others remain.
+    """
     arch = as_arch(arch)
     selections: list[Selection] = []
     for provider in working_providers(problem.entry_point_group).values():
         if _objection(provider, problem, arch) is None:
-            kernel, tactics = _load(provider, problem, arch)
+            try:
+                kernel, tactics = _load(provider, problem, arch)
+            except NoKernelError as error:
+                warnings.warn(f"left out of the candidates: {error}", RuntimeWarning, stacklevel=2)
+                continue
             selections += [Selection(provider, kernel, tactic, "candidate") for tactic in tactics]
     return tuple(selections)
 
@@ -133,7 +141,9 @@ def _explain(problem: Problem, arch: Arch, backend: str, tuned: tuple[str, str] 
     able = [row.name for row in rows if row.status == "supported"]
     chosen, reason = _choose(group, backend, able, rows, tuned)
     shown = [
-        replace(row, status="chosen", reason=reason) if (row.name, row.status) == (chosen, "supported") else row
+        replace(row, status="chosen", reason=reason)
+        if row.status == "supported" and row.name == chosen
+        else row
         for row in rows
     ]
     return Explanation(group, problem.describe(), arch, chosen, reason, tuple(shown))
