@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from kernel_dispatch import TensorSpec, bind, needs_op, register_op
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LSE_DTYPES = (torch.float32, torch.float64)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge_states(
@@ -16,9 +15,9 @@ def merge_states(
 
         lse = log(exp(lse_a) + exp(lse_b))        o = exp(lse_a - lse) o_a + exp(lse_b - lse) o_b
 
-    o_a, o_b: [..., head_dim], normalised outputs of one dtype (float32, bfloat16, float16 or float64).
-    lse_a, lse_b: [...], natural log, float32 or float64. A side with -inf holds no keys: the other side is returned
-    bit for bit, whatever `o` holds there. Where both are -inf the result is zero and -inf.
+    o_a, o_b: [..., head_dim], normalised outputs of one dtype: float32, bfloat16 or float16.
+    lse_a, lse_b: [...], natural log, float32. -inf marks a side without keys: the other side is returned
+        exactly, whatever the output of the empty side holds. With -inf on both the result is zero and -inf.
     Returns new tensors of the dtypes of o_a and lse_a. Raises ArgumentError naming the argument.
     """
     if needs_op(o_a, lse_a, o_b, lse_b):
@@ -28,9 +27,9 @@ def merge_states(
 
 
 def combine_states(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the first dimension of o [parts, ..., head_dim] and lse [parts, ...]: what a split-KV combine computes.
+    """Merge o [parts, ..., head_dim] and lse [parts, ...] over their first dimension.
 
-    Semantics of `merge_states`, for any number of parts of at least one.
+    What a split-KV combine kernel computes; `merge_states` for any number of parts, unchecked.
     """
     lse_max = lse.amax(dim=0)
     finite_max = lse_max.masked_fill(torch.isneginf(lse_max), 0.0)  # -inf - -inf would be NaN
@@ -52,9 +51,7 @@ def _merge_fake(
     o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(o_a, lse_a, o_b, lse_b)
-    return torch.empty_like(o_a, memory_format=torch.contiguous_format), torch.empty_like(
-        lse_a, memory_format=torch.contiguous_format
-    )
+    return o_a.new_empty(o_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 def _check(o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor) -> None:
@@ -63,9 +60,9 @@ def _check(o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: tor
     o_dtypes = (o_a.dtype,) if isinstance(o_a, torch.Tensor) and o_a.dtype in STATE_DTYPES else STATE_DTYPES
     specs = (
         TensorSpec("o_a", (*leading, "head_dim"), o_dtypes, layout="any"),
-        TensorSpec("lse_a", leading, LSE_DTYPES, layout="any"),
+        TensorSpec("lse_a", leading, (torch.float32,), layout="any"),
         TensorSpec("o_b", (*leading, "head_dim"), o_dtypes, layout="any"),
-        TensorSpec("lse_b", leading, LSE_DTYPES, layout="any"),
+        TensorSpec("lse_b", leading, (torch.float32,), layout="any"),
     )
     bind(specs, {"o_a": o_a, "lse_a": lse_a, "o_b": o_b, "lse_b": lse_b})
 

@@ -57,9 +57,9 @@ class Plan:
     ) -> None:
         """Launch, and nothing else: write `out`, and `lse` if the problem has return_lse.
 
-        Arguments are those of `mla_core.decode`, with the sizes and dtypes of the problem. Nothing is allocated,
-        synchronised or compiled, so a run can be captured in a CUDA graph. Arguments are checked on the CPU and
-        in debug mode; otherwise tensors that do not fit the problem are undefined behaviour.
+        Arguments are those of `mla_core.decode`, with the sizes and dtypes of the problem. Nothing is
+        allocated, synchronised or compiled, so a run can be captured in a CUDA graph. Arguments are checked
+        on the CPU and in debug mode; otherwise tensors that do not fit the problem are undefined behaviour.
         """
         tensors = DecodeTensors(
             query,
@@ -92,7 +92,8 @@ class Plan:
         ):
             if (given is not None) != wanted:
                 came = "None" if given is None else "a tensor"
-                raise ArgumentTypeError(name, f"{came}, expected {'a tensor' if wanted else 'None'} by the plan")
+                expected = "a tensor" if wanted else "None"
+                raise ArgumentTypeError(name, f"{came}, expected {expected} by the plan")
         for name, scale, is_tensor in (
             ("softmax_scale", tensors.softmax_scale, problem.softmax_scale_is_tensor),
             ("output_scale", tensors.output_scale, problem.output_scale_is_tensor),
@@ -116,16 +117,24 @@ class Plan:
 def plan(problem: DecodeProblem, device: torch.device | str | None = None, backend: str = "auto") -> Plan:
     """Choose a provider for `problem`, and compile or load its kernel.
 
-    device: None is the current CUDA device, or the CPU where there is none. backend: the name of a provider, or
-    "auto" for the tuner's choice if it has one and else the highest priority that supports the problem.
+    device: None is the current CUDA device, or the CPU where there is none.
+    backend: the name of a provider, or "auto" for the tuner's choice if it has one and else the highest
+        priority that supports the problem.
     Plans are cached. Raises NoKernelError with every provider's reason.
     """
     check_problem(problem)
     device = _as_device(device)
+    return cached_plan(problem, device, backend, lambda: resolve(problem, device, backend))
+
+
+def cached_plan(
+    problem: DecodeProblem, device: torch.device, backend: str, select: Callable[[], Selection]
+) -> Plan:
+    """The cached plan of these arguments, or one of what `select` chooses, which is then cached."""
     key = (problem, device, backend)
     cached = _plans.get(key)
     if cached is None:
-        cached = plan_selection(resolve(problem, device, backend), problem, device)
+        cached = plan_selection(select(), problem, device)
         _plans.put(key, cached)
     return cached
 
@@ -166,9 +175,9 @@ def _as_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError("device", f"{device!r}, expected the CPU or a CUDA device") from error
-    if device.type == "cuda" and device.index is None:
+    if found == torch.device("cuda") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return found

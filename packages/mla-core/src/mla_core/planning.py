@@ -1,9 +1,9 @@
-"""Split-KV planning: over how many blocks the keys of a request are spread, and what the partial results need.
+"""Split-KV planning: over how many blocks the keys of a request are spread, and what partial results need.
 
-One unit of work is a row tile (tile_m of the q_len * num_heads rows of a request) against the keys of a split; it
-occupies one cluster. Split s of S takes the key tiles [s * T // S, (s + 1) * T // S) of T, so that the splits cover
-every tile once and differ by one tile at most. With more than one split each writes a normalised partial output and
-its log-sum-exp in float32, and a combine kernel merges them.
+One unit of work is a row tile (tile_m of the q_len * num_heads rows of a request) against the keys of a
+split; it occupies one cluster. Split s of S takes the key tiles [s * T // S, (s + 1) * T // S) of T, so that
+the splits cover every tile once and differ by one tile at most. With more than one split each writes a
+normalised partial output and its log-sum-exp in float32, and a combine kernel merges them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def num_key_tiles(seq_len: int, tile_n: int) -> int:
 
 
 def split_key_tiles(key_tiles: int, num_splits: int, split_idx: int) -> range:
-    """Key tiles of split split_idx of num_splits; empty for some splits where there are more splits than tiles."""
+    """Key tiles of split split_idx of num_splits; some are empty where there are more splits than tiles."""
     return range(split_idx * key_tiles // num_splits, (split_idx + 1) * key_tiles // num_splits)
 
 
@@ -47,7 +47,9 @@ class SplitPlan:
         for name in ("rows", "kv_lora_rank", "tile_n", "key_tiles", "num_splits"):
             check_positive(name, getattr(self, name))
         if self.num_splits > self.key_tiles:
-            raise ArgumentError("num_splits", f"{self.num_splits}, expected at most key_tiles = {self.key_tiles}")
+            raise ArgumentError(
+                "num_splits", f"{self.num_splits}, expected at most {self.key_tiles} key tiles"
+            )
 
     def keys(self, split_idx: int, seq_len: int) -> range:
         """Keys of split split_idx for a request of seq_len keys; empty where the request has too few."""
@@ -82,10 +84,10 @@ def plan_splits(
     """Choose the number of splits that fills the device once.
 
     The clusters that are resident at a time, sm_count // cluster_size, are shared among the row tiles of all
-    requests. Of the split counts with the same longest split the smallest is taken: it takes as long and leaves
-    less to combine. The result never grows with the batch or the rows and never shrinks with sm_count.
+    requests. Of the split counts with the same longest split the smallest is taken: it takes as long and
+    leaves less to combine. The result never grows with the batch or the rows and never shrinks with sm_count.
 
-    tile_m: rows per tile. tile_n: keys per tile. cluster_size: blocks, each on an SM of its own, that share a unit.
+    tile_m: rows per tile. tile_n: keys per tile. cluster_size: blocks that share a unit, each on its own SM.
     """
     for name, value in (
         ("sm_count", sm_count),

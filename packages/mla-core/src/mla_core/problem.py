@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from kernel_dispatch import ArgumentError, ArgumentTypeError
+from kernel_dispatch import ArgumentError, ArgumentTypeError, bucket_batch
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 MAX_NUM_HEADS = 128
-MAX_BUCKET = 2048  # requests; larger batches share one tuning bucket
 
 SHORT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
+
+_SIZES = ("batch", "q_len", "num_heads", "kv_lora_rank", "qk_rope_head_dim", "page_size", "max_seq_len")
+_FLAGS = ("is_var_seq", "ragged", "return_lse", "softmax_scale_is_tensor", "output_scale_is_tensor")
 
 
 def default_out_dtype(q_dtype: torch.dtype) -> torch.dtype:
@@ -26,8 +28,9 @@ def default_out_dtype(q_dtype: torch.dtype) -> torch.dtype:
 class DecodeProblem:
     """What a provider needs to know to accept a call, choose a tactic and compile.
 
-    Strides, the number of pages, the number of ragged query tokens and the values of the scales are left to the
-    launch. A violated rule raises `ArgumentError` (`ArgumentTypeError` for a wrong type or dtype) naming the field.
+    Strides, the number of pages, the number of ragged query tokens and the values of the scales are left to
+    the launch. A violated rule raises `ArgumentError` (`ArgumentTypeError` for a wrong type or dtype) naming
+    the field.
 
     batch: requests.
     q_len: query tokens per request; the most of any request where `ragged`.
@@ -41,8 +44,8 @@ class DecodeProblem:
     is_var_seq: False promises that all sequence lengths are equal.
     ragged: the query is [total_q, num_heads, head_dim] and comes with cum_seq_lens_q.
     return_lse: the log-sum-exp is written too.
-    enable_pdl: programmatic dependent launch. None leaves it to the provider and the device; True requires it,
-        so that a provider without it declines; False forbids it.
+    enable_pdl: programmatic dependent launch. None leaves it to the provider and the device; True requires
+        it, so that a provider without it declines; False forbids it.
     softmax_scale_is_tensor, output_scale_is_tensor: the scale is read on the device at launch.
     """
 
@@ -67,7 +70,7 @@ class DecodeProblem:
     output_scale_is_tensor: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "q_len", "num_heads", "kv_lora_rank", "qk_rope_head_dim", "page_size", "max_seq_len"):
+        for name in _SIZES:
             check_positive(name, getattr(self, name))
         if self.num_heads > MAX_NUM_HEADS:
             raise ArgumentError("num_heads", f"{self.num_heads}, expected at most {MAX_NUM_HEADS}")
@@ -81,7 +84,7 @@ class DecodeProblem:
                 f"holds {capacity}",
             )
         self._check_dtypes()
-        for name in ("is_var_seq", "ragged", "return_lse", "softmax_scale_is_tensor", "output_scale_is_tensor"):
+        for name in _FLAGS:
             check_bool(name, getattr(self, name))
         check_bool("enable_pdl", self.enable_pdl, optional=True)
 
@@ -93,11 +96,12 @@ class DecodeProblem:
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the one way to normalise a field of a frozen dataclass
+                object.__setattr__(self, name, value)  # a frozen dataclass has no other way
 
     def _check_dtypes(self) -> None:
-        for name, allowed in (("q_dtype", INPUT_DTYPES), ("kv_dtype", (self.q_dtype,)), ("out_dtype", OUT_DTYPES)):
-            check_dtype(name, getattr(self, name), allowed)
+        check_dtype("q_dtype", self.q_dtype, INPUT_DTYPES)
+        check_dtype("kv_dtype", self.kv_dtype, (self.q_dtype,))
+        check_dtype("out_dtype", self.out_dtype, OUT_DTYPES)
 
     @property
     def head_dim(self) -> int:
@@ -110,8 +114,8 @@ class DecodeProblem:
         return self.q_len * self.num_heads
 
     def bucketed(self) -> DecodeProblem:
-        """The problem that stands for this one in the tuner: batch rounded down to a power of two, at most 2048."""
-        return replace(self, batch=min(1 << (self.batch.bit_length() - 1), MAX_BUCKET))
+        """The problem that stands for this one in the tuner: the batch becomes its bucket."""
+        return replace(self, batch=bucket_batch(self.batch))
 
     def describe(self) -> str:
         """One line such as `B3-q2-H128-p64-s8192-bf16`, followed by whatever is not the default."""
@@ -134,8 +138,8 @@ class DecodeProblem:
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Raise unless `value` is an int (under a tracer, possibly a symbolic one) of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise ArgumentTypeError(name, f"{value!r}, expected an int")
     if value < 1:
         raise ArgumentError(name, f"{value}, expected at least 1")

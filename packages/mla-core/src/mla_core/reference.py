@@ -1,7 +1,7 @@
 """Decode in float64, one request and one query token at a time: the oracle that every kernel is held against.
 
-    s_k = softmax_scale * (q_latent . c_latent_k + q_rope . k_rope_k)
-    out = output_scale * sum_k softmax(s)_k c_latent_k        lse = log sum_k exp(s_k)
+s_k = softmax_scale * (q_latent . c_latent_k + q_rope . k_rope_k)
+out = output_scale * sum_k softmax(s)_k c_latent_k        lse = log sum_k exp(s_k)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def decode_reference(
     output_scale: Float = 1.0,
     cum_seq_lens_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (out [..., num_heads, kv_lora_rank], lse [..., num_heads]) in float64, leading dimensions of the query.
+    """Return out [..., num_heads, kv_lora_rank] and lse [..., num_heads], shaped as the query, in float64.
 
     query: [batch, q_len, num_heads, head_dim], or [batch, num_heads, head_dim] for one token per request, or
         [total_q, num_heads, head_dim] with cum_seq_lens_q [batch + 1].
@@ -52,7 +52,8 @@ def decode_reference(
             visible = positions < int(seq_lens[request]) - (last - token) + 1
             if not visible.any():
                 continue
-            scores = float(softmax_scale) * tokens[token].cpu().double() @ keys[visible].T  # [num_heads, keys]
+            rows = tokens[token].cpu().double()  # [num_heads, head_dim]
+            scores = float(softmax_scale) * rows @ keys[visible].T
             lse[token] = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - lse[token].unsqueeze(-1))
             out[token] = float(output_scale) * weights @ keys[visible, :kv_lora_rank]

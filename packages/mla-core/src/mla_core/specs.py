@@ -1,4 +1,4 @@
-"""The tensor arguments of a decode call: their specs, the checks on their values, and their canonical views."""
+"""The tensor arguments of a decode call: specs, checks on values, and the views a launcher takes."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class DecodeTensors:
             if not isinstance(value, torch.Tensor) and (value is not None or name in _REQUIRED):
                 raise ArgumentTypeError(name, f"{type(value).__name__}, expected a tensor")
 
+    def all_tensors(self) -> list[torch.Tensor]:
+        """Every tensor that was given, scales among them."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
     def check_memory(self) -> None:
         """Raise ArgumentError if an output or the workspace shares memory with another argument."""
         tensors = self._by_name()
@@ -61,7 +66,7 @@ class DecodeTensors:
         check_no_overlap(outputs, tensors)
 
     def launch_arguments(self) -> tuple[Any, ...]:
-        """What a launcher takes: the dense query with its q_len dimension, the cache without its unit dimension."""
+        """What a launcher takes: a dense query with its q_len dimension, the cache without its unit one."""
         canonical = self
         if not self.ragged and self.query.dim() == 3:
             assert self.out is not None
@@ -151,7 +156,7 @@ def _check_sizes(sizes: dict[str, int]) -> None:
 
 
 def check_values(tensors: DecodeTensors, problem: DecodeProblem) -> None:
-    """Check scales, lengths, offsets and the table entries in use, where reading them needs no synchronisation.
+    """Check scales, lengths, offsets and the table entries in use, where they may be read.
 
     That is on the CPU and in debug mode; a float scale is checked always.
     """
@@ -174,9 +179,9 @@ def check_values(tensors: DecodeTensors, problem: DecodeProblem) -> None:
 def _check_offsets(cum_seq_lens_q: torch.Tensor, total_q: int, max_q_len: int) -> None:
     first, last = int(cum_seq_lens_q[0]), int(cum_seq_lens_q[-1])
     if first != 0 or last != total_q:
-        raise ArgumentError("cum_seq_lens_q", f"runs from {first} to {last}, expected 0 to total_q = {total_q}")
+        raise ArgumentError("cum_seq_lens_q", f"runs from {first} to {last}, expected 0 to {total_q} tokens")
     shortest, longest = (int(bound) for bound in torch.aminmax(cum_seq_lens_q.diff()))
     if shortest < 0:
         raise ArgumentError("cum_seq_lens_q", "decreases, expected offsets that do not")
     if longest > max_q_len:
-        raise ArgumentError("cum_seq_lens_q", f"has a request of {longest} tokens, expected at most {max_q_len}")
+        raise ArgumentError("max_q_len", f"{max_q_len}, but cum_seq_lens_q has a request of {longest} tokens")

@@ -1,15 +1,16 @@
 """Decode in plain PyTorch: online softmax over chunks of keys, on the CPU and on any GPU.
 
 Per chunk of keys, with s = softmax_scale * q . k (minus infinity where the row may not see the key):
-    m' = max(m, max s)     p = exp(s - m')     l' = l exp(m - m') + sum p     acc' = acc exp(m - m') + p . c_latent
+    m' = max(m, max s)        p = exp(s - m')        decay = exp(m - m')
+    l' = l * decay + sum p    acc' = acc * decay + p . c_latent
 and finally out = output_scale * acc / l, lse = m + log l.
 
 Work is cut into tiles of requests, query tokens and keys, so that the temporary memory does not grow with the
-problem. The number of chunks follows from max_seq_len (on the CPU, from the longest sequence), never from a value on
-a GPU: nothing synchronises, and a call can be captured in a CUDA graph. A chunk a request does not reach leaves its
-running values as they are, and no product mixes requests, so other requests do not change a result. (A GPU's matrix
-library may still choose another algorithm for another number of requests in a tile.) Products are taken in
-float32 with the precision set by `torch.set_float32_matmul_precision`.
+problem. The number of chunks follows from max_seq_len (on the CPU, from the longest sequence), never from a
+value on a GPU: nothing synchronises, and a call can be captured in a CUDA graph. A chunk that a request does
+not reach leaves its running values as they are, and no product mixes requests, so other requests do not
+change a result. (On a GPU, another number of requests in a tile may still make the matrix library choose
+another algorithm.) Products are in float32 at the precision set by `torch.set_float32_matmul_precision`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .problem import DecodeProblem
 
 CHUNK_KEYS = 256
 TILE_ROWS = 512  # (query token, head) rows of a request that are processed at a time
-TEMPORARY_BYTES = 256 << 20  # bound of the temporary memory of a call, unless one request's tile alone exceeds it
+TEMPORARY_BYTES = 256 << 20  # of a call, at most; or those of one request's tile if they are more
 
 FLOAT32_BYTES = 4
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -55,7 +56,7 @@ class TorchKernel:
 class Units:
     """What is attended independently: a request with all its tokens, or one token of a ragged query.
 
-    query: [units, tokens, num_heads, head_dim]. out, lse: alike, with [kv_lora_rank] and without a last dimension.
+    query: [units, tokens, num_heads, head_dim]. out: alike, of kv_lora_rank. lse: without the last dimension.
     block_tables: [units, max_pages].
     key_limit: [units, tokens], int64; a token sees the keys before its limit (none where it is not positive).
     """
@@ -170,7 +171,7 @@ def _attend(
     softmax_scale: Scale,
     kv_lora_rank: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised output [units, tokens, num_heads, kv_lora_rank] and lse [units, tokens, num_heads] in float32."""
+    """Output [units, tokens, num_heads, kv_lora_rank] and lse [units, tokens, num_heads] in float32."""
     units, tokens, num_heads, head_dim = query.shape
     rows = query.reshape(units, tokens * num_heads, head_dim).float()
     row_limit = key_limit.repeat_interleave(num_heads, dim=1).unsqueeze(-1)  # [units, rows, 1]
@@ -198,10 +199,10 @@ def _attend(
 def _gather(
     kv_cache: torch.Tensor, block_tables: torch.Tensor, seq_len: torch.Tensor, position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [units, keys, head_dim] in float32 and which of them are present [units, keys]; absent ones are zero.
+    """Keys [units, keys, head_dim] in float32, zero where absent, and which are present [units, keys].
 
-    seq_len [units, 1] bounds the keys read: table entries and page slots beyond it are not looked at, and what a
-    clamped index reads in their place is overwritten (a zero weight would not do: 0 * NaN is NaN).
+    seq_len [units, 1] bounds the keys read: table entries and page slots beyond it are not looked at, and
+    what a clamped index reads in their place is overwritten (a zero weight would not do: 0 * NaN is NaN).
     """
     page_size = kv_cache.shape[1]
     page = block_tables[:, position // page_size].long()
