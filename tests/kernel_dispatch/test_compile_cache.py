@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 import json
 import multiprocessing
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -318,7 +320,7 @@ def test_a_corrupt_entry_is_quarantined_with_a_warning_and_rebuilt(
 ) -> None:
     path = cache.get_or_build(make_key(), build_cubin)
     damage(path)  # type: ignore[operator]
-    with pytest.warns(RuntimeWarning, match="is corrupt .* moved to .*quarantine"):
+    with pytest.warns(RuntimeWarning, match=r"is (damaged|incomplete), .*; moved to .*quarantine"):
         assert cache.get_or_build(make_key(), build_cubin) == path
     assert (path / "kernel.cubin").read_bytes() == b"cubin" * 100
     (kept,) = (cache.directory / "quarantine").iterdir()
@@ -329,7 +331,7 @@ def test_a_corrupt_entry_is_quarantined_with_a_warning_and_rebuilt(
 def test_each_corruption_is_kept(cache: CompileCache) -> None:
     for _ in range(2):
         flip(cache.get_or_build(make_key(), build_cubin))
-        with pytest.warns(RuntimeWarning, match="corrupt"):
+        with pytest.warns(RuntimeWarning, match="damaged"):
             cache.get_or_build(make_key(), build_cubin)
     assert len(list((cache.directory / "quarantine").iterdir())) == 2
 
@@ -385,9 +387,16 @@ def test_forbidden_compilation_names_the_key_and_builds_nothing(cache: CompileCa
     cache.get_or_build(other, build_cubin)
 
 
-def test_forbidden_compilation_holds_in_other_threads(cache: CompileCache) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+def test_forbidden_compilation_leaves_a_corrupt_entry_for_later(cache: CompileCache) -> None:
+    remove(cache.get_or_build(make_key(), build_cubin))
+    message = r"cache entry is incomplete, .*info\.json is missing or no file: verify for sm_90a"
+    with forbid_compilation(), pytest.raises(CompilationForbiddenError, match=message):
+        cache.get_or_build(make_key(), must_not_build)
+    with pytest.warns(RuntimeWarning, match="moved to"):
+        cache.get_or_build(make_key(), build_cubin)
 
+
+def test_forbidden_compilation_holds_in_other_threads(cache: CompileCache) -> None:
     with ThreadPoolExecutor(1) as pool, forbid_compilation():
         future = pool.submit(cache.get_or_build, make_key(), must_not_build)
         assert isinstance(future.exception(), CompilationForbiddenError)
@@ -409,8 +418,6 @@ def test_lookups_are_recorded_inside_the_block_only(cache: CompileCache) -> None
 
 
 def build_in_process(directory: str, log: str, barrier: object) -> None:
-    import time
-
     def build(target: Path) -> None:
         with open(log, "a") as file:
             file.write("built\n")

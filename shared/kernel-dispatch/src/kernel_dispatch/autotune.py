@@ -238,6 +238,6 @@ def _innermost() -> Tuner | None:
 def _reject_capture(problem: Problem, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{problem.describe()} is not tuned yet, and cannot be while a CUDA graph is being captured; call "
-            "the operation once inside autotune() before the capture, or capture outside autotune()"
+            f"{problem.describe()} is not tuned yet, and cannot be while a CUDA graph is being captured; "
+            "call the operation once inside autotune() before the capture, or capture outside autotune()"
         )

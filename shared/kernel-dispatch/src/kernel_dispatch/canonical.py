@@ -25,7 +25,12 @@ def canonical_json(value: object) -> str:
     infinity, a mapping key that begins with "$"); both name the place inside `value`, such as
     `value.tile[2]`.
     """
-    return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return dump(canonical(value))
+
+
+def dump(plain: object) -> str:
+    """The canonical JSON text of what `canonical` returned."""
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(text: str) -> str:

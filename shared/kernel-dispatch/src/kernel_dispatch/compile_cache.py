@@ -109,7 +109,12 @@ class CompileCache:
         start = time.perf_counter()
         entry = self.directory / "entries" / key.digest
         built = False
-        if _defect(entry) is not None:
+        defect = _defect(entry)
+        if defect is not None:
+            if _forbidden_depth:
+                raise CompilationForbiddenError(
+                    f"compilation is forbidden here, and this cache entry is {defect}: {key.describe()}"
+                )
             with self._locked(key.digest):
                 built = self._build_if_needed(entry, key, build)
         lookup = Lookup(key, built, time.perf_counter() - start)
@@ -125,10 +130,6 @@ class CompileCache:
             return False  # another process built it while this one waited for the lock
         if entry.exists():
             self._quarantine(entry, defect)
-        if _forbidden_depth:
-            raise CompilationForbiddenError(
-                f"compilation is forbidden here, and this is not cached: {key.describe()}"
-            )
         staging = self.directory / "staging" / key.digest
         with self._write_errors():
             shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
@@ -149,7 +150,7 @@ class CompileCache:
             target.parent.mkdir(parents=True, exist_ok=True)
             entry.rename(target)
         warnings.warn(
-            f"compile cache entry {entry} is corrupt ({defect}); moved to {target}",
+            f"compile cache entry {entry} is {defect}; moved to {target}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -263,16 +264,16 @@ def _write_manifest(staging: Path, key: CompileKey) -> None:
 
 
 def _defect(entry: Path) -> str | None:
-    """Why the entry cannot be used ("absent" where there is none), or None; other read errors propagate."""
+    """What is wrong with the entry ("absent" where there is none), or None; other read errors propagate."""
     if not entry.exists():
         return "absent"
     try:
         hashes = json.loads((entry / "manifest.json").read_bytes())["files"]
         for name, expected in hashes.items():
             if _file_digest(entry / "files" / name) != expected:
-                return f"{name} does not match its recorded SHA-256"
+                return f"damaged, {name} does not match its recorded SHA-256"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        return f"{error.filename} is missing or no file"
+        return f"incomplete, {error.filename} is missing or no file"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read: {error!r}"
+        return f"damaged, its manifest cannot be read: {error!r}"
     return None

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .arch import Arch
-from .canonical import canonical, canonical_json, digest
+from .canonical import canonical, digest, dump
 from .errors import ArgumentError
 from .providers import Problem, providers
 from .tuning_store import Choice, TuningStore
@@ -101,7 +101,7 @@ def lookup(key: Mapping[str, object]) -> Choice | None:
 
 def key_digest(key: Mapping[str, object]) -> str:
     """The name of a key's entry in a tuning file."""
-    return digest(canonical_json(key))
+    return digest(dump(key))
 
 
 def bucket_key(problem: Problem, arch: Arch) -> dict[str, object]:

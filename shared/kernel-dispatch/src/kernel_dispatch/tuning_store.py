@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 FORMAT = 1
+_CORRUPT = "corrupt"  # what `_parse` says of a file to be moved aside
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,6 @@ class TuningStore:
         os.replace(sibling, self.path)
 
 
-_CORRUPT = "corrupt"
-
-
 def _parse(path: Path) -> tuple[dict[str, Choice], str | None]:
     """The entries and None, or no entries and what is wrong: `_CORRUPT`, or how the format differs."""
     try:
@@ -115,7 +113,7 @@ def _parse(path: Path) -> tuple[dict[str, Choice], str | None]:
         return {}, _CORRUPT
     if not isinstance(document, dict) or "format" not in document:
         return {}, "is JSON without a format number"
-    if document["format"] != FORMAT:
+    if type(document["format"]) is not int or document["format"] != FORMAT:  # JSON's true equals 1
         return {}, f"has format {document['format']!r}"
     try:
         return {name: _choice(entry) for name, entry in document["entries"].items()}, None
