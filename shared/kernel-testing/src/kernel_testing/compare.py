@@ -26,7 +26,9 @@ def assert_close_elementwise(actual: Tensor, expected64: Tensor, atol: float, rt
     if not failed.any():
         return
     # An element that is special on one side only is worse than any finite miss.
-    badness = torch.where(finite, error / bound.clamp(min=torch.finfo(torch.float64).tiny), torch.inf)
+    limits = torch.finfo(torch.float64)
+    badness = (error / bound.clamp(min=limits.tiny)).clamp(max=limits.max)
+    badness = torch.where(finite, badness, torch.inf)
     worst = int(torch.where(failed, badness, -1.0).argmax())
     index = [int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape)]
     got_worst, want_worst = got.flatten()[worst].item(), want.flatten()[worst].item()
