@@ -195,9 +195,7 @@ def test_a_failing_candidate_is_reported_and_left_out(when: str) -> None:
         "bad", ("any",), lambda problem, arch: None, fail if when == "load" else lambda: bad, 99
     )
     with scaling_providers(good), registered(Scaling.entry_point_group, provider), autotune(progress=False):
-        with pytest.warns(
-            RuntimeWarning, match=r"tuning scaling B4 float32 leaves out bad.*no such instruction"
-        ):
+        with pytest.warns(RuntimeWarning, match=r"(leaves|left) out .*bad.*no such instruction"):
             assert scale(torch.ones(4)).tactic == "fast"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -337,6 +335,12 @@ def test_a_foreign_file_stays_untouched_and_the_choice_holds_in_the_process(path
             assert scale(torch.ones(4)).tactic == "d"
         assert path.read_text() == '{"format": 7}'
         assert resolve(Scaling(4), CPU).tactic == "d"
+
+
+def test_the_directory_of_the_cache_is_made(tmp_path: Path) -> None:
+    with scaling_providers(*slow_then_fast()), autotune(tmp_path / "new" / "tune.json", progress=False):
+        scale(torch.ones(4))
+    assert saved_batches(tmp_path / "new" / "tune.json") == [4]
 
 
 def test_an_unwritable_cache_is_an_error_before_anything_is_timed(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Autotuning: inside `with autotune(...)`, each bucket's candidates are timed once and the fastest stays in
-effect.
+"""Autotuning: inside `with autotune(...)` each bucket's candidates are timed once, and the fastest is kept.
 
 An operation calls `choose` where it would call `resolve`, on tensors that it is about to use. Outside the
 context `choose` is `resolve`, which asks for the tuned choice and else takes the heuristic's.
@@ -16,9 +15,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from .arch import Arch
 from .errors import CompilationForbiddenError, NoKernelError
 from .providers import Problem
-from .resolution import Selection, explain, resolve
+from .resolution import Selection, candidates, resolve
 from .tuning import bucket_key, invalidate_plans, key_digest, lookup, put_in_effect
 from .tuning_store import Choice, TuningStore
 
@@ -47,8 +45,7 @@ _profiling_lock = threading.RLock()  # one candidate at a time: timings must not
 class Tuner:
     """One `autotune` block: where its choices are saved, and which it has met.
 
-    choices: by key digest, the choice of every bucket that was tuned or met in the block, and those the file
-    held.
+    choices: by key digest, what the file held and the choice of every bucket met in the block.
     """
 
     def __init__(self, store: TuningStore | None, progress: bool) -> None:
@@ -66,78 +63,54 @@ class Tuner:
         key = bucket_key(problem, arch)
         choice = lookup(key)
         if choice is None:
-            contest = _Contest(problem, arch, device)
-            contest.load()
-            if contest.size < 2:
+            contenders = candidates(problem, arch)
+            if len(contenders) < 2:
                 return
             _reject_capture(problem, device)
-            name, tactic, median_us = contest.fastest(make_run, snapshot, self._progress)
+            name, tactic, median_us = self._fastest(problem, arch, device, contenders, make_run, snapshot)
             choice = Choice(key, name, tactic, median_us)
             put_in_effect({key_digest(key): choice})
         self._save(key_digest(key), choice)
+
+    def _fastest(
+        self,
+        problem: Problem,
+        arch: Arch,
+        device: torch.device,
+        contenders: Sequence[Selection],
+        make_run: MakeRun,
+        snapshot: Snapshot,
+    ) -> tuple[str, str, float]:
+        """(provider, tactic, median in µs) of the fastest contender, the earlier one of a tie.
+
+        Raises NoKernelError if all fail.
+        """
+        timed: list[tuple[str, str, float]] = []
+        failures: list[str] = []
+        title = f"tuning {problem.describe()}"
+        bar = tqdm(contenders, title, unit="candidate", file=sys.stderr, disable=not self._progress)
+        for selection in bar:
+            name, tactic = selection.provider.name, selection.tactic
+            restore = snapshot()
+            try:
+                timed.append((name, tactic, measure_us(make_run(selection), device, arch.l2_bytes)))
+            except CompilationForbiddenError:
+                raise
+            except Exception as error:  # a candidate may fail in any way; it is reported and left out
+                failures.append(f"{name} {tactic}: {type(error).__name__}: {error}")
+                warnings.warn(f"{title} leaves out {failures[-1]}", RuntimeWarning, stacklevel=4)
+            finally:
+                restore()
+        if not timed:
+            listed = "\n  ".join(failures)
+            raise NoKernelError(f"{title} on {arch.name}: every candidate failed\n  {listed}")
+        return min(timed, key=lambda row: row[2])
 
     def _save(self, name: str, choice: Choice) -> None:
         if self.choices.get(name) != choice:
             self.choices[name] = choice
             if self._store is not None:
                 self._store.merge({name: choice})
-
-
-class _Contest:
-    """The candidates for one problem, and why some of them failed."""
-
-    def __init__(self, problem: Problem, arch: Arch, device: torch.device) -> None:
-        self.problem = problem
-        self.arch = arch
-        self.device = device
-        self.contenders: list[Selection] = []
-        self.failures: list[str] = []
-
-    @property
-    def size(self) -> int:
-        return len(self.contenders) + len(self.failures)
-
-    def load(self) -> None:
-        """Loads every provider that supports the problem; each of its tactics is a contender."""
-        for row in explain(self.problem, self.arch).rows:
-            if row.status in ("chosen", "supported"):
-                try:
-                    selection = resolve(self.problem, self.arch, backend=row.name)
-                    tactics = selection.kernel.tactics(self.problem, self.arch)
-                except Exception as error:  # reported like any other failing candidate
-                    self._leave_out(row.name, error)
-                else:
-                    self.contenders += [replace(selection, tactic=tactic) for tactic in tactics]
-
-    def fastest(self, make_run: MakeRun, snapshot: Snapshot, progress: bool) -> tuple[str, str, float]:
-        """(provider, tactic, median in µs) of the fastest contender, the earlier one of a tie.
-
-        Raises NoKernelError if all fail.
-        """
-        timed: list[tuple[str, str, float]] = []
-        title = f"tuning {self.problem.describe()}"
-        bar = tqdm(self.contenders, title, unit="candidate", file=sys.stderr, disable=not progress)
-        for selection in bar:
-            name, tactic = selection.provider.name, selection.tactic
-            restore = snapshot()
-            try:
-                timed.append((name, tactic, measure_us(make_run(selection), self.device, self.arch.l2_bytes)))
-            except CompilationForbiddenError:
-                raise
-            except Exception as error:  # a candidate may fail in any way; it is reported and left out
-                self._leave_out(f"{name} {tactic}", error)
-            finally:
-                restore()
-        if not timed:
-            listed = "\n  ".join(self.failures)
-            raise NoKernelError(f"{title} on {self.arch.name}: every candidate failed\n  {listed}")
-        return min(timed, key=lambda row: row[2])
-
-    def _leave_out(self, candidate: str, error: Exception) -> None:
-        self.failures.append(f"{candidate}: {type(error).__name__}: {error}")
-        warnings.warn(
-            f"tuning {self.problem.describe()} leaves out {self.failures[-1]}", RuntimeWarning, stacklevel=5
-        )
 
 
 @contextmanager
@@ -171,8 +144,7 @@ def autotune(cache: str | Path | None = None, progress: bool = True) -> Iterator
 def choose(
     problem: Problem, arch: Arch, device: torch.device, make_run: MakeRun, snapshot: Snapshot
 ) -> Selection:
-    """What `resolve(problem, arch)` answers, after tuning the problem's bucket if an `autotune` block asks
-    for it.
+    """What `resolve(problem, arch)` answers, after tuning the bucket if an `autotune` block asks for it.
 
     A bucket is tuned once, and only with two or more candidates (pairs of provider and tactic).
     make_run(selection) prepares the candidate and returns a call that runs it on the caller's own tensors,

@@ -38,7 +38,7 @@ class Choice:
 
 
 class TuningStore:
-    """A tuning file at `path` (symbolic links are resolved). The file need not exist, its directory must.
+    """A tuning file at `path` (symbolic links are resolved). Neither the file nor its directory need exist.
 
     A lock file `<path>.lock` beside it is created for writing and left there.
     """
@@ -63,15 +63,14 @@ class TuningStore:
         return entries
 
     def merge(self, entries: Mapping[str, Choice]) -> None:
-        """Adds `entries` to those in the file, replacing those of the same key; what others wrote meanwhile
-        stays.
+        """Adds `entries` to those in the file now, in place of those of the same key.
 
         A corrupt file is moved aside first, as in `read`. A foreign file is not written: a RuntimeWarning
         says so. Raises OSError where the directory cannot be written.
         """
         with self._lock():
             present, problem = self._read_locked()
-            if problem is None or problem == _CORRUPT:
+            if problem in (None, _CORRUPT):
                 self._replace({**present, **entries})
 
     def check_writable(self) -> None:
@@ -80,6 +79,7 @@ class TuningStore:
             pass
 
     def _lock(self) -> FileLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.path}.lock")
 
     def _read_locked(self) -> tuple[dict[str, Choice], str | None]:
