@@ -1,0 +1,125 @@
+"""Cases, inputs and error bounds that the tests of gdn_mtp share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from gdn_mtp.problem import short_dtype
+from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
+from kernel_testing import assert_close_elementwise
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAN = float("nan")
+
+# Error bounds. A result is rounded once to its dtype: relative error u, absolute error `tiny` below the
+# normal range. Before that, float32 arithmetic (u = 2^-24) errs per token by at most ROUNDINGS * u times the
+# largest norm R of a state row: a few roundings for gates, normalisation and the rank-one update, and a
+# blocked sum of K terms. Errors of earlier tokens do not grow, for S (I - beta k k^T) exp(g) is no longer
+# than S where |k| <= 1, so after T tokens a state errs by T * ROUNDINGS * u * R, and an output by |scale| |q|
+# times that.
+ROUNDINGS = 32
+UNIT_ROUNDOFF = {FP32: 2.0**-24, FP16: 2.0**-11, BF16: 2.0**-8}
+TINY = {FP32: 2.0**-150, FP16: 2.0**-25, BF16: 2.0**-134}
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int = 3
+    T: int = 2
+    H: int = 2
+    HV: int = 4
+    K: int = 64
+    V: int = 64
+    io: torch.dtype = BF16
+    gates: torch.dtype = BF16
+    bias: torch.dtype = FP32
+    state: torch.dtype = FP32
+    l2norm: bool = True
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        sizes = f"B{self.B}-T{self.T}-H{self.H}-HV{self.HV}-K{self.K}-V{self.V}"
+        dtypes = "-".join(short_dtype(dtype) for dtype in (self.io, self.gates, self.bias, self.state))
+        return f"{sizes}-{dtypes}{'' if self.l2norm else '-raw'}{'' if self.scale is None else '-scaled'}"
+
+    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+        """q, k, v, A_log, a, dt_bias, b as keyword arguments; keys have about unit length in any case."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        tokens = {
+            "q": normal(self.B, self.T, self.H, self.K) / (1.0 if self.l2norm else self.K**0.5),
+            "k": normal(self.B, self.T, self.H, self.K) / (1.0 if self.l2norm else 1.25 * self.K**0.5),
+            "v": normal(self.B, self.T, self.HV, self.V),
+        }
+        gates = {"a": normal(self.B, self.T, self.HV), "b": normal(self.B, self.T, self.HV)}
+        dtypes = {
+            "A_log": FP32,
+            "dt_bias": self.bias,
+            **dict.fromkeys("qkv", self.io),
+            **dict.fromkeys("ab", self.gates),
+        }
+        heads = {"A_log": normal(self.HV) * 0.5, "dt_bias": normal(self.HV)}
+        return {name: x.to(DEVICE, dtypes[name]) for name, x in {**tokens, **heads, **gates}.items()}
+
+    def states(self, slots: int, layout: str = "vk", seed: int = 1) -> Tensor:
+        """Random states [slots, HV, V, K], or [slots, HV, K, V]."""
+        shape = (slots, self.HV, self.V, self.K) if layout == "vk" else (slots, self.HV, self.K, self.V)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator).mul_(0.5).to(DEVICE, self.state)
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"scale": self.scale, "use_qk_l2norm": self.l2norm}
+
+    def reference(self, inputs: dict[str, Tensor], state: Tensor, **semantics: object) -> ReferenceResult:
+        return gated_delta_rule_reference(**inputs, state=state, **self.options, **semantics)
+
+
+def assert_result(
+    case: Case,
+    expected: ReferenceResult,
+    output: Tensor,
+    state: Tensor,
+    *,
+    intermediate_states: Tensor | None = None,
+    q: Tensor,
+    layout: str = "vk",
+) -> None:
+    """Every element of every result lies inside its bound."""
+    row = -1 if layout == "vk" else -2
+    pools = (expected.state, expected.intermediate_states)
+    row_norm = max(
+        (pool.nan_to_num(0.0).norm(dim=row).max().item() for pool in pools if pool.numel()), default=0.0
+    )
+    arithmetic = case.T * ROUNDINGS * UNIT_ROUNDOFF[FP32] * row_norm
+    scale = case.K**-0.5 if case.scale is None else abs(case.scale)
+    q_norm = 1.0 if case.l2norm else q.double().norm(dim=-1).max().item()
+    assert_close(output, expected.output, scale * q_norm * arithmetic, "output")
+    assert_close(state, expected.state, arithmetic, "state")
+    if intermediate_states is not None:
+        assert_close(intermediate_states, expected.intermediate_states, arithmetic, "intermediate_states")
+
+
+def assert_close(actual: Tensor, expected: Tensor, arithmetic: float, what: str) -> None:
+    """One rounding to the dtype of `actual` on top of an absolute error of `arithmetic`."""
+    u = UNIT_ROUNDOFF[actual.dtype]
+    assert_close_elementwise(actual, expected, (1 + u) * arithmetic + TINY[actual.dtype], u, what)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The elements as integers, so that NaN equals NaN and -0 differs from 0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert torch.equal(bits(actual), bits(expected)), f"{what} differs in its bits"
+
+
+def slots_tensor(*slots: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(slots, dtype=dtype, device=DEVICE)

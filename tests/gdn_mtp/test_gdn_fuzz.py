@@ -1,0 +1,102 @@
+"""Random shapes, strides, dtypes, index sets and options against the oracle."""
+
+import gdn_mtp
+import torch
+from gdn_support import BF16, DEVICE, FP16, FP32, Case, assert_result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_testing import poisoned, snapshot_untouched
+
+FLOATS = st.sampled_from([BF16, FP16, FP32])
+STATES = st.sampled_from([FP32, BF16])
+
+
+@st.composite
+def cases(draw, max_tokens=5):
+    heads = draw(st.integers(1, 3))
+    return Case(
+        B=draw(st.integers(1, 5)),
+        T=draw(st.integers(1, max_tokens)),
+        H=heads,
+        HV=heads * draw(st.integers(1, 4)),
+        K=draw(st.sampled_from([1, 8, 33, 64])),
+        V=draw(st.sampled_from([1, 16, 40])),
+        io=draw(FLOATS),
+        gates=draw(FLOATS),
+        bias=draw(STATES),
+        state=draw(STATES),
+        l2norm=draw(st.booleans()),
+        scale=draw(st.none() | st.floats(-4, 4, width=32)),
+    )
+
+
+def strided(draw, tensor):
+    """The same values in memory of another order and with gaps; the last dimension keeps stride 1."""
+    order = draw(st.permutations(range(tensor.dim() - 1)))
+    gap = draw(st.integers(0, 3))
+    sizes = [tensor.shape[dim] for dim in order]
+    memory = poisoned((*sizes, tensor.shape[-1] + gap), tensor.dtype, DEVICE)
+    inverse = [order.index(dim) for dim in range(len(order))]
+    view = memory[..., : tensor.shape[-1]].permute(*inverse, len(order))
+    return view.copy_(tensor)
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_mtp(data):
+    draw = data.draw
+    case = draw(cases())
+    inputs = case.inputs(seed=draw(st.integers(0, 9)))
+    inputs = {name: strided(draw, x) if name not in ("A_log", "dt_bias") else x for name, x in inputs.items()}
+    slots = case.B * (case.T + 1) + 2
+    pool = strided(draw, case.states(slots))
+    order = draw(st.permutations(range(slots)))
+    reads = torch.tensor(order[: case.B], device=DEVICE)
+    reads[torch.tensor(draw(st.lists(st.booleans(), min_size=case.B, max_size=case.B)), device=DEVICE)] = -1
+    free = torch.tensor(order[case.B : case.B * (case.T + 1)], device=DEVICE).view(case.B, case.T)
+
+    mode = draw(st.sampled_from(["update", "frozen", "write", "buffer", "scatter"]))
+    arguments, semantics, touched, buffer = {}, {}, reads, None
+    if mode == "frozen":
+        touched = torch.tensor([-1])
+    elif mode == "write":
+        touched = free[:, 0].masked_fill(reads < 0, -1)
+        arguments = semantics = {"output_state_indices": free[:, 0]}
+    elif mode == "buffer":
+        shape = (case.B + draw(st.integers(0, 1)), case.T + draw(st.integers(0, 1)), *pool.shape[1:])
+        buffer = strided(draw, poisoned(shape, case.state, DEVICE))
+        arguments = {"intermediate_states_buffer": buffer}
+    elif mode == "scatter":
+        touched = free.masked_fill((reads < 0)[:, None], -1)
+        arguments = semantics = {"ssm_state_indices": free}
+
+    semantics = {"initial_state_indices": reads, "update_state": mode != "frozen", **semantics}
+    expected = case.reference(inputs, pool, **semantics)
+    unchanged = snapshot_untouched(pool, touched.flatten().tolist())
+    output, _ = gdn_mtp.gated_delta_rule_mtp(
+        **inputs,
+        initial_state=pool,
+        initial_state_indices=reads.to(draw(st.sampled_from([torch.int32, torch.int64]))),
+        disable_state_update=mode == "frozen",
+        output=strided(draw, poisoned((case.B, case.T, case.HV, case.V), draw(FLOATS), DEVICE)),
+        **case.options,
+        **arguments,
+    )
+    unchanged()
+    filled = None if buffer is None else buffer[: case.B, : case.T]
+    assert_result(case, expected, output, pool, intermediate_states=filled, q=inputs["q"])
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_states_per_request(data):
+    draw = data.draw
+    k_major = draw(st.booleans())
+    case = draw(cases(max_tokens=1 if k_major else 4))
+    layout = "kv" if k_major else "vk"
+    function = gdn_mtp.gated_delta_rule_decode if k_major else gdn_mtp.gated_delta_rule_decode_pretranspose
+    inputs = {name: strided(draw, x) if x.dim() > 1 else x for name, x in case.inputs().items()}
+    state = strided(draw, case.states(case.B, layout))
+    expected = case.reference(inputs, state, state_layout=layout)
+    output, _ = function(**inputs, state=state, **case.options)
+    assert_result(case, expected, output, state, q=inputs["q"], layout=layout)
