@@ -73,14 +73,6 @@ def fake_package(noxfile: ModuleType, folder: Path, heading: str) -> object:
     return noxfile.Package(name="alpha", folder=folder, requirements=(), private=False)
 
 
-def test_dependencies_between_packages_are_ranges(noxfile: ModuleType) -> None:
-    for package in noxfile.PACKAGES.values():
-        for requirement in package.requirements:
-            if requirement.name in noxfile.PACKAGES and not noxfile.PACKAGES[requirement.name].private:
-                operators = {specifier.operator for specifier in requirement.specifier}
-                assert operators == {">=", "<"}, f"{package.name}: {requirement}"
-
-
 def test_declared_dependencies_have_a_lower_bound_and_a_pin(noxfile: ModuleType) -> None:
     pins = pinned(noxfile.CONSTRAINTS.read_text(encoding="utf-8"))
     oldest = pinned("\n".join(noxfile.oldest_constraints()))
