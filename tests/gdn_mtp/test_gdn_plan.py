@@ -1,6 +1,5 @@
 """Problems, plans, the plan cache, providers and tuning."""
 
-import json
 import subprocess
 import sys
 from functools import partial
@@ -175,9 +174,12 @@ def test_a_candidate_that_fails_while_tuning_is_left_out():
     expected = mtp(expected_pool, slots_tensor(4, -1, 0))
     clear_tuning()
     try:
-        with registered(GROUP, spy_provider(kernel)), autotune(progress=False):
-            with pytest.warns(RuntimeWarning, match="no such instruction"):
-                output = mtp(pool, slots_tensor(4, -1, 0))
+        with (
+            registered(GROUP, spy_provider(kernel)),
+            autotune(progress=False),
+            pytest.warns(RuntimeWarning, match="no such instruction"),
+        ):
+            output = mtp(pool, slots_tensor(4, -1, 0))
     finally:
         clear_tuning()
     assert_same_bits(output, expected, "output")
@@ -194,15 +196,15 @@ def test_debug_mode_runs_the_same():
 
 def test_temporaries_are_bounded():
     big = problem(B=256, T=4, H=16, HV=32, K=128, V=128)
-    assert requests_per_chunk(big) == 15  # 2 MiB of state each, and the tokens, in 32 MiB
+    assert requests_per_chunk(big) == 14  # 32 MiB for 2 MiB of state and 192 KiB of tokens each
     assert requests_per_chunk(problem(H=64, HV=1024, K=256, V=256)) == 1
     assert KERNEL.workspace_nbytes(big, Arch.from_name("cpu")) == 0
 
 
 def test_import_touches_neither_cuda_nor_a_kernel_language():
-    code = (
-        "import json, sys, gdn_mtp, torch\n"
-        "print(json.dumps([torch.cuda.is_initialized(), [m for m in ('cutlass', 'triton') if m in sys.modules]]))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout) == [False, []]
+    code = """
+import sys, torch, gdn_mtp
+assert not torch.cuda.is_initialized()
+assert not {"cutlass", "triton"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from gdn_mtp.api import (
     gated_delta_rule_decode_pretranspose,
     gated_delta_rule_mtp,
 )
-from gdn_mtp.plan import Plan, plan
+from gdn_mtp.plans import Plan, plan
 from gdn_mtp.problem import GatedDeltaRuleProblem
 
 __all__ = [

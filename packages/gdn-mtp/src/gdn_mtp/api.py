@@ -2,22 +2,22 @@
 
 All of them evaluate, per request and value head, for token t = 0 .. T - 1, in float32:
 
-    g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b);  with use_qk_l2norm: x <- x / sqrt(sum x^2 +
-    1e-6) S <- exp(g) S;  u = beta (v - S k);  S <- S + u k^T;  o = scale S q
+    g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
+    x <- x / sqrt(sum x^2 + 1e-6) for x in (q, k), with use_qk_l2norm
+    S <- exp(g) S;  u = beta (v - S k);  S <- S + u k^T;  o = scale S q
 
 A state is loaded once, carried in float32 through all T tokens, and rounded once at each store. Shared rules:
 
 - q, k [B, T, H, K] and v [B, T, HV, V] share one dtype (bf16, fp16 or fp32), a and b [B, T, HV] likewise;
   A_log [HV] is fp32, dt_bias [HV] fp32 or bf16, a state fp32 or bf16, an index tensor int32 or int64. HV is a
   multiple of H. Any strides will do as long as the last dimension has stride 1.
-- scale: a finite float, a one-element fp32 tensor on the same device (read there, no wait), or None for K **
-  -0.5.
+- scale: a finite float, a one-element fp32 tensor on the same device (read there), or None for K ** -0.5.
 - output: [B, T, HV, V] in bf16, fp16 or fp32 to write into; None allocates one with the dtype of q.
 - backend: the name of a provider, or "auto". A named provider that declines is an error, never a fallback.
-- Only the arguments documented as written are mutated, and bad input raises `kernel_dispatch.ArgumentError` (a
+- Only the arguments documented as written are mutated. Bad input raises `kernel_dispatch.ArgumentError` (a
   ValueError; for types and dtypes `ArgumentTypeError`, also a TypeError) naming the argument before any
-  write. `NoKernelError` if no provider accepts the call. Values of index tensors are checked on the CPU and
-  in debug mode (`kernel_dispatch.debug()`), not on a GPU, where that would wait for the device.
+  write, `NoKernelError` if no provider accepts the call. On a GPU the values of index tensors are checked
+  in debug mode only (`kernel_dispatch.debug()`), since that waits for the device; on the CPU always.
 - Results carry no gradient.
 
 State pools: request i reads slot initial_state_indices[i]. A negative index marks padding: nothing of that
@@ -30,7 +30,7 @@ from kernel_dispatch import ArgumentError, ArgumentTypeError, needs_op
 from torch import Tensor
 
 from gdn_mtp.ops import trace_call
-from gdn_mtp.plan import run_call
+from gdn_mtp.plans import run_call
 from gdn_mtp.specs import DECODE, MTP, PRETRANSPOSE, PRETRANSPOSE_POOL, CallFlags, CallForm, CallTensors
 
 

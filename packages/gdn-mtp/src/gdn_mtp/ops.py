@@ -4,7 +4,7 @@ import torch
 from kernel_dispatch import ArgumentTypeError, register_op
 from torch import Tensor
 
-from gdn_mtp.plan import run_call
+from gdn_mtp.plans import run_call
 from gdn_mtp.specs import FORMS, CallFlags, CallForm, CallTensors, check_flags
 
 

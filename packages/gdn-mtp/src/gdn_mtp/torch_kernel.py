@@ -2,8 +2,8 @@
 
 Per token, in float32: S <- exp(g) S; u = beta (v - S k); S <- S + u k^T; o = scale S q.
 States are loaded once, kept in float32 for all T tokens and rounded once at each store. Products are
-elementwise multiplications and sums, so neither TF32 nor autocast changes them and a request gets the same
-bits in any batch. Nothing waits for the device, so a call can be captured in a CUDA graph.
+elementwise multiplications and sums, so TF32 and autocast do not change them. Nothing waits for the device,
+so a call can be captured in a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ def _advance(states: Tensor, tokens: _Tokens, decay: Tensor, beta: Tensor, t: in
     retrieved = (grouped * k).sum(-1)  # [n, H, R, V]
     u = beta.view(n, heads, -1, 1) * (v.view_as(retrieved) - retrieved)
     grouped.addcmul_(u[..., None], k)
-    return (grouped * q.view(n, heads, 1, 1, key_dim)).sum(-1).view_as(v)
+    return (grouped * q.view(n, heads, 1, 1, key_dim)).sum(-1).flatten(1, 2)
 
 
 def _masked(slots: Tensor, valid: Tensor | None) -> Tensor:

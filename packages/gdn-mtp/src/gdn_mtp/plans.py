@@ -135,14 +135,10 @@ def plan(
     `kernel_dispatch.explain(problem)` shows the same choice without loading anything.
     """
     if not isinstance(problem, GatedDeltaRuleProblem):
-        raise ArgumentTypeError(  # type: ignore[unreachable]
-            "problem", f"{type(problem).__name__}, expected a GatedDeltaRuleProblem"
-        )
+        raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected a GatedDeltaRuleProblem")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.empty(0, device=device).device  # a tensor's device has its index, which "cuda" lacks
     return Plan(problem, device, resolve(problem, as_arch(device), backend))
 
 
