@@ -8,9 +8,10 @@ and finally out = output_scale * acc / l, lse = m + log l.
 Work is cut into tiles of requests, query tokens and keys, so that the temporary memory does not grow with the
 problem. The number of chunks follows from max_seq_len (on the CPU, from the longest sequence), never from a
 value on a GPU: nothing synchronises, and a call can be captured in a CUDA graph. A chunk that a request does
-not reach leaves its running values as they are, and no product mixes requests, so other requests do not
-change a result. (On a GPU, another number of requests in a tile may still make the matrix library choose
-another algorithm.) Products are in float32 at the precision set by `torch.set_float32_matmul_precision`.
+not reach leaves its running values as they are, every chunk has the same width, and no product mixes
+requests, so other requests do not change a result. (On a GPU, another number of requests in a tile may still
+make the matrix library choose another algorithm.) Products are in float32 at the precision set by
+`torch.set_float32_matmul_precision`.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _attend(
     row_sum = torch.zeros_like(row_max)
     acc = rows.new_zeros(units, tokens * num_heads, kv_lora_rank)
     for first_key in range(0, num_keys, CHUNK_KEYS):
-        position = torch.arange(first_key, min(first_key + CHUNK_KEYS, num_keys), device=query.device)
+        position = torch.arange(first_key, first_key + CHUNK_KEYS, device=query.device)
         keys, present = _gather(kv_cache, block_tables, key_limit[:, -1:], position)
         scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(softmax_scale)
         visible = (position < row_limit) & present.unsqueeze(1)
@@ -205,7 +206,8 @@ def _gather(
     what a clamped index reads in their place is overwritten (a zero weight would not do: 0 * NaN is NaN).
     """
     page_size = kv_cache.shape[1]
-    page = block_tables[:, position // page_size].long()
+    column = (position // page_size).clamp_(max=block_tables.shape[1] - 1)  # a chunk may outreach the table
+    page = block_tables[:, column].long()
     present = (position < seq_len) & (page >= 0)
     page = page.masked_fill(~present, 0)
     keys = kv_cache[page, position % page_size].float()
