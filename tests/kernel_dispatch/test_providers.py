@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import invalidate_caches
 from pathlib import Path
@@ -266,6 +268,20 @@ def test_load_runs_once_and_only_for_the_chosen() -> None:
     ):
         assert resolve(Problem(), "cpu").kernel is resolve(Problem(5), "cpu").kernel
     assert loads == [1]
+
+
+def test_threads_share_one_load() -> None:
+    loads: list[int] = []
+
+    def load() -> Kernel:
+        loads.append(1)
+        time.sleep(0.05)
+        return FakeKernel()
+
+    with registered(GROUP, provider("mine", load=load)), ThreadPoolExecutor(4) as pool:
+        kernels = list(pool.map(lambda batch: resolve(Problem(batch), "cpu").kernel, range(1, 5)))
+    assert loads == [1]
+    assert all(kernel is kernels[0] for kernel in kernels)
 
 
 def test_broken_load_is_raised_with_its_cause() -> None:

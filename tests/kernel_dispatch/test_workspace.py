@@ -30,7 +30,7 @@ def test_no_workspace_needed() -> None:
     ("workspace", "error", "problem"),
     [
         (None, ArgumentTypeError, "None, expected a uint8 tensor of 64 bytes on cpu"),
-        (bytearray(64), ArgumentTypeError, "bytearray, expected uint8 tensor of 64 bytes"),
+        (bytearray(64), ArgumentTypeError, "bytearray, expected a uint8 tensor of 64 bytes on cpu"),
         (torch.empty(16), ArgumentTypeError, "dtype float32, expected uint8 or int8"),
         (torch.empty(64, dtype=torch.uint8, device="meta"), ArgumentError, "on meta, expected cpu"),
         (

@@ -6,7 +6,7 @@ a dispatch mode, autograd), and only then does the call pay for the dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 def register_op(
     name: str,
     fn: Callable[..., Any],
-    mutates_args: Iterable[str],
+    mutates_args: tuple[str, ...],
     fake: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers `fn` as the custom op `name` ("namespace::op") and returns the callable that dispatches.
@@ -28,9 +28,9 @@ def register_op(
     fake: the shape function, same arguments, returning empty tensors; an op that returns nothing needs none.
     Raises ArgumentError naming `fake` where fn returns something and no fake says what.
     """
-    if fake is None and _returns(torch.library.infer_schema(fn, mutates_args=tuple(mutates_args))):
+    if fake is None and _returns(torch.library.infer_schema(fn, mutates_args=mutates_args)):
         raise ArgumentError("fake", f"None, expected a shape function, for {name} returns a value")
-    op = torch.library.custom_op(name, fn, mutates_args=tuple(mutates_args))
+    op = torch.library.custom_op(name, fn, mutates_args=mutates_args)
     if fake is not None:
         op.register_fake(fake)
     return op

@@ -19,6 +19,9 @@ from .tuning import generation
 
 PlanT = TypeVar("PlanT")
 
+_caches_lock = threading.Lock()
+_caches: WeakSet[PlanCache[Any]] = WeakSet()
+
 
 class PlanCache(Generic[PlanT]):
     """At most `maxsize` plans by key; the plan added first leaves first. Safe to use from several threads.
@@ -33,7 +36,8 @@ class PlanCache(Generic[PlanT]):
         self._maxsize = maxsize
         self._lock = threading.Lock()
         self._plans: dict[Hashable, tuple[int, PlanT]] = {}  # the tuner's generation beside each plan
-        _caches.add(self)
+        with _caches_lock:
+            _caches.add(self)
 
     def get(self, key: Hashable) -> PlanT | None:
         """The plan put under `key`, or None where there is none or the tuner has learnt something since."""
@@ -59,12 +63,11 @@ class PlanCache(Generic[PlanT]):
         return len(self._plans)
 
 
-_caches: WeakSet[PlanCache[Any]] = WeakSet()
-
-
 def clear_plans() -> None:
     """Drops the plans of every PlanCache in the process."""
-    for plans in list(_caches):
+    with _caches_lock:
+        caches = list(_caches)
+    for plans in caches:
         plans.clear()
 
 

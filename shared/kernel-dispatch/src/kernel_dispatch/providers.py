@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol
 
@@ -85,6 +84,8 @@ class Registered:
 _lock = threading.Lock()
 _discovered: dict[str, tuple[Registered, ...]] = {}
 _added: dict[str, tuple[Registered, ...]] = {}
+_load_lock = threading.RLock()  # a load may ask for the kernel of another operation
+_kernels: dict[Provider, Kernel] = {}
 
 
 def providers(group: str) -> tuple[Registered, ...]:
@@ -92,12 +93,11 @@ def providers(group: str) -> tuple[Registered, ...]:
 
     Entry points are read once per group and process; `reload_providers()` forgets them.
     """
-    if group not in _discovered:
+    discovered = _discovered.get(group)
+    if discovered is None:
         discovered = _discover(group)  # outside the lock: what it imports may ask for providers
-        with _lock:
-            _discovered.setdefault(group, discovered)
     with _lock:
-        entries = _discovered.get(group, ()) + _added.get(group, ())
+        entries = _discovered.setdefault(group, discovered) + _added.get(group, ())
     return tuple(sorted(entries, key=_rank))
 
 
@@ -105,7 +105,8 @@ def reload_providers() -> None:
     """Forgets what was discovered and loaded, and every plan; the next call reads the entry points again."""
     with _lock:
         _discovered.clear()
-    load_kernel.cache_clear()
+    with _load_lock:
+        _kernels.clear()
     _drop_plans()
 
 
@@ -133,10 +134,12 @@ def registered(group: str, provider: Provider) -> Iterator[Provider]:
         _drop_plans()
 
 
-@cache
 def load_kernel(provider: Provider) -> Kernel:
     """The provider's kernel; `provider.load()` runs once per process, or once more after it raised."""
-    return provider.load()
+    with _load_lock:
+        if provider not in _kernels:
+            _kernels[provider] = provider.load()
+        return _kernels[provider]
 
 
 def working_providers(group: str) -> dict[str, Provider]:

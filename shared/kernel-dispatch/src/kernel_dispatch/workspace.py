@@ -24,12 +24,11 @@ def check_workspace(
     Raises ArgumentTypeError (not a tensor, wrong dtype) or ArgumentError (device, shape, size, alignment),
     naming `name`.
     """
-    if workspace is None:
-        if nbytes > 0:
-            raise ArgumentTypeError(name, f"None, expected a uint8 tensor of {nbytes} bytes on {device}")
+    if workspace is None and nbytes == 0:
         return
     if not isinstance(workspace, torch.Tensor):
-        raise ArgumentTypeError(name, f"{type(workspace).__name__}, expected uint8 tensor of {nbytes} bytes")
+        came = "None" if workspace is None else type(workspace).__name__
+        raise ArgumentTypeError(name, f"{came}, expected a uint8 tensor of {nbytes} bytes on {device}")
     if workspace.dtype not in (torch.uint8, torch.int8):
         raise ArgumentTypeError(name, f"dtype {dtype_name(workspace.dtype)}, expected uint8 or int8")
     if not same_device(workspace.device, device):
