@@ -30,11 +30,23 @@ def python_blocks() -> list[object]:
     ]
 
 
+def run_block(block: str, folder: Path) -> str:
+    """Run a Python block in an interpreter of its own, in `folder`; returns what it printed."""
+    command = [sys.executable, "-c", block]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 @pytest.mark.parametrize("block", python_blocks())
 def test_example_runs_as_written(block: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", block]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert ran.returncode == 0, ran.stderr
+    run_block(block, tmp_path)
+
+
+def test_readme_shows_what_explain_prints(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = (block for block in PYTHON_BLOCK.findall(text) if "print(kernel_dispatch.explain" in block)
+    assert f"```python\n{block}```\n\n```\n{run_block(block, tmp_path)}```\n" in text
 
 
 def test_readme_has_an_example_for_each_operation_package() -> None:
