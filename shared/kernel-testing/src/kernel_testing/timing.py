@@ -59,8 +59,8 @@ def time_cpu_us(run: Callable[[], object], repeats: int = 20, warmup: int = 3) -
 def copy_bandwidth_gb_s(device: torch.device, nbytes: int = 1 << 30) -> float:
     """The ceiling of memory-bound work: GB/s, read plus written, of the median copy of `nbytes`.
 
-    On a GPU an element-wise kernel copies (and negates), for the driver's memcpy is at times slower: on an H100
-    80GB HBM3 with torch 2.11, 1 GiB: 3006 GB/s against 2421.
+    On a GPU an element-wise kernel copies (and negates), for the driver's memcpy can be slower: 2421 GB/s
+    against 3006 for 1 GiB on an H100 80GB HBM3 with torch 2.11, November 2026.
     """
     source = torch.zeros(nbytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
