@@ -4,6 +4,7 @@ import gdn_mtp
 import pytest
 import torch
 from gdn_support import BF16, DEVICE, FP32, Case, assert_same_bits, slots_tensor
+from kernel_dispatch import ArgumentError, debug
 from kernel_testing import poisoned
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -104,7 +105,7 @@ def test_bad_arguments_raise_under_compile_as_well():
     torch._dynamo.reset()
     inputs, pool, indices, buffer = arguments()
     compiled = torch.compile(Verify(), fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match="initial_state_indices"):
+    with debug(), pytest.raises(ArgumentError, match="initial_state_indices"):
         compiled(inputs, pool, indices + 100, buffer)
     assert buffer.isnan().all()
 

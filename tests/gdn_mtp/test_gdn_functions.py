@@ -121,6 +121,22 @@ def test_no_requests(layout):
     assert returned is state
 
 
+@pytest.mark.parametrize("scatter", [False, True])
+def test_no_requests_on_a_pool(scatter):
+    case = Case(B=0)
+    pool, indices = case.states(2), slots_tensor()
+    options = {"ssm_state_indices": indices.view(0, 1).expand(0, case.T)} if scatter else {}
+    output, returned = gdn_mtp.gated_delta_rule_mtp(
+        **case.inputs(),
+        initial_state=pool,
+        initial_state_indices=indices,
+        disable_state_update=False,
+        **options,
+    )
+    assert output.shape == (0, case.T, case.HV, case.V)
+    assert returned is pool
+
+
 def test_tokens_of_one_call_equal_single_calls():
     case = Case(B=3, T=6)
     inputs, state = case.inputs(), case.states(case.B)

@@ -146,7 +146,7 @@ def test_tuning_leaves_the_effect_of_one_call(mode):
     options = {
         "pool": {},
         "state": {},
-        "scatter": {"ssm_state_indices": torch.tensor([[4, 1], [2, 2], [-1, 0]], device=DEVICE)},
+        "scatter": {"ssm_state_indices": torch.tensor([[4, 1], [99, 99], [-1, 0]], device=DEVICE)},
         "write": {"output_state_indices": slots_tensor(3, 5, -1)},
     }[mode]
 

@@ -18,7 +18,7 @@ from kernel_dispatch import (
 from torch import Tensor
 
 from gdn_mtp.problem import GatedDeltaRuleProblem
-from gdn_mtp.specs import CallFlags, CallForm, CallTensors, check_call
+from gdn_mtp.specs import CallFlags, CallForm, CallTensors, check_call, written_slots
 
 # The argument of Plan.run that each field of a problem describes.
 _ARGUMENT_OF_FIELD = {
@@ -228,10 +228,10 @@ def _start(
 
 def _snapshot(problem: GatedDeltaRuleProblem, tensors: CallTensors) -> Callable[[], None]:
     """Save the slots that the call writes; the result puts them back."""
+    if not problem.update_state:
+        return lambda: None
     state = tensors.state
-    slots = tensors.initial_state_indices
-    for indices in (tensors.output_state_indices, tensors.ssm_state_indices):
-        slots = slots if indices is None else indices
+    _, slots = written_slots(tensors)
     slots = torch.arange(problem.B, device=state.device) if slots is None else slots.flatten().long()
     named = slots[slots >= 0]
     saved = state.index_select(0, named)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
-from kernel_dispatch import ArgumentError, ArgumentTypeError
+from kernel_dispatch import ArgumentError, ArgumentTypeError, bucket_batch
 
 StateLayout = Literal["vk", "kv"]
 Intermediate = Literal["none", "buffer", "scatter"]
@@ -15,7 +15,6 @@ BIAS_DTYPES = (torch.float32, torch.bfloat16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 L2NORM_EPSILON = 1e-6  # x / sqrt(sum x^2 + epsilon)
-MAX_BUCKET = 2048  # requests; larger batches share one tuning bucket
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class GatedDeltaRuleProblem:
 
     def bucketed(self) -> "GatedDeltaRuleProblem":
         """The tuner's stand-in for this problem: B rounded down to a power of two, at most 2048."""
-        return replace(self, B=min(1 << (self.B.bit_length() - 1), MAX_BUCKET))
+        return replace(self, B=bucket_batch(self.B))
 
     def describe(self) -> str:
         """One line such as `B8-T4-H16-HV32-K128-V128-bf16-gates.bf16.fp32-out.bf16-state.fp32.vk-update`."""

@@ -159,7 +159,7 @@ def check_call(
     if isinstance(scale, Tensor):
         named["scale"] = scale
     check_no_overlap(outputs, named)
-    _check_slots(form, tensors, writes_pool)
+    _check_slots(tensors, writes_pool)
     return None if dims["B"] == 0 else problem_of(form, tensors, flags)
 
 
@@ -192,6 +192,22 @@ def problem_of(form: CallForm, tensors: CallTensors, flags: CallFlags) -> GatedD
     )
 
 
+def written_slots(tensors: CallTensors) -> tuple[str, Tensor | None]:
+    """The argument that names the slots a state-updating call writes, and these: [B] or [B, T].
+
+    Negative where none is written, None where request i owns slot i.
+    """
+    reads = tensors.initial_state_indices
+    for name in ("output_state_indices", "ssm_state_indices"):
+        slots = getattr(tensors, name)
+        if slots is not None and reads is not None:
+            padding = (reads < 0).view(
+                -1, *[1] * (slots.dim() - 1)
+            )  # what a padded request names is not used
+            return name, slots.masked_fill(padding, -1)
+    return "initial_state_indices", reads
+
+
 def _check_same_dtypes(form: CallForm, tensors: CallTensors) -> None:
     """Raises where tensors that share one dtype differ; index tensors may be int32 beside int64."""
     for name, first_name in (
@@ -222,7 +238,7 @@ def _check_sizes(form: CallForm, tensors: CallTensors, dims: dict[str, int]) -> 
                 )
 
 
-def _check_slots(form: CallForm, tensors: CallTensors, writes_pool: bool) -> None:
+def _check_slots(tensors: CallTensors, writes_pool: bool) -> None:
     """Raises for a slot out of range, written twice, or read by one request and written by another.
 
     Only where values may be read: on the CPU, and in debug mode outside graph capture.
@@ -234,23 +250,18 @@ def _check_slots(form: CallForm, tensors: CallTensors, writes_pool: bool) -> Non
     check_index_range("initial_state_indices", reads, pool_size)
     if not writes_pool:
         return
-    name, writes = "initial_state_indices", reads
-    for other in ("output_state_indices", "ssm_state_indices"):
-        indices = getattr(tensors, other)
-        if indices is not None:
-            padding = (reads < 0).reshape(-1, *[1] * (indices.dim() - 1))
-            name, writes = other, indices.masked_fill(padding, -1)  # what a padded request names is not used
-            check_index_range(name, writes, pool_size)
-    readers = reads.tolist()
+    name, writes = written_slots(tensors)
+    assert writes is not None, "a pool with read indices has write slots"
+    check_index_range(name, writes, pool_size)
     writer_of: dict[int, int] = {}
-    for request, slots in enumerate(writes.reshape(writes.shape[0], -1).tolist()):
+    for request, slots in enumerate(writes.unsqueeze(-1).flatten(1).tolist()):
         for slot in slots:
             if slot >= 0 and slot in writer_of:
                 raise ArgumentError(
                     name, f"slot {slot} is written by request {writer_of[slot]} and by request {request}"
                 )
             writer_of[slot] = request
-    for request, slot in enumerate(readers):
+    for request, slot in enumerate(reads.tolist()):
         writer = writer_of.get(slot, request)
         if slot >= 0 and writer != request:
             raise ArgumentError(name, f"request {writer} writes slot {slot}, which request {request} reads")
