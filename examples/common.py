@@ -15,12 +15,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """One request decoded greedily: `tokens` [n] int64 and the `logits` [n, vocab] float32 that chose them."""
+    """One request decoded greedily: `tokens` [n] int64, and `logits` [n, vocab] float32 that chose them."""
 
     tokens: Tensor
     logits: Tensor
@@ -74,12 +74,19 @@ def top_gap(scores: Tensor, k: int = 1) -> Tensor:
     return best[..., k - 1] - best[..., k]
 
 
-def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Overwrite the parameters of `model` with seeded random values that keep activations of order one.
+def random_model(
+    architecture: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """A model with seeded random weights that keep activations of order one, whatever the device.
 
     Matrices get a standard deviation of fan_in ** -0.5. Vectors (norm weights, biases, gates) get 10 % noise
     around their constructor's value, so that dropping one of them changes the result.
     """
+    model = architecture(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,6 +99,7 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
             else:
                 parameter.add_(0.1 * noise)
+    return model.to(device=device, dtype=dtype)
 
 
 class StockDecoder:

@@ -8,8 +8,8 @@ The stock module expands the cached latents to per-head keys and values. Here th
 
 so that attention reads one [kv_lora_rank + qk_rope_head_dim] row per cached token, whatever the head count.
 
-Prefill, decode and the verification of draft tokens are the same call; they differ in query tokens per request.
-All requests travel in one ragged batch: `model(input_ids [1, total_q])`, one request after the other.
+Prefill, decode and the verification of drafts are the same call; they differ in query tokens per request. All
+requests travel in one ragged batch: `model(input_ids [1, total_q])`, one request after the other.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Step:
 class PagedLatentCache:
     """Latent rows of all layers and requests in pages of `page_size` rows, handed out in a shuffled order.
 
-    pages [num_layers, num_pages, page_size, kv_lora_rank + qk_rope_head_dim]. Rows that hold no token are NaN,
-    so reading one shows in the output.
+    pages [num_layers, num_pages, page_size, kv_lora_rank + qk_rope_head_dim]. Rows that hold no token are
+    NaN, so reading one shows in the output.
     """
 
     def __init__(self, model: DeepseekV3ForCausalLM, num_pages: int, page_size: int, seed: int = 0) -> None:
@@ -105,7 +105,7 @@ class PagedLatentCache:
         return len(self.seq_lens) - 1
 
     def extend(self, requests: Sequence[int], q_lens: Sequence[int]) -> Step:
-        """Make room for `q_lens[i]` more tokens of `requests[i]`; changes lengths, pages are written later."""
+        """Make room for `q_lens[i]` more tokens of `requests[i]`; pages are written later."""
         pages, offsets, positions = [], [], []
         for request, q_len in zip(requests, q_lens, strict=True):
             start = self.seq_lens[request]
@@ -131,7 +131,7 @@ class PagedLatentCache:
         )
 
     def truncate(self, request: int, seq_len: int) -> None:
-        """Forget the tokens of `request` from `seq_len` on; their rows become NaN, whole pages become free."""
+        """Forget the tokens of `request` from `seq_len` on; rows become NaN, whole pages free."""
         pages = self.request_pages[request]
         kept_pages = -(-seq_len // self.page_size)
         if seq_len % self.page_size:
@@ -165,7 +165,7 @@ class PagedMLAAttention(nn.Module):
         step: Step,
         **unused: object,
     ) -> tuple[Tensor, None]:
-        """hidden_states [1, total_q, hidden_size]; writes the new latent rows to the layer's pages of `cache`.
+        """hidden_states [1, total_q, hidden_size]; writes the new latents to the layer's pages of `cache`.
 
         transformers also passes its own mask, positions and cache, for which `step` stands.
         """
@@ -195,7 +195,7 @@ class PagedMLAAttention(nn.Module):
         return q.unflatten(-1, (attention.num_heads, sum(sizes))).split(sizes, dim=-1)
 
     def _latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """c_latent [1, total_q, kv_lora_rank] and k_rope [1, total_q, 1, qk_rope_head_dim], not yet rotated."""
+        """c_latent [1, total_q, kv_lora_rank] and k_rope [1, total_q, 1, qk_rope_head_dim], unrotated."""
         attention = self.attention
         sizes = [attention.kv_lora_rank, attention.qk_rope_head_dim]
         c_latent, k_rope = attention.kv_a_proj_with_mqa(hidden_states).split(sizes, dim=-1)
@@ -224,8 +224,8 @@ class PagedMLAAttention(nn.Module):
 def patch(model: DeepseekV3ForCausalLM, backend: str = "auto") -> None:
     """Replace the attention of every layer of `model`, in place; weights stay shared and unchanged.
 
-    Afterwards `model(...)` needs the keyword arguments `cache` and `step`, which `PagedEngine` supplies, and no
-    longer takes a transformers cache. backend: for `mla_core.decode`.
+    Afterwards `model(...)` needs the keyword arguments `cache` and `step`, which `PagedEngine` supplies,
+    and no longer takes a transformers cache. backend: for `mla_core.decode`.
     """
     for layer in model.model.layers:
         layer.self_attn = PagedMLAAttention(layer.self_attn, backend)
@@ -255,7 +255,7 @@ class PagedEngine:
         return self._forward(requests, tokens)[0].unflatten(0, tokens.shape)
 
     def commit(self, requests: Sequence[int], kept: Sequence[int]) -> None:
-        """Keep the first `kept[i]` verified tokens of `requests[i]`: the latents of the others are dropped."""
+        """Keep the first `kept[i]` verified tokens of `requests[i]`: drop the latents of the others."""
         for request, num_kept in zip(requests, kept, strict=True):
             self.cache.truncate(request, self.cache.seq_lens[request] - self.num_verified + num_kept)
 

@@ -1,17 +1,17 @@
 """Qwen3-Next of transformers, its linear attention replaced by gdn_mtp decode and multi-token verify.
 
-Per layer and request, Gated DeltaNet keeps a state [HV, V, K] and the last inputs of a short convolution. Here
-the states live in a pool, and a request's states in a slot of it:
+Per layer and request, Gated DeltaNet keeps a state [HV, V, K] and the last inputs of a short convolution.
+Here the states live in a pool, and a request's states in a slot of it:
 
     prefill  the stock module's chunk function; its final state moves into the slot
     decode   gdn_mtp.gated_delta_rule_decode_pretranspose on the slot, in place
     verify   gdn_mtp.gated_delta_rule_mtp on T = 1 + drafts tokens, keeping the state after every token
 
-A recurrent state cannot be shortened as a KV cache can, so rejected drafts are undone by going back to the state
-after the last accepted token. Two ways, both without recomputing anything:
+A recurrent state cannot be shortened as a KV cache can, so rejected drafts are undone by going back to the
+state after the last accepted token. Two ways, both without recomputing anything:
 
-    gather   the pool stays as it is (`disable_state_update=True`), the states after each token go to a buffer,
-             and commit copies the right one into the slot
+    gather   the pool stays as it is (`disable_state_update=True`), the states after each token go to a
+             buffer, and commit copies the right one into the slot
     scatter  the states after each token go to spare slots (`ssm_state_indices`), and commit makes the right
              one the request's slot, copying nothing
 
@@ -36,7 +36,7 @@ Rollback = Literal["gather", "scatter"]
 
 
 def small_config() -> Qwen3NextConfig:
-    """Three Gated DeltaNet layers with Qwen3-Next's head size, one full-attention layer; the last layer is MoE."""
+    """Three Gated DeltaNet layers with Qwen3-Next's head size, then an attention layer, which has the MoE."""
     return Qwen3NextConfig(
         vocab_size=64,
         hidden_size=128,
@@ -116,7 +116,7 @@ class Step:
     conv_windows: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, num_kv_heads, T, head_dim] of a full-attention layer; return all of them."""
+        """Store keys and values [B, num_kv_heads, T, head_dim] of an attention layer; return all of them."""
         stored = []
         for buffer, new in ((self.pool.keys[layer_idx], keys), (self.pool.values[layer_idx], values)):
             buffer[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
@@ -266,7 +266,7 @@ class PooledEngine:
         self.verified: Step | None = None
 
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Admit one request per prompt [prompt_len], one pass each; logits [B, vocab] after the last tokens."""
+        """Admit one request per prompt [prompt_len], one pass each; logits [B, vocab] after the last ones."""
         logits = []
         for prompt in prompts:
             row, self.num_requests = self.num_requests, self.num_requests + 1
@@ -284,7 +284,7 @@ class PooledEngine:
         return logits[: len(requests), 0]
 
     def verify(self, requests: Sequence[int], tokens: Tensor) -> Tensor:
-        """Append tokens [n, num_verify] provisionally; logits [n, num_verify, vocab]. `commit` must follow."""
+        """Append tokens [n, T] provisionally; logits [n, T, vocab]. `commit` must follow."""
         rows, batch = self._pad(requests, tokens)
         step = self._step(rows, self.num_verify, "verify")
         if self.intermediate is None:
@@ -295,7 +295,7 @@ class PooledEngine:
         return self._forward(batch, step)[: len(requests)]
 
     def commit(self, requests: Sequence[int], kept: Sequence[int]) -> None:
-        """Keep the first `kept[i]` verified tokens of `requests[i]`; states, convolution and length follow."""
+        """Keep the first `kept[i]` verified tokens of `requests[i]`; undo the others."""
         assert self.verified is not None, "commit follows verify"
         step, self.verified = self.verified, None
         pool, batch_row = self.pool, torch.arange(len(requests), device=self.model.device)
