@@ -18,7 +18,7 @@ SQRT_TERMS = 32  # roundings of a sum of up to 1024 terms add up like a random w
 
 @dataclass(frozen=True)
 class Rounding:
-    """Rounding of a value to a dtype: relative (half an ulp of a normal number) plus absolute (a subnormal's)."""
+    """Rounding to a dtype: relative (half an ulp of a normal number) plus absolute (that of a subnormal)."""
 
     relative: float
     absolute: float
@@ -116,7 +116,7 @@ def lse_bound(inputs: Inputs, softmax_scale: float) -> float:
 def out_bound(inputs: Inputs, softmax_scale: float, output_scale: float, out_dtype: torch.dtype) -> Rounding:
     """Bound of an output's error: the rounding to its dtype and that of the float32 weights and their sums.
 
-    An error d of the logits moves each weight by 2 d relatively, and the weighted sums add SQRT_TERMS roundings.
+    An error d of the logits moves a weight by 2 d relatively; the weighted sums add SQRT_TERMS roundings.
     """
     largest_value = inputs.kv_cache.double().nan_to_num(0.0).abs().max().item()
     weights = 2 * lse_bound(inputs, softmax_scale) + 2 * SQRT_TERMS * FP32_ROUNDOFF

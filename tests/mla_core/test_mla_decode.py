@@ -114,6 +114,16 @@ def test_negative_table_entries_are_absent_keys() -> None:
     assert (lse[2] == -math.inf).all()
 
 
+def test_page_offsets_past_two_to_the_31_elements() -> None:
+    kv_cache = torch.empty(2**31 // 576 + 3, 1, 576, dtype=E4M3)  # untouched pages take no memory
+    case = Case((2,), num_heads=2, page_size=1, dtype=E4M3)
+    inputs = case.inputs()
+    pages = torch.tensor([0, len(kv_cache) - 1])
+    kv_cache[pages] = inputs.kv_cache[inputs.block_tables[0, :2].long()]
+    out = decode(inputs.query, kv_cache, pages.view(1, 2).int(), inputs.seq_lens, softmax_scale=case.scale)
+    assert torch.equal(out, decode(*inputs.positional, softmax_scale=case.scale))
+
+
 def test_more_query_tokens_than_keys() -> None:
     _, lse = decode_and_check(Case((2, 0, 5), q_len=4, num_heads=3))
     assert (lse[0, :2] == -math.inf).all()

@@ -136,9 +136,9 @@ def _select(problem: DecodeProblem, tensors: DecodeTensors, backend: str) -> Sel
     device = tensors.query.device
     if backend != "auto":
         return resolve(problem, device, backend)
+    check_values(tensors, problem)  # profiling would write
 
     def make_run(candidate: Selection) -> Callable[[], None]:
-        check_values(tensors, problem)  # before the first write, which profiling would make
         plan = plan_selection(candidate, problem, device)
         workspace = tensors.workspace
         if workspace is None and plan.workspace_nbytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kernel_dispatch import TensorSpec, bind, needs_op, register_op
+from kernel_dispatch import ArgumentTypeError, TensorSpec, bind, needs_op, register_op
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,6 +20,9 @@ def merge_states(
         exactly, whatever the output of the empty side holds. With -inf on both the result is zero and -inf.
     Returns new tensors of the dtypes of o_a and lse_a. Raises ArgumentError naming the argument.
     """
+    for name, value in (("o_a", o_a), ("lse_a", lse_a), ("o_b", o_b), ("lse_b", lse_b)):
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentTypeError(name, f"{type(value).__name__}, expected a tensor")
     if needs_op(o_a, lse_a, o_b, lse_b):
         merged: tuple[torch.Tensor, torch.Tensor] = _merge_op(o_a, lse_a, o_b, lse_b)
         return merged
@@ -55,13 +58,11 @@ def _merge_fake(
 
 
 def _check(o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor) -> None:
-    rank = o_a.dim() - 1 if isinstance(o_a, torch.Tensor) else 0
-    leading = tuple(f"dimension {index}" for index in range(rank))
-    o_dtypes = (o_a.dtype,) if isinstance(o_a, torch.Tensor) and o_a.dtype in STATE_DTYPES else STATE_DTYPES
+    leading = tuple(f"dimension {index}" for index in range(o_a.dim() - 1))
     specs = (
-        TensorSpec("o_a", (*leading, "head_dim"), o_dtypes, layout="any"),
+        TensorSpec("o_a", (*leading, "head_dim"), STATE_DTYPES, layout="any"),
         TensorSpec("lse_a", leading, (torch.float32,), layout="any"),
-        TensorSpec("o_b", (*leading, "head_dim"), o_dtypes, layout="any"),
+        TensorSpec("o_b", (*leading, "head_dim"), (o_a.dtype,), layout="any"),
         TensorSpec("lse_b", leading, (torch.float32,), layout="any"),
     )
     bind(specs, {"o_a": o_a, "lse_a": lse_a, "o_b": o_b, "lse_b": lse_b})

@@ -46,10 +46,14 @@ class DecodeTensors:
         return self.cum_seq_lens_q is not None
 
     def check_types(self) -> None:
-        """Raise ArgumentTypeError for whatever is not a tensor; scales are left to `check_values`."""
+        """Raise for whatever is not a strided tensor; scales are left to `check_values`."""
         for name, value in self._by_name().items():
-            if not isinstance(value, torch.Tensor) and (value is not None or name in _REQUIRED):
+            if value is None and name not in _REQUIRED:
+                continue
+            if not isinstance(value, torch.Tensor):
                 raise ArgumentTypeError(name, f"{type(value).__name__}, expected a tensor")
+            if value.layout is not torch.strided:
+                raise ArgumentError(name, f"layout {value.layout}, expected torch.strided")
 
     def all_tensors(self) -> list[torch.Tensor]:
         """Every tensor that was given, scales among them."""
