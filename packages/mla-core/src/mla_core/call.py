@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from kernel_dispatch import (
@@ -67,10 +67,10 @@ def execute(tensors: DecodeTensors, options: Options) -> None:
         plan.launch(tensors)
     elif debug_mode():
         with guard_workspace(plan.workspace_nbytes, device) as workspace:
-            plan.launch(replace(tensors, workspace=workspace))
+            plan.launch(tensors._replace(workspace=workspace))
     else:
         workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device=device)
-        plan.launch(replace(tensors, workspace=workspace))
+        plan.launch(tensors._replace(workspace=workspace))
 
 
 def bind_call(tensors: DecodeTensors, options: Options) -> dict[str, int]:
@@ -144,7 +144,7 @@ def _select(problem: DecodeProblem, tensors: DecodeTensors, backend: str) -> Sel
         if workspace is None and plan.workspace_nbytes:
             workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device=device)
         check_workspace(workspace, plan.workspace_nbytes, device)
-        arguments = replace(tensors, workspace=workspace)
+        arguments = tensors._replace(workspace=workspace)
         return lambda: plan.launch(arguments)
 
     def snapshot() -> Callable[[], None]:

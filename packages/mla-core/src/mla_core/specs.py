@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from kernel_dispatch import (
@@ -22,12 +21,15 @@ from .problem import INPUT_DTYPES, MAX_NUM_HEADS, OUT_DTYPES, DecodeProblem
 Scale = float | torch.Tensor
 
 _REQUIRED = ("query", "kv_cache", "block_tables", "seq_lens")
+_SCALES = ("softmax_scale", "output_scale")
 _WRITTEN = ("out", "lse", "workspace")
 
 
-@dataclass(frozen=True)
-class DecodeTensors:
-    """The tensors of a call as the caller passed them; see `mla_core.decode` for shapes and dtypes."""
+class DecodeTensors(NamedTuple):
+    """The tensors of a call as the caller passed them, in a launcher's order; shapes as in `mla_core.decode`.
+
+    A tuple rather than a dataclass, since one is made for every launch.
+    """
 
     query: torch.Tensor
     kv_cache: torch.Tensor
@@ -57,36 +59,32 @@ class DecodeTensors:
 
     def all_tensors(self) -> list[torch.Tensor]:
         """Every tensor that was given, scales among them."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return [value for value in values if isinstance(value, torch.Tensor)]
+        return [value for value in self if isinstance(value, torch.Tensor)]
 
     def check_memory(self) -> None:
         """Raise ArgumentError if an output or the workspace shares memory with another argument."""
         tensors = self._by_name()
         outputs = {name: tensors.pop(name) for name in _WRITTEN}
-        for name in ("softmax_scale", "output_scale"):
-            value = getattr(self, name)
-            tensors[name] = value if isinstance(value, torch.Tensor) else None
+        scales = {name: getattr(self, name) for name in _SCALES}
+        tensors |= {name: scale for name, scale in scales.items() if isinstance(scale, torch.Tensor)}
         check_no_overlap(outputs, tensors)
 
-    def launch_arguments(self) -> tuple[Any, ...]:
+    def launch_arguments(self) -> DecodeTensors:
         """What a launcher takes: a dense query with its q_len dimension, the cache without its unit one."""
         canonical = self
         if not self.ragged and self.query.dim() == 3:
             assert self.out is not None
-            canonical = replace(
-                self,
+            canonical = self._replace(
                 query=self.query.unsqueeze(1),
                 out=self.out.unsqueeze(1),
                 lse=None if self.lse is None else self.lse.unsqueeze(1),
             )
         if self.kv_cache.dim() == 4:
-            canonical = replace(canonical, kv_cache=self.kv_cache.select(1, 0))
-        return tuple(getattr(canonical, field.name) for field in fields(canonical))
+            canonical = canonical._replace(kv_cache=self.kv_cache.select(1, 0))
+        return canonical
 
     def _by_name(self) -> dict[str, torch.Tensor | None]:
-        scales = ("softmax_scale", "output_scale")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in scales}
+        return {name: value for name, value in self._asdict().items() if name not in _SCALES}
 
 
 def bind_tensors(
