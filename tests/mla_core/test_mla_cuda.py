@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_testing import poison_, poisoned
-from mla_cases import BF16, E4M3, FP16, Case, Inputs, assert_decoded
+from mla_cases import BF16, E4M3, FP16, Case, Inputs, assert_decoded, bits
 from mla_core import DecodeProblem, decode, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -12,6 +12,11 @@ CASES = [
     Case((300, 0, 67), q_len=2, num_heads=16),
     Case((70, 1, 513), num_heads=128, page_size=1, dtype=FP16),
     Case((300, 5), num_heads=8, q_lens=(1, 3), dtype=E4M3),
+]
+INVARIANT = [
+    Case((1000,) * 7, q_len=2, num_heads=128),
+    Case((600, 0, 1, 300) * 8, num_heads=1),
+    Case((300, 70) * 65, num_heads=16),
 ]
 
 
@@ -43,6 +48,18 @@ def test_matches_the_oracle_without_synchronising(case: Case, backend: str) -> N
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_decoded(out, lse, case.inputs(), softmax_scale=case.scale)
+
+
+@pytest.mark.parametrize("case", INVARIANT, ids=str)
+def test_same_bits_run_to_run_alone_and_in_a_batch(case: Case) -> None:
+    query, kv_cache, block_tables, seq_lens = on_gpu(case.inputs()).positional
+    options = {"softmax_scale": case.scale, "max_seq_len": max(case.lengths), "backend": "torch"}
+    out = decode(query, kv_cache, block_tables, seq_lens, **options)
+    assert torch.equal(bits(decode(query, kv_cache, block_tables, seq_lens, **options)), bits(out))
+    for request in range(len(case.lengths)):
+        one = slice(request, request + 1)
+        alone = decode(query[one], kv_cache, block_tables[one], seq_lens[one], **options)
+        assert torch.equal(bits(alone[0]), bits(out[request]))
 
 
 def test_graph_replays_with_changed_lengths_tables_and_scales() -> None:

@@ -7,11 +7,12 @@ and finally out = output_scale * acc / l, lse = m + log l.
 
 Work is cut into tiles of requests, query tokens and keys, so that the temporary memory does not grow with the
 problem. The number of chunks follows from max_seq_len (on the CPU, from the longest sequence), never from a
-value on a GPU: nothing synchronises, and a call can be captured in a CUDA graph. A chunk that a request does
-not reach leaves its running values as they are, every chunk has the same width, and no product mixes
-requests, so other requests do not change a result. (On a GPU, another number of requests in a tile may still
-make the matrix library choose another algorithm.) Products are in float32 at the precision set by
-`torch.set_float32_matmul_precision`.
+value on a GPU: nothing synchronises, and a call can be captured in a CUDA graph.
+
+A request's result does not depend on the other requests: no product mixes them, every chunk has the same
+width, a chunk that a request does not reach leaves its running values as they are, and on a GPU, where the
+matrix library chooses its algorithm by the number of requests too, every tile is filled up to the same number.
+Products are in float32 at the precision set by `torch.set_float32_matmul_precision`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .problem import DecodeProblem
 
 CHUNK_KEYS = 256
 TILE_ROWS = 512  # (query token, head) rows of a request that are processed at a time
-TEMPORARY_BYTES = 256 << 20  # of a call, at most; or those of one request's tile if they are more
+TEMPORARY_BYTES = 128 << 20  # of a call, at most; or those of one request's tile if they are more
 
 FLOAT32_BYTES = 4
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -68,6 +69,22 @@ class Units:
     block_tables: torch.Tensor
     key_limit: torch.Tensor
 
+    def tile(self, units: slice, tokens: slice) -> Units:
+        """Views of some units and some of their tokens."""
+        lse = None if self.lse is None else self.lse[units, tokens]
+        limit = self.key_limit[units, tokens]
+        return Units(self.query[units, tokens], self.out[units, tokens], lse, self.block_tables[units], limit)
+
+    def store(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Write float32 results, of which there may be more than units; rows that saw no key become zero."""
+        out, lse = out[: self.out.shape[0]], lse[: self.out.shape[0]]
+        out.masked_fill_(torch.isneginf(lse).unsqueeze(-1), 0.0)
+        if self.out.dtype is torch.float8_e4m3fn:
+            out.clamp_(-FLOAT8_MAX, FLOAT8_MAX)  # saturate; NaN stays NaN
+        self.out.copy_(out)
+        if self.lse is not None:
+            self.lse.copy_(lse)
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -99,24 +116,21 @@ class Launcher:
             num_keys = int(seq_lens.max())
         unit_tile, token_tile = self._tile_shape()
         for first_unit in range(0, units.query.shape[0], unit_tile):
-            unit_slice = slice(first_unit, first_unit + unit_tile)
             for first_token in range(0, units.query.shape[1], token_tile):
-                tile = (unit_slice, slice(first_token, first_token + token_tile))
-                limit = units.key_limit[tile]
+                tile = units.tile(
+                    slice(first_unit, first_unit + unit_tile), slice(first_token, first_token + token_tile)
+                )
+                fill_to = unit_tile if query.is_cuda else 0
                 tile_out, tile_lse = _attend(
-                    units.query[tile],
+                    _filled_up(tile.query.float(), fill_to),
                     kv_cache,
-                    units.block_tables[unit_slice],
-                    limit,
+                    _filled_up(tile.block_tables, fill_to),
+                    _filled_up(tile.key_limit, fill_to),
                     num_keys,
                     _scalar(softmax_scale),
                     self.problem.kv_lora_rank,
                 )
-                empty = torch.isneginf(tile_lse).unsqueeze(-1)
-                tile_out = (tile_out * _scalar(output_scale)).masked_fill_(empty, 0.0)
-                units.out[tile].copy_(_saturated(tile_out, units.out.dtype))
-                if units.lse is not None:
-                    units.lse[tile].copy_(tile_lse)
+                tile.store(tile_out * _scalar(output_scale), tile_lse)
 
     def _tile_shape(self) -> tuple[int, int]:
         """Requests (or ragged tokens) and tokens per request of a tile; independent of the batch."""
@@ -164,7 +178,7 @@ def _units_of_tokens(
 
 
 def _attend(
-    query: torch.Tensor,  # [units, tokens, num_heads, head_dim]
+    query: torch.Tensor,  # [units, tokens, num_heads, head_dim] float32
     kv_cache: torch.Tensor,
     block_tables: torch.Tensor,  # [units, max_pages]
     key_limit: torch.Tensor,  # [units, tokens]
@@ -174,7 +188,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [units, tokens, num_heads, kv_lora_rank] and lse [units, tokens, num_heads] in float32."""
     units, tokens, num_heads, head_dim = query.shape
-    rows = query.reshape(units, tokens * num_heads, head_dim).float()
+    rows = query.reshape(units, tokens * num_heads, head_dim)
     row_limit = key_limit.repeat_interleave(num_heads, dim=1).unsqueeze(-1)  # [units, rows, 1]
     row_max = rows.new_full((units, tokens * num_heads, 1), -math.inf)
     row_sum = torch.zeros_like(row_max)
@@ -218,6 +232,9 @@ def _scalar(scale: Scale) -> Scale:
     return scale.reshape(()) if isinstance(scale, torch.Tensor) else scale
 
 
-def _saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values clamped to the range of an fp8 output; NaN stays NaN."""
-    return values.clamp_(-FLOAT8_MAX, FLOAT8_MAX) if dtype is torch.float8_e4m3fn else values
+def _filled_up(tensor: torch.Tensor, units: int) -> torch.Tensor:
+    """`tensor` with zeros, which are units without keys, behind its first dimension up to `units`."""
+    missing = units - tensor.shape[0]
+    if missing <= 0:
+        return tensor
+    return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:])))
