@@ -11,7 +11,7 @@ value on a GPU: nothing synchronises, and a call can be captured in a CUDA graph
 
 A request's result does not depend on the other requests: no product mixes them, every chunk has the same
 width, a chunk that a request does not reach leaves its running values as they are, and on a GPU, where the
-matrix library chooses its algorithm by the number of requests too, every tile is filled up to the same number.
+matrix library chooses its algorithm by the number of requests too, every tile is filled up to one size.
 Products are in float32 at the precision set by `torch.set_float32_matmul_precision`.
 """
 
