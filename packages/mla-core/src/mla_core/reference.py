@@ -10,7 +10,7 @@ import math
 
 import torch
 
-Float = float | torch.Tensor
+from .specs import Scale
 
 
 def decode_reference(
@@ -20,8 +20,8 @@ def decode_reference(
     seq_lens: torch.Tensor,
     *,
     kv_lora_rank: int = 512,
-    softmax_scale: Float,
-    output_scale: Float = 1.0,
+    softmax_scale: Scale,
+    output_scale: Scale = 1.0,
     cum_seq_lens_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out [..., num_heads, kv_lora_rank] and lse [..., num_heads], shaped as the query, in float64.

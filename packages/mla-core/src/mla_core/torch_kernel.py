@@ -25,6 +25,7 @@ import torch
 from kernel_dispatch import Arch
 
 from .problem import DecodeProblem
+from .specs import Scale
 
 CHUNK_KEYS = 256
 TILE_ROWS = 512  # (query token, head) rows of a request that are processed at a time
@@ -32,8 +33,6 @@ TEMPORARY_BYTES = 128 << 20  # of a call, at most; or those of one request's til
 
 FLOAT32_BYTES = 4
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
-
-Scale = float | torch.Tensor
 
 
 class TorchKernel:
