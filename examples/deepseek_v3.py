@@ -152,9 +152,6 @@ class PagedMLAAttention(nn.Module):
         super().__init__()
         self.attention = attention
         self.backend = backend
-        sizes = [attention.qk_nope_head_dim, attention.v_head_dim]
-        up_projections = attention.kv_b_proj.weight.unflatten(0, (attention.num_heads, sum(sizes)))
-        self.w_uk, self.w_uv = up_projections.split(sizes, dim=1)  # [H, head_dim, kv_lora_rank], views
 
     def forward(
         self,
@@ -179,9 +176,10 @@ class PagedMLAAttention(nn.Module):
         kv_cache = cache.pages[self.attention.layer_idx]
         kv_cache[step.token_pages, step.token_offsets] = torch.cat([c_latent[0], k_rope[0, :, 0]], dim=-1)
 
-        q_latent = torch.einsum("thn,hnc->thc", q_nope[0], self.w_uk)
+        w_uk, w_uv = self._up_projections()
+        q_latent = torch.einsum("thn,hnc->thc", q_nope[0], w_uk)
         o_latent = self._decode(torch.cat([q_latent, q_rope[0]], dim=-1), kv_cache, step)
-        attn_out = torch.einsum("thc,hvc->thv", o_latent, self.w_uv)
+        attn_out = torch.einsum("thc,hvc->thv", o_latent, w_uv)
         return self.attention.o_proj(attn_out.flatten(1))[None], None
 
     def _queries(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,6 +198,12 @@ class PagedMLAAttention(nn.Module):
         sizes = [attention.kv_lora_rank, attention.qk_rope_head_dim]
         c_latent, k_rope = attention.kv_a_proj_with_mqa(hidden_states).split(sizes, dim=-1)
         return attention.kv_a_layernorm(c_latent), k_rope.unsqueeze(2)
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, qk_nope_head_dim, kv_lora_rank] and W_UV [H, v_head_dim, kv_lora_rank], views."""
+        attention = self.attention
+        sizes = [attention.qk_nope_head_dim, attention.v_head_dim]
+        return attention.kv_b_proj.weight.unflatten(0, (attention.num_heads, sum(sizes))).split(sizes, dim=1)
 
     def _decode(self, query: Tensor, kv_cache: Tensor, step: Step) -> Tensor:
         """query [total_q, H, kv_lora_rank + qk_rope_head_dim] -> latent output [total_q, H, kv_lora_rank].

@@ -135,6 +135,7 @@ def qwen_client(device: torch.device, seed: int) -> Client:
 
 def run(client: Client, device: torch.device, seed: int) -> report.ClientResult:
     """Decode greedily and speculatively with the patched model and hold it against the untouched one."""
+    print(f"{client.title}: running ...", flush=True)
     cases = common.make_cases(client.model, PROMPT_LENS, NUM_TOKENS, seed)
     prompts = [case.prompt for case in cases]
     patched = copy.deepcopy(client.model)
@@ -172,7 +173,9 @@ def run(client: Client, device: torch.device, seed: int) -> report.ClientResult:
 
 def environment(device: torch.device, seed: int) -> dict[str, str]:
     """What took part, for the head of the report."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
+    name = f"CPU, {platform.machine()}, one thread"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     packages = ("torch", "transformers", "kernel-dispatch", "mla-core", "gdn-mtp")
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {"device": name, "python": platform.python_version(), **versions, "seed": str(seed)}
@@ -188,7 +191,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_client(result: report.ClientResult) -> None:
     """Backends, errors, tokens, times and verdicts of one model."""
-    print(f"{result.title}\n{result.summary}\n")
+    print(f"{result.summary}\n")
     for label, explanation in result.here.items():
         print(f"{label}: {explanation}\n")
     print_table(
@@ -240,6 +243,7 @@ def main() -> int:
     device = torch.device(options.device)
     transformers.logging.set_verbosity_error()  # it warns that it uses its PyTorch paths, as is meant here
 
+    torch.set_num_threads(1)  # the models are tiny: more threads wait for each other longer than they compute
     clients = []
     for make_client in (deepseek_client, qwen_client):
         clients.append(run(make_client(device, options.seed), device, options.seed))

@@ -101,5 +101,6 @@ def plot_sweeps(sweeps: Sequence[Sweep], quantity: str, xlabel: str, ylabel: str
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.3 * highest))  # room for the legend
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.legend(loc="best", fontsize=9)
+    ax.ticklabel_format(axis="y", scilimits=(-2, 4))
+    ax.legend(loc="upper left", fontsize=9)
     return svg(figure, name)

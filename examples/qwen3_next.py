@@ -142,7 +142,7 @@ class PooledGatedDeltaNet(nn.Module):
         super().__init__()
         self.net = net
         self.backend = backend
-        self.A_log = net.A_log.detach().float()
+        self.register_buffer("A_log", net.A_log.detach().float(), persistent=False)
 
     def forward(self, hidden_states: Tensor, cache_params: Step, **unused: object) -> Tensor:
         """hidden_states [B, T, hidden_size]; reads and writes the layer's states in `cache_params.pool`."""
@@ -218,6 +218,7 @@ class PooledGatedDeltaNet(nn.Module):
 def patch(model: Qwen3NextForCausalLM, backend: str = "auto") -> None:
     """Replace the linear attention of every layer of `model` that has one, in place; weights stay shared.
 
+    Patch once the model has its final dtype: gdn_mtp takes A_log in float32, so a copy of it is made here.
     Afterwards `model(...)` needs a `Step` as `past_key_values`, which `PooledEngine` supplies.
     backend: for the gdn_mtp functions.
     """

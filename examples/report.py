@@ -192,7 +192,7 @@ def client_section(client: ClientResult, name: str) -> str:
         f"<section><h2>{html.escape(client.title)}</h2><p>{html.escape(client.summary)}</p>"
         f"<div class='verdicts'>{verdicts}</div>"
         "<div class='figures'>"
-        + figure(errors, "Greedy decoding. Tokens can only differ where a diamond meets the errors below it.")
+        + figure(errors, "Greedy decoding. A token can only differ where a diamond is below twice the error.")
         + figure(times, "Time per generated token, all layers, prefill not included.")
         + "</div><h3>Errors per request, greedy</h3>"
         + table(ERROR_HEADINGS, error_rows(client, greedy), "numbers")
