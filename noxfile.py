@@ -147,7 +147,10 @@ def install_packages(
     """Install the wheels of `packages`, what they declare, and `others`; check that our versions arrived."""
     with tempfile.TemporaryDirectory() as folder:
         build_distributions(session, packages, Path(folder), "wheel")
-        session.install("-c", str(constraints), *map(str, sorted(Path(folder).iterdir())), *others)
+        wheels = [str(path) for path in sorted(Path(folder).iterdir())]
+        # An environment that nox reuses may hold another build of the same version.
+        session.install("--force-reinstall", "--no-deps", *wheels)
+        session.install("-c", str(constraints), *wheels, *others)
     for package in packages:
         query = f"import importlib.metadata; print(importlib.metadata.version({package.name!r}))"
         installed = str(session.run("python", "-c", query, silent=True)).strip()
