@@ -139,7 +139,7 @@ def test_rejected_tokens_leave_pages_and_nan_rows():
 def test_full_cache_says_so():
     engine = deepseek_v3.PagedEngine(patched_model(4, 0), num_pages=2, page_size=PAGE_SIZE)
     with pytest.raises(RuntimeError, match="no free page for request 0"):
-        engine.prefill([torch.arange(17)])
+        engine.prefill([torch.arange(17, device=engine.model.device)])
 
 
 def test_reading_the_wrong_page_is_noticed(monkeypatch):
@@ -163,4 +163,4 @@ def test_unknown_backend_is_refused():
     model = copy.deepcopy(stock_model(4, 0))
     deepseek_v3.patch(model, backend="missing")
     with pytest.raises(RuntimeError, match="missing"):
-        deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE).prefill([torch.arange(3)])
+        deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE).prefill([cases_of(4, 0)[0].prompt])

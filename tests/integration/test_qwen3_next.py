@@ -199,4 +199,4 @@ def test_gdn_runs_once_per_layer_and_step(monkeypatch):
 def test_too_long_a_request_says_so():
     engine = engine_of(0)
     with pytest.raises(RuntimeError, match=f"{MAX_LEN + 1} tokens"):
-        engine.prefill([torch.arange(MAX_LEN + 1) % 64])
+        engine.prefill([torch.arange(MAX_LEN + 1, device=engine.model.device) % 64])
