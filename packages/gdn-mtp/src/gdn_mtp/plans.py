@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from kernel_dispatch import (
@@ -17,8 +18,8 @@ from kernel_dispatch import (
 )
 from torch import Tensor
 
-from gdn_mtp.problem import GatedDeltaRuleProblem
-from gdn_mtp.specs import CallFlags, CallForm, CallTensors, check_call, written_slots
+from gdn_mtp.problem import GatedDeltaRuleProblem, StateRows
+from gdn_mtp.specs import CallFlags, CallForm, CallTensors, check_call, misalignment, written_slots
 
 # The argument of Plan.run that each field of a problem describes.
 _ARGUMENT_OF_FIELD = {
@@ -28,6 +29,7 @@ _ARGUMENT_OF_FIELD = {
     "out_dtype": "output",
     "state_dtype": "state",
     "separate_write_indices": "output_state_indices",
+    "tensor_scale": "scale",
 }
 _ARGUMENT_OF_INTERMEDIATE = {"buffer": "intermediate_states_buffer", "scatter": "ssm_state_indices"}
 
@@ -119,6 +121,11 @@ class Plan:
             asked, given = problem.intermediate, posed.intermediate
             argument = _ARGUMENT_OF_INTERMEDIATE[asked if given == "none" else given]
             raise ArgumentError(argument, f"intermediate = {given!r}, expected {asked!r} from the plan")
+        ranks = get_args(StateRows)
+        if ranks.index(posed.state_rows) > ranks.index(problem.state_rows):
+            raise ArgumentError(
+                "state", f"state_rows = {posed.state_rows!r}, expected {problem.state_rows!r} from the plan"
+            )
         for field, argument in _ARGUMENT_OF_FIELD.items():
             came, planned = getattr(posed, field), getattr(problem, field)
             if came != planned:
@@ -153,7 +160,8 @@ def run_call(form: CallForm, tensors: CallTensors, scale: float | Tensor | None,
     """
     try:
         tensor_keys = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        key = (form.name, flags, *tensor_keys)
+        aligned = (misalignment(tensors.state), misalignment(tensors.intermediate_states_buffer))
+        key = (form.name, flags, isinstance(scale, Tensor), aligned, *tensor_keys)
         known = _PLANS.get(key)
     except (AttributeError, TypeError):  # an argument is no tensor, or no flag; check_call says which
         key, known = (), None

@@ -8,6 +8,7 @@ from kernel_dispatch import ArgumentError, ArgumentTypeError, bucket_batch
 
 StateLayout = Literal["vk", "kv"]
 Intermediate = Literal["none", "buffer", "scatter"]
+StateRows = Literal["contiguous", "aligned", "any"]
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -21,8 +22,8 @@ L2NORM_EPSILON = 1e-6  # x / sqrt(sum x^2 + epsilon)
 class GatedDeltaRuleProblem:
     """What a provider needs to know to accept a call, choose a tactic and compile.
 
-    Strides, the number of pool slots and the scale are left to the launch. A violated rule raises
-    `ArgumentError` (`ArgumentTypeError` for a wrong type or dtype) naming the field.
+    Strides beyond `state_rows`, the number of pool slots and the scale's value are left to the launch. A
+    violated rule raises `ArgumentError` (`ArgumentTypeError` for a wrong type or dtype) naming the field.
 
     B: requests. T: tokens per request. H: query and key heads. HV: value heads, a multiple of H; value head h
     uses query and key head h // (HV // H). K, V: elements of a key and of a value head.
@@ -33,6 +34,9 @@ class GatedDeltaRuleProblem:
     (the last of which is the updated state, so nothing else is written back).
     index_dtype: None where request i owns slot i, else the dtype of every index tensor of the call.
     separate_write_indices: states are written to other slots than they are read from.
+    tensor_scale: the scale is a one-element tensor on the device.
+    state_rows: how the rows of the state, and of a buffer for intermediate states, lie in memory: each starts
+    at a multiple of 16 bytes ("aligned"), also follows the one before ("contiguous"), or neither ("any").
     """
 
     entry_point_group: ClassVar[str] = "gdn_mtp.decode.v1"
@@ -54,6 +58,8 @@ class GatedDeltaRuleProblem:
     intermediate: Intermediate
     index_dtype: torch.dtype | None
     separate_write_indices: bool
+    tensor_scale: bool = False
+    state_rows: StateRows = "contiguous"
 
     def __post_init__(self) -> None:
         for name in ("B", "T", "H", "HV", "K", "V"):
@@ -74,11 +80,12 @@ class GatedDeltaRuleProblem:
         for name, choices in (
             ("state_layout", get_args(StateLayout)),
             ("intermediate", get_args(Intermediate)),
+            ("state_rows", get_args(StateRows)),
         ):
             value = getattr(self, name)
             if value not in choices:
                 raise ArgumentError(name, f"{value!r}, expected one of {', '.join(map(repr, choices))}")
-        for name in ("use_qk_l2norm", "update_state", "separate_write_indices"):
+        for name in ("use_qk_l2norm", "update_state", "separate_write_indices", "tensor_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentTypeError(name, f"{getattr(self, name)!r}, expected a bool")
         self._check_combination()
@@ -127,6 +134,10 @@ class GatedDeltaRuleProblem:
             parts.append(short_dtype(self.index_dtype))
         if self.separate_write_indices:
             parts.append("write_indices")
+        if self.tensor_scale:
+            parts.append("tensor_scale")
+        if self.state_rows != "contiguous":
+            parts.append(f"rows.{self.state_rows}")
         return "-".join(parts)
 
 

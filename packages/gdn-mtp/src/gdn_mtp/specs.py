@@ -24,7 +24,10 @@ from gdn_mtp.problem import (
     GatedDeltaRuleProblem,
     Intermediate,
     StateLayout,
+    StateRows,
 )
+
+ROW_ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,12 @@ def check_call(
         named["scale"] = scale
     check_no_overlap(outputs, named)
     _check_slots(tensors, writes_pool)
-    return None if dims["B"] == 0 else problem_of(form, tensors, flags)
+    return None if dims["B"] == 0 else problem_of(form, tensors, scale, flags)
 
 
-def problem_of(form: CallForm, tensors: CallTensors, flags: CallFlags) -> GatedDeltaRuleProblem:
+def problem_of(
+    form: CallForm, tensors: CallTensors, scale: float | Tensor, flags: CallFlags
+) -> GatedDeltaRuleProblem:
     """The problem that checked tensors pose."""
     batch, tokens, heads, key_dim = tensors.q.shape
     intermediate: Intermediate = "none"
@@ -189,7 +194,29 @@ def problem_of(form: CallForm, tensors: CallTensors, flags: CallFlags) -> GatedD
         intermediate=intermediate,
         index_dtype=None if tensors.initial_state_indices is None else tensors.initial_state_indices.dtype,
         separate_write_indices=tensors.output_state_indices is not None,
+        tensor_scale=isinstance(scale, Tensor),
+        state_rows=_state_rows(tensors.state, tensors.intermediate_states_buffer),
     )
+
+
+def misalignment(tensor: Tensor | None) -> int:
+    """Bytes by which a tensor's first element misses a multiple of 16; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr() % ROW_ALIGNMENT_BYTES
+
+
+def _state_rows(*tensors: Tensor | None) -> StateRows:
+    """How the rows of all the tensors lie; a dimension of size 1 may have any stride."""
+    rows: StateRows = "contiguous"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        outer = [stride * tensor.element_size() for size, stride in strides if size > 1]
+        if misalignment(tensor) or any(stride % ROW_ALIGNMENT_BYTES for stride in outer):
+            return "any"
+        if tensor.shape[-2] > 1 and tensor.stride(-2) != tensor.shape[-1]:
+            rows = "aligned"
+    return rows
 
 
 def written_slots(tensors: CallTensors) -> tuple[str, Tensor | None]:

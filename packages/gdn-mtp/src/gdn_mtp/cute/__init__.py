@@ -1,0 +1,1 @@
+"""CuTe DSL kernels of the gated delta rule; `gdn_mtp.cute_provider` registers them without importing this."""

@@ -1,0 +1,107 @@
+"""Compiles kernels to shared libraries, once per configuration, and loads them without the compiler.
+
+A kernel is traced and compiled by CuTe DSL for the architecture named, no GPU needed, and linked into a
+library with a C compiler. Loading needs only the DSL's runtime library and TVM-FFI, whose functions take
+PyTorch tensors and launch on PyTorch's current stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from kernel_dispatch import CompileCache, CompileKey, source_hash, toolchain_versions
+
+from .config import Config
+
+FUNCTION = "gated_delta_rule"
+LIBRARY = f"{FUNCTION}.so"
+PTX = f"{FUNCTION}.ptx"
+DISTRIBUTIONS = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
+_compile_lock = threading.Lock()  # the DSL traces one kernel at a time
+
+
+def load(config: Config, arch: str) -> Callable[..., None]:
+    """The launcher for `config` on `arch` (a name such as "sm_90a"), compiled first if the cache lacks it."""
+    directory = compiled(config, arch)
+    return _load_library(str(directory / LIBRARY))
+
+
+def compiled(config: Config, arch: str) -> Path:
+    """The cache directory with the library and the PTX of `config`, compiled first if need be."""
+    key = CompileKey(
+        kernel=type(config).__name__,
+        config=asdict(config),
+        arch=arch,
+        options=_options(arch),
+        toolchain=_toolchain(),
+        source_hash=_sources(),
+    )
+    return CompileCache().get_or_build(key, lambda directory: _build(config, arch, directory))
+
+
+def _options(arch: str) -> tuple[str, ...]:
+    return ("--enable-tvm-ffi", f"--gpu-arch {arch}")
+
+
+@cache
+def _toolchain() -> dict[str, str]:
+    return toolchain_versions(*DISTRIBUTIONS)
+
+
+@cache
+def _sources() -> str:
+    here = Path(__file__).parent
+    return source_hash(*sorted(here.glob("*.py")))
+
+
+def _build(config: Config, arch: str, directory: Path) -> None:
+    """Compile into `directory`; raises RuntimeError where no C compiler is there to link with."""
+    linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if linker is None:
+        raise RuntimeError(
+            "linking a compiled kernel needs a C compiler: none of $CC, cc, gcc, clang is found"
+        )
+    with _compile_lock, tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("CUTE_DSL_ARCH", arch)  # without a GPU the DSL has no default of its own
+        import cutlass.cute as cute
+
+        from .trace import trace
+
+        options = (*_options(arch), "--keep-ptx", f"--dump-dir {scratch}")
+        function = trace(config, " ".join(options))
+        function.export_to_c(f"{scratch}/kernel.o", function_name=FUNCTION)
+        runtime = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
+        command = [linker, "-shared", "-o", str(directory / LIBRARY), f"{scratch}/kernel.o", *runtime]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        (directory / PTX).write_text(function.__ptx__)
+
+
+@cache
+def _load_library(path: str) -> Callable[..., None]:
+    _load_runtime()
+    import tvm_ffi
+
+    launcher: Callable[..., None] = tvm_ffi.load_module(path)[FUNCTION]
+    return launcher
+
+
+@cache
+def _load_runtime() -> None:
+    """Load the DSL's runtime library, which compiled kernels link to, without importing the DSL."""
+    spec = importlib.util.find_spec("nvidia_cutlass_dsl")
+    roots = list(spec.submodule_search_locations or []) if spec is not None else []
+    for root in roots:
+        for library in sorted(Path(root).glob("cu*/lib/libcute_dsl_runtime.so"), reverse=True):
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+            return
+    raise RuntimeError("libcute_dsl_runtime.so is not in the installed nvidia-cutlass-dsl")

@@ -1,0 +1,182 @@
+"""What a specialisation of the gated delta rule kernels is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from gdn_mtp.problem import GatedDeltaRuleProblem
+
+WARP_LANES = 32
+VECTOR_BYTES = 16
+MMA_ROWS = 16
+CHUNK_TOKENS = 8
+SMEM_PER_SM_BYTES = 228 * 1024
+SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
+GATE_COLUMNS = 8
+MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
+MATRICES_PER_CHUNK = 4
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """How thread blocks divide a head's state: each warp owns `tiles_per_warp` tiles of 16 rows (V index).
+
+    row_copies: a tile moves as 16 copies of one row instead of one copy; the rows may then lie apart.
+    """
+
+    warps: int
+    tiles_per_warp: int
+    row_copies: bool = False
+
+    @property
+    def name(self) -> str:
+        """`w4t1`, or `w4t1r` with row copies."""
+        return f"w{self.warps}t{self.tiles_per_warp}" + ("r" if self.row_copies else "")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the state per thread block."""
+        return self.warps * self.tiles_per_warp * MMA_ROWS
+
+    @property
+    def threads(self) -> int:
+        return self.warps * WARP_LANES
+
+
+@dataclass(frozen=True)
+class Config:
+    """What changes the code of either kernel, dtypes by their torch names (`bfloat16`)."""
+
+    T: int
+    K: int
+    V: int
+    io_dtype: str
+    gate_dtype: str
+    dt_bias_dtype: str
+    out_dtype: str
+    state_dtype: str
+    state_layout: str
+    index_dtype: str | None
+    use_qk_l2norm: bool
+    update_state: bool
+    intermediate: str
+    separate_write_indices: bool
+    tensor_scale: bool
+    pdl: bool
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a state element."""
+        return 4 if self.state_dtype == "float32" else 2
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a block."""
+        raise NotImplementedError
+
+    @property
+    def warps_per_sm(self) -> int:
+        """Warps that the registers of an SM are divided among."""
+        raise NotImplementedError
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        raise NotImplementedError
+
+    @property
+    def blocks_per_sm(self) -> int:
+        by_smem = SMEM_PER_SM_BYTES // (self.smem_bytes + SMEM_RESERVED_BYTES)
+        return max(1, min(self.warps_per_sm // self.warps, by_smem))
+
+    @property
+    def smem_carveout_percent(self) -> int:
+        """Share of the L1 memory to reserve as shared memory."""
+        wanted = self.blocks_per_sm * (self.smem_bytes + SMEM_RESERVED_BYTES)
+        return min(100, -(-100 * wanted // SMEM_PER_SM_BYTES))
+
+
+def common_fields(problem: GatedDeltaRuleProblem, pdl: bool) -> dict[str, Any]:
+    """The fields of `Config` for a problem."""
+    taken = {field.name: getattr(problem, field.name, pdl) for field in fields(Config)}
+    return {name: _torch_name(x) if isinstance(x, torch.dtype) else x for name, x in taken.items()}
+
+
+def _torch_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class KernelConfig(Config):
+    """A specialisation of the V-major kernel."""
+
+    tactic: Tactic
+
+    @classmethod
+    def of(cls, problem: GatedDeltaRuleProblem, tactic: Tactic, pdl: bool) -> KernelConfig:
+        return cls(**common_fields(problem, pdl), tactic=tactic)
+
+    @property
+    def warps(self) -> int:
+        return self.tactic.warps
+
+    @property
+    def chunks(self) -> tuple[tuple[int, int], ...]:
+        """(first token, tokens) of each chunk."""
+        return tuple((t, min(CHUNK_TOKENS, self.T - t)) for t in range(0, self.T, CHUNK_TOKENS))
+
+    @property
+    def stores_every_state(self) -> bool:
+        return self.intermediate != "none"
+
+    @property
+    def vector_elements(self) -> int:
+        """State elements per 16-byte access."""
+        return VECTOR_BYTES // self.state_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.K * self.state_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile: 16 rows of the state."""
+        return MMA_ROWS * self.row_bytes
+
+    @property
+    def buffers_per_warp(self) -> int:
+        """Tile buffers of a warp: one per tile, and one to alternate with where every state is stored."""
+        return self.tactic.tiles_per_warp + (1 if self.stores_every_state else 0)
+
+    @property
+    def token_stride(self) -> int:
+        """Floats from one token's k or q to the next in shared memory; the slack takes `token_skew`."""
+        return self.K + 32
+
+    def token_skew(self, x: int) -> int:
+        """Offset in floats of chunk token x (also a traced integer) that avoids bank conflicts.
+
+        k is read as rows x and x + 1 side by side, in 16-byte vectors, and as rows x, x + 2, x + 4, x + 6 in
+        8-byte vectors; the skew of a token spreads both over the 32 banks.
+        """
+        if self.vector_elements == 4:
+            return (8 * (x // 2) + 16 * (x % 2)) % 32
+        return 16 * (x // 4) + 4 * ((x // 2) % 2) + 4 * (x % 2)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a block: tile buffers and their barriers, k and q, chunk matrices, gates."""
+        tiles = self.tactic.warps * (self.buffers_per_warp * self.tile_bytes + 8 * self.tactic.tiles_per_warp)
+        floats = 2 * self.T * self.token_stride + self.T * GATE_COLUMNS
+        floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
+        return tiles + 4 * floats
+
+    @property
+    def warps_per_sm(self) -> int:
+        """128, 168 or 255 registers per thread."""
+        if self.K > 128:
+            return 8
+        return 16 if self.T <= CHUNK_TOKENS // 2 and not self.stores_every_state else 12

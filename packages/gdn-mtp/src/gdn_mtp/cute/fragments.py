@@ -1,0 +1,116 @@
+"""Register fragments: tf32 tensor-core products of split float32 values, and 16-byte global accesses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cutlass_dsl import select_
+
+from .config import VECTOR_BYTES
+
+NUMERIC = {
+    "float32": cutlass.Float32,
+    "bfloat16": cutlass.BFloat16,
+    "float16": cutlass.Float16,
+    "int32": cutlass.Int32,
+    "int64": cutlass.Int64,
+}
+
+_TF32_MASK = 0xFFFFE000 - (1 << 32)  # sign, exponent and the ten mantissa bits that tf32 keeps, as int32
+_MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+
+
+def select(condition, x, y):
+    """x where `condition` holds, else y; both float32 or both int32."""
+    return (Float32 if isinstance(x, Float32) else Int32)(select_(condition, x, y))
+
+
+def split_tf32(x):
+    """(high, low): high is exact in tf32, high + low = x; of low the tensor core drops at most two bits."""
+    bits = x.bitcast(Int32) & Int32(_TF32_MASK)
+    high = bits.bitcast(Float32)
+    return high, x - high
+
+
+def mma(acc: Sequence, a: Sequence, b: Sequence) -> list:
+    """acc + a b of one m16n8k8 step: acc 4, a 4, b 2 float32 registers in the instruction's layout."""
+    return list(
+        cute.arch.inline_ptx(
+            _MMA + " {{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}},"
+            " {{$r6}, {$r7}, {$r8}, {$r9}};",
+            write_only_types=[Float32] * 4,
+            read_only_args=[*a, *b, *acc],
+        )
+    )
+
+
+def mma_split(acc: Sequence, a_parts: Sequence[Sequence], b_parts: Sequence[Sequence]) -> list:
+    """acc + (sum of a_parts) (sum of b_parts), without the product of the two low parts."""
+    for i, a in enumerate(a_parts):
+        for j, b in enumerate(b_parts):
+            if i + j < 2:
+                acc = mma(acc, a, b)
+    return list(acc)
+
+
+def parts(values: Sequence, exact: bool) -> list[list]:
+    """[values] where tf32 holds them exactly, else [high parts, low parts]."""
+    if exact:
+        return [list(values)]
+    pairs = [split_tf32(x) for x in values]
+    return [[high for high, _ in pairs], [low for _, low in pairs]]
+
+
+def load_vector(pointer, dtype) -> list:
+    """The 16 bytes of shared memory at `pointer` as float32 values."""
+    fragment = cute.make_rmem_tensor((VECTOR_BYTES * 8 // dtype.width,), dtype)
+    cute.autovec_copy(
+        cute.make_tensor(pointer.align(VECTOR_BYTES), cute.make_layout(fragment.shape)), fragment
+    )
+    return [fragment[i].to(Float32) for i in range(cute.size(fragment))]
+
+
+def store_vector(pointer, values: Sequence, dtype) -> None:
+    """Store float32 `values` as 16 bytes of `dtype` in shared memory, rounded to nearest even."""
+    fragment = cute.make_rmem_tensor((len(values),), dtype)
+    for i, value in enumerate(values):
+        fragment[i] = value.to(dtype)
+    cute.autovec_copy(
+        fragment, cute.make_tensor(pointer.align(VECTOR_BYTES), cute.make_layout(fragment.shape))
+    )
+
+
+def bulk_load(shared, source, num_bytes: int, mbar) -> None:
+    """Start copying `num_bytes` of global memory at `source` to `shared`; they are counted on `mbar`."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[shared, source, Int32(num_bytes), mbar],
+    )
+
+
+def bulk_store(destination, shared, num_bytes: int) -> None:
+    """Start copying `num_bytes` at `shared` to global memory, in the thread's current bulk group."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[destination, shared, Int32(num_bytes)],
+    )
+
+
+def load_shared(tensor, row_offset, column, count: int) -> list:
+    """`count` consecutive floats of a 1-D shared tensor, as one access."""
+    fragment = cute.make_rmem_tensor((count,), Float32)
+    source = cute.make_tensor(tensor.iterator + (row_offset + column), cute.make_layout((count,)))
+    source = cute.make_tensor(source.iterator.align(4 * count), source.layout)
+    cute.autovec_copy(source, fragment)
+    return [fragment[i] for i in range(count)]
+
+
+def dot(x: Sequence, y: Sequence):
+    """Sum of the products of two lists of registers."""
+    total = x[0] * y[0]
+    for a, b in zip(x[1:], y[1:], strict=True):
+        total = total + a * b
+    return total

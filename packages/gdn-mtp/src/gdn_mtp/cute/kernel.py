@@ -1,0 +1,625 @@
+"""Gated delta rule over T tokens in one pass over the state, V-major, on tensor cores; SM90 and newer.
+
+With the state S [V, K] of a value head, decays d_t = exp(g_t), D(t, j) = d_{j+1} ... d_t and D(t) = D(t, -1),
+a chunk of tokens obeys
+    w_t = beta_t (v_t - D(t) S k_t)        u = (I + L)^-1 w,    L[t, j] = beta_t D(t, j) k_t.k_j  for j < t
+    o_t = scale (D(t) S q_t + sum_{j <= t} D(t, j) q_t.k_j u_j)
+    S'  = D(end) S + sum_j D(end, j) u_j k_j^T
+so the state meets the keys and queries of all tokens in two small matrix products. (Chunk form of the delta
+rule: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024.)
+
+Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which keeps float32 accuracy. Every
+warp owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back, and lane (g, t) =
+(lane / 4, lane % 4) holds rows g and g + 8 in registers, of each row every fourth 16-byte vector from t on.
+Grid: (V / rows per block, HV, B); a block whose request is padding writes zeros to its output.
+A non-finite value in a request's inputs may reach all of that request's outputs, earlier tokens included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+from cutlass.memory import SmemAllocator
+
+from gdn_mtp.problem import L2NORM_EPSILON
+
+from .config import (
+    CHUNK_TOKENS,
+    GATE_COLUMNS,
+    MATRICES_PER_CHUNK,
+    MATRIX_FLOATS,
+    MMA_ROWS,
+    WARP_LANES,
+    KernelConfig,
+)
+from .fragments import (
+    NUMERIC,
+    bulk_load,
+    bulk_store,
+    dot,
+    load_shared,
+    load_vector,
+    mma_split,
+    parts,
+    select,
+    store_vector,
+)
+from .gates import (
+    BETA,
+    CHUNK_DECAY,
+    DECAY,
+    K_SCALE,
+    LOG_DECAY,
+    Q_SCALE,
+    QK,
+    load_gates,
+    stage_gates,
+)
+
+# Matrices of a chunk in shared memory, [8, 8] each: what turns w into u, what turns w into o, L, and q.k
+SOLVE, READ, LOWER, QUERY = range(MATRICES_PER_CHUNK)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The call's tensors in global memory, shapes as in `gdn_mtp.gated_delta_rule_mtp`; None where absent."""
+
+    q: Any  # [B, T, H, K]
+    k: Any  # [B, T, H, K]
+    v: Any  # [B, T, HV, V]
+    state: Any  # [pool, HV, V, K]
+    intermediate: Any  # [>= B, >= T, HV, V, K]
+    scatter: Any  # [B, T]
+    output: Any  # [B, T, HV, V]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block's shared memory."""
+
+    tiles: Any  # [K, 16, buffers per warp, warps], the state's dtype
+    mbars: Any  # one per tile, warp-major
+    kq: Any  # k then q of every token, unscaled float32, `token_stride` apart
+    matrices: Any  # [chunks, 4, 8, 8]
+    gate: Any  # [T, GATE_COLUMNS]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a warp works."""
+
+    request: Any
+    hv: Any
+    write_slot: Any  # pool slot of the updated state; negative: none
+    row: Any  # first row of the warp's first tile
+    warp: Any
+    lane: Any
+
+    @property
+    def g(self):
+        return self.lane // 4
+
+    @property
+    def t(self):
+        return self.lane % 4
+
+
+class GatedDeltaRule:
+    """The kernel of one `KernelConfig`; calling it (traced) launches."""
+
+    def __init__(self, config: KernelConfig):
+        self.config = config
+        self.exact_io = config.io_dtype != "float32"
+        self.exact_state = config.state_dtype != "float32"
+
+    @cute.jit
+    def __call__(
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
+        intermediate_states, ssm_state_indices, output, stream,
+    ):  # fmt: skip
+        cfg = self.config
+        self.kernel(
+            q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
+            intermediate_states, ssm_state_indices, output,
+        ).launch(
+            grid=(cfg.V // cfg.tactic.rows, v.shape[2], v.shape[0]),
+            block=(cfg.tactic.threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=cfg.blocks_per_sm,
+            preferred_smem_carveout=cfg.smem_carveout_percent,
+            use_pdl=cfg.pdl,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
+        intermediate_states, ssm_state_indices, output,
+    ):  # fmt: skip
+        cfg = self.config
+        v_block, hv, request = cute.arch.block_idx()
+        tid, _, _ = cute.arch.thread_idx()
+        warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
+        tensors = Tensors(q, k, v, state, intermediate_states, ssm_state_indices, output)
+        shared = self.allocate()
+        if cutlass.const_expr(cfg.pdl):
+            cute.arch.griddepcontrol_wait()
+        slot = Int64(request)
+        if cutlass.const_expr(state_indices is not None):
+            slot = Int64(state_indices[request])
+        write_slot = slot
+        if cutlass.const_expr(write_indices is not None):
+            write_slot = Int64(write_indices[request])
+        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+        place = Place(request, hv, write_slot, row, warp, lane)
+        gates = load_gates(a, b, A_log, dt_bias, request, hv, cutlass.min(lane, cfg.T - 1))
+        if cutlass.const_expr(cfg.tensor_scale):
+            scale = scale[0]
+        tokens = self.load_tokens(tensors, place, hv // (v.shape[2] // q.shape[2]))
+        if slot < 0:
+            self.zero_output(tensors, place)
+        else:
+            self.start_loads(state[slot, hv, None, None], shared, place)
+            self.stage_tokens(tokens, scale, shared, place)
+            if warp == cfg.tactic.warps - 1:
+                stage_gates(gates, shared.gate, lane, cfg.T)
+            cute.arch.sync_threads()
+            if cutlass.const_expr(cfg.T == 1):
+                for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
+                    self.single_token(tensors, shared, place, tile)
+            else:
+                if warp == 0:
+                    for c in cutlass.range_constexpr(len(cfg.chunks)):
+                        self.chunk_matrices(shared, place, c)
+                for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
+                    self.tile(tensors, shared, place, tile)
+            if cutlass.const_expr(cfg.pdl):
+                cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def allocate(self) -> Shared:
+        cfg = self.config
+        tactic = cfg.tactic
+        smem = SmemAllocator()
+        tiles = cute.make_layout((cfg.K, MMA_ROWS, cfg.buffers_per_warp, tactic.warps))
+        matrices = len(cfg.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
+        return Shared(
+            tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
+            mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
+            kq=smem.allocate_tensor(Float32, cute.make_layout(2 * cfg.T * cfg.token_stride), 16),
+            matrices=smem.allocate_tensor(Float32, cute.make_layout(matrices), 16),
+            gate=smem.allocate_tensor(Float32, cute.make_layout(cfg.T * GATE_COLUMNS), 16),
+        )
+
+    # Global memory
+
+    def load_tokens(self, tensors, place, head):
+        """This warp's tokens as (k, q) pairs of K / 32 float32 values a lane, clamped where it owns none."""
+        cfg = self.config
+        tokens = []
+        for i in range(-(-cfg.T // cfg.tactic.warps)):
+            t = cutlass.min(place.warp + i * cfg.tactic.warps, cfg.T - 1)
+            columns = [place.lane + WARP_LANES * j for j in range(cfg.K // WARP_LANES)]
+            tokens.append(
+                tuple(
+                    [x[place.request, t, head, c].to(Float32) for c in columns]
+                    for x in (tensors.k, tensors.q)
+                )
+            )
+        return tokens
+
+    @cute.jit
+    def start_loads(self, matrix, shared, place):
+        """Start the copies of this warp's rows of `matrix` [V, K], one barrier per tile."""
+        cfg = self.config
+        count = cfg.tactic.tiles_per_warp
+        mbars = shared.mbars + place.warp * count
+        if place.lane == 0:
+            for tile in cutlass.range_constexpr(count):
+                cute.arch.mbarrier_init(mbars + tile, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()
+        if place.lane == 0:
+            for tile in cutlass.range_constexpr(count):
+                cute.arch.mbarrier_arrive_and_expect_tx(mbars + tile, cfg.tile_bytes)
+                if cutlass.const_expr(not cfg.tactic.row_copies):
+                    source = matrix[place.row + tile * MMA_ROWS, None].iterator
+                    bulk_load(self.row_pointer(shared, place, tile, 0), source, cfg.tile_bytes, mbars + tile)
+        if cutlass.const_expr(cfg.tactic.row_copies):
+            cute.arch.sync_warp()
+            if place.lane < MMA_ROWS:
+                for tile in cutlass.range_constexpr(count):
+                    source = matrix[place.row + tile * MMA_ROWS + place.lane, None].iterator
+                    bulk_load(
+                        self.row_pointer(shared, place, tile, place.lane), source, cfg.row_bytes, mbars + tile
+                    )
+
+    def row_pointer(self, shared, place, buffer, row):
+        return shared.tiles[None, row, buffer, place.warp].iterator
+
+    @cute.jit
+    def store_rows(self, matrix, row, shared, place, buffer):
+        """Start copying a tile buffer to rows `row` to `row` + 15 of `matrix` [V, K]."""
+        cfg = self.config
+        if cutlass.const_expr(cfg.tactic.row_copies):
+            if place.lane < MMA_ROWS:
+                source = self.row_pointer(shared, place, buffer, place.lane)
+                bulk_store(matrix[row + place.lane, None].iterator, source, cfg.row_bytes)
+        else:
+            if place.lane == 0:
+                bulk_store(
+                    matrix[row, None].iterator, self.row_pointer(shared, place, buffer, 0), cfg.tile_bytes
+                )
+
+    @cute.jit
+    def store_slot(self, tensors, slot, row, shared, place, buffer):
+        """`store_rows` to a pool slot; a negative slot is skipped."""
+        if slot >= 0:
+            self.store_rows(tensors.state[slot, place.hv, None, None], row, shared, place, buffer)
+
+    @cute.jit
+    def store_token(self, tensors, t, row, shared, place, buffer):
+        """Start every store of the state after token t (static) that the call asks for."""
+        cfg = self.config
+        if cutlass.const_expr(cfg.intermediate == "buffer"):
+            matrix = tensors.intermediate[place.request, t, place.hv, None, None]
+            self.store_rows(matrix, row, shared, place, buffer)
+        if cutlass.const_expr(cfg.intermediate == "scatter"):
+            self.store_slot(tensors, Int64(tensors.scatter[place.request, t]), row, shared, place, buffer)
+        elif cutlass.const_expr(cfg.update_state and t + 1 == cfg.T):
+            self.store_slot(tensors, place.write_slot, row, shared, place, buffer)
+        cute.arch.cp_async_bulk_commit_group()
+
+    def load_v(self, tensors, place, row, c):
+        """v of chunk c as an accumulator: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
+        tokens = self.lane_tokens(place, c)
+        rows = [row + place.g, row + 8 + place.g]
+        return [tensors.v[place.request, t, place.hv, r].to(Float32) for r in rows for t in tokens]
+
+    @cute.jit
+    def store_output(self, tensors, o, place, row, c):
+        """Write o, in accumulator layout (packed: lanes t = 2, 3), of the tokens that exist."""
+        t0, n = self.config.chunks[c]
+        first = 2 * place.t
+        if cutlass.const_expr(self.packed(c)):
+            first = select(place.t < 2, Int32(n), 2 * place.t - 4)
+        for e in cutlass.range_constexpr(2):
+            if first + e < n:
+                for half in cutlass.range_constexpr(2):
+                    value = o[2 * half + e].to(tensors.output.element_type)
+                    tensors.output[place.request, t0 + first + e, place.hv, row + 8 * half + place.g] = value
+
+    @cute.jit
+    def zero_output(self, tensors, place):
+        """Write zeros to the rows of this warp for every token."""
+        cfg = self.config
+        rows = cfg.tactic.tiles_per_warp * MMA_ROWS
+        for i in cutlass.range_constexpr(-(-cfg.T * rows // WARP_LANES)):
+            e = place.lane + WARP_LANES * i
+            if e < cfg.T * rows:
+                zero = tensors.output.element_type(0.0)
+                tensors.output[place.request, e // rows, place.hv, place.row + e % rows] = zero
+
+    # Shared memory
+
+    def vectors(self):
+        """(row half, vector index) of each 16-byte vector of a lane."""
+        cfg = self.config
+        return [(half, i) for i in range(cfg.K // (4 * cfg.vector_elements)) for half in range(2)]
+
+    def vector_pointer(self, shared, place, buffer, half, i):
+        offset = (4 * i + place.t) * self.config.vector_elements
+        return self.row_pointer(shared, place, buffer, 8 * half + place.g) + offset
+
+    def load_tile(self, shared, place, buffer):
+        """s[half][column of the lane] as float32: rows g and g + 8 of a tile."""
+        s = [[], []]
+        for half, i in self.vectors():
+            pointer = self.vector_pointer(shared, place, buffer, half, i)
+            s[half] += load_vector(pointer, shared.tiles.element_type)
+        return s
+
+    @cute.jit
+    def stage_tile(self, s, shared, place, buffer, pending):
+        """Write s to a tile buffer for bulk stores, once at most `pending` (or None: not waited for) earlier
+        groups of stores still read their buffers."""
+        vec = self.config.vector_elements
+        if cutlass.const_expr(pending is not None):
+            cute.arch.cp_async_bulk_wait_group(pending, read=True)
+        cute.arch.sync_warp()
+        for half, i in self.vectors():
+            pointer = self.vector_pointer(shared, place, buffer, half, i)
+            store_vector(pointer, s[half][vec * i : vec * (i + 1)], shared.tiles.element_type)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+
+    def token_offset(self, is_q, c, x):
+        """Offset in shared.kq of k (or q) of token x (static or traced) of chunk c."""
+        cfg = self.config
+        token = cfg.chunks[c][0] + x + (cfg.T if is_q else 0)
+        return token * cfg.token_stride + cfg.token_skew(x)
+
+    @cute.jit
+    def stage_tokens(self, tokens, scale, shared, place):
+        """Write this warp's tokens to shared memory as given, and the factors that scale them."""
+        cfg = self.config
+        for i in cutlass.range_constexpr(len(tokens)):
+            t = place.warp + i * cfg.tactic.warps
+            if t < cfg.T:
+                for is_q in cutlass.range_constexpr(2):
+                    x = tokens[i][is_q]
+                    offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t % CHUNK_TOKENS)
+                    for j in cutlass.range_constexpr(len(x)):
+                        shared.kq[offset + place.lane + WARP_LANES * j] = x[j]
+                    factor = Float32(1.0)
+                    if cutlass.const_expr(cfg.use_qk_l2norm):
+                        squares = cute.arch.warp_reduction_sum(dot(x, x))
+                        factor = cute.math.rsqrt(squares + L2NORM_EPSILON)
+                    if cutlass.const_expr(is_q == 1):
+                        factor = factor * scale
+                    if place.lane == is_q:
+                        shared.gate[t * GATE_COLUMNS + K_SCALE + is_q] = factor
+                if cutlass.const_expr(cfg.T == 1):
+                    qk = cute.arch.warp_reduction_sum(dot(*tokens[i]))
+                    if place.lane == 0:
+                        shared.gate[QK] = qk
+
+    def gate(self, shared, t, column):
+        return shared.gate[t * GATE_COLUMNS + column]
+
+    # One token
+
+    @cute.jit
+    def single_token(self, tensors, shared, place, tile):
+        """The only token of the call on one tile, with plain arithmetic: every lane of a row has its sums."""
+        cfg = self.config
+        row = place.row + tile * MMA_ROWS
+        rows = [row + place.g, row + 8 + place.g]
+        v = [tensors.v[place.request, 0, place.hv, r].to(Float32) for r in rows]
+        cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
+        s = self.load_tile(shared, place, tile)
+        p, r = (self.row_sums(s, shared, place, is_q) for is_q in (False, True))
+        beta, decay, k_scale, q_scale, qk = (
+            self.gate(shared, 0, x) for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK)
+        )
+        u = [beta * (v[half] - decay * k_scale * p[half]) for half in range(2)]
+        if place.t == 0:
+            for half in cutlass.range_constexpr(2):
+                o = q_scale * (decay * r[half] + qk * k_scale * u[half])
+                tensors.output[place.request, 0, place.hv, rows[half]] = o.to(tensors.output.element_type)
+        if cutlass.const_expr(cfg.update_state or cfg.stores_every_state):
+            self.advance(s, [x * k_scale for x in u], shared, place, decay, 0, 0)
+            self.stage_tile(s, shared, place, tile, None)
+            self.store_token(tensors, 0, row, shared, place, tile)
+
+    def row_sums(self, s, shared, place, is_q):
+        """S k (or S q) of token 0 for rows g and g + 8."""
+        total = [Float32(0.0), Float32(0.0)]
+        for column, at in self.quads(place.t):
+            x = load_shared(shared.kq, self.token_offset(is_q, 0, 0), column, 4)
+            for e in range(4):
+                total = [total[half] + s[half][at + e] * x[e] for half in range(2)]
+        for step in (1, 2):
+            total = [x + cute.arch.shuffle_sync_bfly(x, step) for x in total]
+        return total
+
+    def quads(self, t):
+        """(column, index in s[half]) of each run of four columns that lane position t has."""
+        vec = self.config.vector_elements
+        return [
+            ((4 * i + t) * vec + 4 * quad, vec * i + 4 * quad)
+            for i in range(self.config.K // (4 * vec))
+            for quad in range(vec // 4)
+        ]
+
+    # Chunks of tokens
+
+    def packed(self, c):
+        """Whether k and q of chunk c share one operand: rows 0 to 3 are k of its tokens, rows 4 to 7 q."""
+        return self.config.chunks[c][1] <= CHUNK_TOKENS // 2
+
+    def lane_tokens(self, place, c):
+        """The two tokens of chunk c whose values this lane has in an accumulator, clamped to the chunk."""
+        t0, n = self.config.chunks[c]
+        first = 2 * (place.t % 2 if self.packed(c) else place.t)
+        return [t0 + cutlass.min(first + e, n - 1) for e in range(2)]
+
+    @cute.jit
+    def chunk_matrices(self, shared, place, c):
+        """One warp: from the products k.k and q.k of chunk c, the matrices that turn w into u and o.
+
+        SOLVE = (I + L)^-1 and READ = QUERY (I + L)^-1; packed, SOLVE is [[(I + L)^-1, 0], [READ, I]] in
+        blocks of four tokens.
+        """
+        cfg = self.config
+        n = cfg.chunks[c][1]
+        base = MATRICES_PER_CHUNK * c * MATRIX_FLOATS
+        lower, query = base + LOWER * MATRIX_FLOATS, base + QUERY * MATRIX_FLOATS
+        self.pair_products(shared, place, c, lower, query)
+        cute.arch.sync_warp()
+        column = place.lane % CHUNK_TOKENS
+        x, y = [], []
+        for i in cutlass.range_constexpr(n):
+            solved = select(column == i, Float32(1.0), Float32(0.0))
+            for j in cutlass.range_constexpr(i):
+                solved = solved - shared.matrices[lower + CHUNK_TOKENS * i + j] * x[j]
+            x.append(solved)
+            read = Float32(0.0)
+            for j in cutlass.range_constexpr(i + 1):
+                read = read + shared.matrices[query + CHUNK_TOKENS * i + j] * x[j]
+            y.append(read)
+        x += [Float32(0.0)] * (CHUNK_TOKENS - n)
+        y += [Float32(0.0)] * (CHUNK_TOKENS - n)
+        half = CHUNK_TOKENS // 2
+        if cutlass.const_expr(self.packed(c)):
+            x = x[:half] + [
+                y[i] + select(column == i + half, Float32(1.0), Float32(0.0)) for i in range(half)
+            ]
+        if place.lane < CHUNK_TOKENS:
+            for i in cutlass.range_constexpr(CHUNK_TOKENS):
+                shared.matrices[base + SOLVE * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = x[i]
+                shared.matrices[base + READ * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = y[i]
+
+    def pair_products(self, shared, place, c, lower, query):
+        """Write L and QUERY[t, j] = D(t, j) scale q_t.k_j (j <= t) of chunk c, zero elsewhere."""
+        cfg = self.config
+        t0, n = cfg.chunks[c]
+        g, t = place.g, place.t
+        mine = cutlass.min(g, n - 1)
+        chains = [[Float32(0.0)] * 4 for _ in range(4)]
+        for i in range(cfg.K // 16):
+            k = load_shared(shared.kq, self.token_offset(False, c, mine), 16 * i + 4 * t, 4)
+            q = load_shared(shared.kq, self.token_offset(True, c, mine), 16 * i + 4 * t, 4)
+            for e in (0, 2):
+                a_parts = parts([k[e], q[e], k[e + 1], q[e + 1]], self.exact_io)
+                b_parts = parts([k[e], k[e + 1]], self.exact_io)
+                chain = (2 * i + e // 2) % 4
+                chains[chain] = mma_split(chains[chain], a_parts, b_parts)
+        products = sum_chains(chains)
+        beta, k_scale, q_scale = (self.gate(shared, t0 + mine, x) for x in (BETA, K_SCALE, Q_SCALE))
+        for e in range(2):
+            j = 2 * t + e
+            other = t0 + cutlass.min(j, n - 1)
+            decay = cute.math.exp(
+                self.gate(shared, t0 + mine, LOG_DECAY) - self.gate(shared, other, LOG_DECAY)
+            )
+            decay = decay * self.gate(shared, other, K_SCALE)
+            at = CHUNK_TOKENS * g + j
+            kk, qk = products[e] * beta * k_scale * decay, products[2 + e] * q_scale * decay
+            shared.matrices[lower + at] = select((j < g) & (g < n), kk, Float32(0.0))
+            shared.matrices[query + at] = select((j <= g) & (g < n), qk, Float32(0.0))
+
+    @cute.jit
+    def tile(self, tensors, shared, place, tile):
+        """All tokens of the call on one tile. The first tile also waits for the chunk matrices."""
+        cfg = self.config
+        row = place.row + tile * MMA_ROWS
+        v = [self.load_v(tensors, place, row, c) for c in range(len(cfg.chunks))]
+        cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
+        s = self.load_tile(shared, place, tile)
+        for c in cutlass.range_constexpr(len(cfg.chunks)):
+            products = self.state_products(s, shared, place, c)
+            if cutlass.const_expr(tile == 0 and c == 0):
+                cute.arch.sync_threads()
+            u, o = self.solve(products, v[c], shared, place, c)
+            self.store_output(tensors, o, place, row, c)
+            if cutlass.const_expr(cfg.stores_every_state):
+                for j in cutlass.range_constexpr(cfg.chunks[c][1]):
+                    self.store_step(tensors, s, u, shared, place, row, tile, c, j)
+            elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
+                self.advance_chunk(s, u, shared, place, c)
+        if cutlass.const_expr(cfg.update_state and not cfg.stores_every_state):
+            self.stage_tile(s, shared, place, tile, None)
+            self.store_token(tensors, cfg.T - 1, row, shared, place, tile)
+
+    def store_step(self, tensors, s, u, shared, place, row, tile, c, j):
+        """Advance s past token j of chunk c and store it; stores alternate between two buffers."""
+        t = self.config.chunks[c][0] + j
+        self.advance(
+            s, self.token_update(u, shared, place, t, j), shared, place, self.gate(shared, t, DECAY), c, j
+        )
+        stored = tile * self.config.T + t
+        buffer = tile if stored % 2 == 0 else self.config.tactic.tiles_per_warp
+        self.stage_tile(s, shared, place, buffer, 1 if stored > 0 else None)
+        self.store_token(tensors, t, row, shared, place, buffer)
+
+    def state_products(self, s, shared, place, c):
+        """[S k_j, S q_j] of chunk c in accumulator layout: tokens 2t and 2t + 1 of rows g and g + 8.
+
+        Packed, it is one accumulator: lanes t = 0, 1 have S k_j of tokens 2t and 2t + 1, lanes t = 2, 3 have
+        S q_j of tokens 2t - 4 and 2t - 3.
+        """
+        n = self.config.chunks[c][1]
+        g = place.g
+        mine = cutlass.min(g % 4 if self.packed(c) else g, n - 1)
+        operands = [self.token_offset(False, c, mine), self.token_offset(True, c, mine)]
+        if self.packed(c):
+            operands = [select(g < 4, *operands)]
+        chains = [[[Float32(0.0)] * 4 for _ in range(4)] for _ in operands]
+        for column, at in self.quads(place.t):
+            b = [load_shared(shared.kq, operand, column, 4) for operand in operands]
+            for e in (0, 2):
+                x = at + e
+                a_parts = parts([s[0][x], s[1][x], s[0][x + 1], s[1][x + 1]], self.exact_state)
+                for i in range(len(operands)):
+                    b_parts = parts(b[i][e : e + 2], self.exact_io)
+                    for low, a_part in enumerate(a_parts):
+                        chains[i][e + low] = mma_split(chains[i][e + low], [a_part], b_parts[: 2 - low])
+        return [sum_chains(x) for x in chains]
+
+    def solve(self, products, v, shared, place, c):
+        """(u, o) of chunk c as accumulators; packed, both are one, laid out as the products are."""
+        tokens = self.lane_tokens(place, c)
+        w, o = [None] * 4, [None] * 4
+        for e in range(2):
+            beta, decay, k_scale, q_scale = (
+                self.gate(shared, tokens[e], x) for x in (BETA, CHUNK_DECAY, K_SCALE, Q_SCALE)
+            )
+            for x in (e, 2 + e):
+                w[x] = beta * (v[x] - decay * k_scale * products[0][x])
+                o[x] = decay * q_scale * products[-1][x]
+        if self.packed(c):
+            w = [select(place.t < 2, w[x], o[x]) for x in range(4)]
+        a_parts = parts(as_operand(w), False)
+        u = mma_split([Float32(0.0)] * 4, a_parts, self.matrix_parts(shared, place, c, SOLVE))
+        if self.packed(c):
+            return u, u
+        return u, mma_split(o, a_parts, self.matrix_parts(shared, place, c, READ))
+
+    def matrix_parts(self, shared, place, c, which):
+        """An [8, 8] matrix M of chunk c as the second operand that gives M w from w."""
+        offset = (MATRICES_PER_CHUNK * c + which) * MATRIX_FLOATS
+        values = load_shared(shared.matrices, offset, CHUNK_TOKENS * place.g + 2 * place.t, 2)
+        return parts(values, False)
+
+    def token_update(self, u, shared, place, t, j):
+        """u_j for rows g and g + 8 times the factor of k_j, from the lane of the row that has it."""
+        source = (place.lane & ~3) + j // 2
+        factor = self.gate(shared, t, K_SCALE)
+        return [cute.arch.shuffle_sync(u[2 * half + j % 2], source) * factor for half in range(2)]
+
+    def advance(self, s, u, shared, place, decay, c, j):
+        """S <- decay S + u k_j^T for token j of chunk c, in place."""
+        for column, at in self.quads(place.t):
+            k = load_shared(shared.kq, self.token_offset(False, c, j), column, 4)
+            for half in range(2):
+                for e in range(4):
+                    s[half][at + e] = decay * s[half][at + e] + u[half] * k[e]
+
+    def advance_chunk(self, s, u, shared, place, c):
+        """S <- D(end) S + sum_j D(end, j) u_j k_j^T over chunk c, in place."""
+        t0, n = self.config.chunks[c]
+        g, t = place.g, place.t
+        end = t0 + n - 1
+        decay = self.gate(shared, end, CHUNK_DECAY)
+        weights = [
+            cute.math.exp(self.gate(shared, end, LOG_DECAY) - self.gate(shared, x, LOG_DECAY))
+            * self.gate(shared, x, K_SCALE)
+            for x in self.lane_tokens(place, c)
+        ]
+        if self.packed(c):
+            u = [select(t < 2, x, Float32(0.0)) for x in u]
+        a_parts = parts(as_operand([u[x] * weights[x % 2] for x in range(4)]), False)
+        operands = [self.token_offset(False, c, cutlass.min(2 * t + e, n - 1)) for e in range(2)]
+        # Result columns 2t and 2t + 1 of an instruction stand for columns h and h + 2 of a run of four.
+        for column, at in self.quads(g // 2):
+            k = [load_shared(shared.kq, operand, column + 2 * (g % 2), 2) for operand in operands]
+            for h in range(2):
+                places = [(0, at + h), (0, at + h + 2), (1, at + h), (1, at + h + 2)]
+                acc = [decay * s[half][x] for half, x in places]
+                acc = mma_split(acc, a_parts, parts([k[0][h], k[1][h]], self.exact_io))
+                for (half, x), value in zip(places, acc, strict=True):
+                    s[half][x] = value
+
+
+def sum_chains(chains):
+    """Four accumulators added up."""
+    return [(chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]) for i in range(4)]
+
+
+def as_operand(acc):
+    """An accumulator over tokens (2t, 2t + 1) as a first operand whose contraction index runs over tokens."""
+    return [acc[0], acc[2], acc[1], acc[3]]
