@@ -6,7 +6,7 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 HEAD_DIMS = (64, 128, 256)
-MAX_TOKENS = 32
+MAX_TOKENS = 16
 
 
 def _supports(problem: GatedDeltaRuleProblem, arch: Arch) -> str | None:

@@ -45,5 +45,5 @@ class KMajorConfig(Config):
 
     @property
     def warps_per_sm(self) -> int:
-        """64 registers per thread."""
-        return 32
+        """80 registers per thread."""
+        return 24

@@ -64,18 +64,19 @@ class GatedDeltaRuleKernels:
         self, problem: GatedDeltaRuleProblem, arch: Arch, device: torch.device, tactic: str
     ) -> Callable[..., None]:
         """The launcher of one tactic, compiled first if it is not in the compile cache."""
-        return load(self._config(problem, arch, tactic), arch.name)
+        return load(self.config(problem, arch, tactic), arch.name)
 
     def _names(self, problem: GatedDeltaRuleProblem) -> Sequence[str]:
         return tuple(KMAJOR_COLUMNS if problem.state_layout == "kv" else TACTICS)
 
-    def _config(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str) -> Config:
+    def config(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str) -> Config:
+        """What the kernel of one tactic is compiled for."""
         if problem.state_layout == "kv":
             return KMajorConfig.of(problem, KMAJOR_COLUMNS[tactic], arch.supports_pdl)
         return KernelConfig.of(problem, TACTICS[tactic], arch.supports_pdl)
 
     def _fits(self, problem: GatedDeltaRuleProblem, arch: Arch, name: str) -> bool:
-        config = self._config(problem, arch, name)
+        config = self.config(problem, arch, name)
         if config.smem_bytes > arch.smem_optin_bytes:
             return False
         if isinstance(config, KMajorConfig):

@@ -1,0 +1,392 @@
+"""The CuTe DSL kernels: what they accept, what they compile to, and, on a GPU, their results per tactic."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import gdn_mtp
+import pytest
+import torch
+from gdn_mtp.cute.compile import PTX, compiled
+from gdn_mtp.cute.kernels import HEURISTIC, KERNELS, KMAJOR_COLUMNS, KMAJOR_HEURISTIC, TACTICS
+from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_support import BF16, DEVICE, FP16, FP32, NAN, Case, assert_result, assert_same_bits, slots_tensor
+from kernel_dispatch import Arch, explain, forbid_compilation, resolve
+from kernel_testing import poisoned
+
+PROBLEM = GatedDeltaRuleProblem(
+    B=8, T=4, H=16, HV=32, K=128, V=128,
+    io_dtype=BF16, gate_dtype=BF16, dt_bias_dtype=FP32, out_dtype=BF16, state_dtype=FP32, state_layout="vk",
+    use_qk_l2norm=True, update_state=True, intermediate="none", index_dtype=torch.int32,
+    separate_write_indices=False,
+)  # fmt: skip
+KMAJOR = replace(PROBLEM, T=1, state_layout="kv", index_dtype=None)
+HOPPER = Arch.from_name("sm_90a")
+ARCHS = ("sm_90a", "sm_100a", "sm_120a")
+
+
+def problem(**changes: object) -> GatedDeltaRuleProblem:
+    return replace(PROBLEM, **changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (problem(K=96), "K = 96"),
+        (problem(V=32), "V = 32"),
+        (problem(T=17), "at most 16 tokens"),
+        (problem(state_rows="any"), "16-byte aligned"),
+        (problem(B=70000), "65535"),
+        (replace(KMAJOR, T=2), "K-major"),
+        (replace(KMAJOR, index_dtype=torch.int32), "K-major"),
+        (replace(KMAJOR, update_state=False), "always updated"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_what_the_kernels_decline_goes_to_torch_with_a_reason(asked, words):
+    explained = explain(asked, HOPPER)
+    assert explained.chosen == "torch"
+    (row,) = [row for row in explained.rows if row.name == "cute"]
+    assert words in row.reason
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a"])
+@pytest.mark.parametrize("asked", [PROBLEM, KMAJOR, problem(T=1), problem(T=16)], ids=lambda p: p.describe())
+def test_the_kernels_are_preferred_where_they_apply(arch, asked):
+    assert explain(asked, arch).chosen == "cute"
+    assert explain(asked, "cpu").chosen == "torch"
+
+
+def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
+    offered = set(KERNELS.tactics(PROBLEM, HOPPER)) | set(KERNELS.tactics(KMAJOR, HOPPER))
+    assert offered == set(TACTICS) | set(KMAJOR_COLUMNS)
+    for rows in HEURISTIC.values():
+        assert {name for _, name in rows} <= set(TACTICS)
+        assert rows[-1][0] == float("inf")
+    assert {name for _, name in KMAJOR_HEURISTIC} <= set(KMAJOR_COLUMNS)
+
+
+def test_the_heuristic_reaches_every_row_of_its_table():
+    for (many, stored), rows in HEURISTIC.items():
+        asked = problem(T=8 if many else 4, intermediate="buffer" if stored else "none")
+        chosen = {KERNELS.tactics(replace(asked, B=b), HOPPER)[0] for b in (1, 4, 16, 64, 512)}
+        assert chosen == {name for _, name in rows}
+    chosen = {KERNELS.tactics(replace(KMAJOR, B=b), HOPPER)[0] for b in (1, 64)}
+    assert chosen == {name for _, name in KMAJOR_HEURISTIC}
+
+
+@pytest.mark.parametrize("head", [64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+@pytest.mark.parametrize("rows", ["contiguous", "aligned"])
+@pytest.mark.parametrize("intermediate", ["none", "buffer", "scatter"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_121a"])
+def test_every_accepted_problem_has_a_tactic(head, tokens, rows, intermediate, arch):
+    for state in (FP32, BF16):
+        asked = problem(
+            T=tokens, K=head, V=head, state_rows=rows, intermediate=intermediate, state_dtype=state
+        )
+        assert KERNELS.tactics(asked, Arch.from_name(arch))
+
+
+COMPILED = {
+    "T1": problem(T=1),
+    "T2-buffer": problem(T=2, intermediate="buffer"),
+    "T4": PROBLEM,
+    "T8": problem(T=8),
+    "T8-buffer": problem(T=8, intermediate="buffer"),
+    "T8-bf16state": problem(T=8, state_dtype=BF16),
+    "T3-scatter": problem(T=3, intermediate="scatter"),
+    "T16-aligned": problem(T=16, state_rows="aligned"),
+    "T8-K256": problem(T=8, K=256, V=256),
+    "T5-K64-frozen": problem(T=5, K=64, V=64, update_state=False, index_dtype=torch.int64),
+    "T2-fp32-tensorscale": problem(
+        T=2, io_dtype=FP32, gate_dtype=FP32, tensor_scale=True, separate_write_indices=True
+    ),
+    "T1-kmajor": KMAJOR,
+    "T1-kmajor-bf16state": replace(KMAJOR, state_dtype=BF16, out_dtype=FP16, io_dtype=FP16),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("asked", COMPILED.values(), ids=COMPILED)
+def test_compiled_code_keeps_everything_in_registers(arch, asked):
+    """The compiler reports no spills and no stack frame, for the tactic that the heuristic picks."""
+    target = Arch.from_name(arch)
+    selection = resolve(asked, target, "cute")
+    config = KERNELS.config(asked, target, selection.tactic)
+    directory = compiled(config, arch)
+    assert config.smem_bytes <= target.smem_optin_bytes
+    with forbid_compilation():
+        selection.kernel.prepare(asked, target, torch.device("cpu"), selection.tactic)
+    report = resource_report(directory / PTX, arch)
+    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
+
+
+def resource_report(ptx, arch):
+    if shutil.which("ptxas") is None:
+        pytest.skip("ptxas, which reports registers and spills, is not installed")
+    command = ["ptxas", "-v", f"-arch={arch}", str(ptx), "-o", "/dev/null"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+needs_hopper = pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a GPU of SM90 or newer",
+)
+QWEN = Case(H=16, HV=32, K=128, V=128)
+SEED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BUFFER_ROWS_BEYOND = 1
+
+
+def run(
+    case, tactic=None, *, pool_slots=None, mode="none", update=True, rows="contiguous", dtype=torch.int32
+):
+    """One call of `tactic` (or the preferred one) on NaN-poisoned memory, every result checked."""
+    slots = pool_slots or case.B + 3
+    permutation = torch.randperm(slots, generator=torch.Generator().manual_seed(case.T)).to(DEVICE)
+    indices = permutation[: case.B].to(dtype)
+    if case.B > 2:
+        indices[1] = -1
+    named = indices[indices >= 0].long()
+    pool = strided_pool(case, slots, rows)
+    pool[named] = case.states(case.B)[: len(named)]
+    before = pool.clone()
+    inputs = case.inputs()
+    options = {}
+    buffer = scatter = None
+    if mode == "buffer":
+        shape = (case.B + BUFFER_ROWS_BEYOND, case.T + 1, case.HV, case.V, case.K)
+        buffer = options["intermediate_states_buffer"] = poisoned(shape, case.state, DEVICE)
+    if mode == "scatter":
+        free = torch.tensor([i for i in range(slots) if i not in set(named.tolist())], device=DEVICE)
+        scatter = free[: case.B * case.T].view(case.B, case.T).to(dtype)
+        scatter[0, 0] = -1
+        options["ssm_state_indices"] = scatter
+    semantics = {"initial_state_indices": indices, "update_state": update}
+    expected = case.reference(inputs, pool, ssm_state_indices=scatter, **semantics)
+    output = poisoned((case.B, case.T, case.HV, case.V), case.io, DEVICE)
+    call = {**inputs, **case.options, **options, "initial_state": pool, "initial_state_indices": indices}
+    call |= {"disable_state_update": not update, "output": output}
+    if tactic is None:
+        gdn_mtp.gated_delta_rule_mtp(**call, backend="cute")
+    else:
+        with only_tactic(tactic):
+            gdn_mtp.gated_delta_rule_mtp(**call, backend="cute")
+    valid = indices >= 0
+    if case.B > 2:
+        assert bool((output[1] == 0).all())
+    written = named if mode != "scatter" else scatter[valid][scatter[valid] >= 0].long()
+    written = written if update else written[:0]
+    stored = None if buffer is None else buffer[: case.B, : case.T][valid]
+    kept = replace_states(expected, valid, written)
+    assert_result(case, kept, output, pool[written], intermediate_states=stored, q=inputs["q"])
+    untouched = torch.ones(slots, dtype=torch.bool, device=DEVICE)
+    untouched[written] = False
+    assert_same_bits(pool[untouched], before[untouched], "slots nobody names")
+    if buffer is not None:
+        assert bool(buffer[case.B :].isnan().all())
+        assert bool(buffer[:, case.T :].isnan().all())
+        assert bool(buffer[: case.B][~valid].isnan().all())
+    return output, pool
+
+
+def replace_states(expected, valid, written):
+    return expected._replace(
+        state=expected.state[written], intermediate_states=expected.intermediate_states[valid]
+    )
+
+
+def strided_pool(case, slots, rows):
+    """A NaN-filled pool; "aligned" rows lie apart, as do slots and heads."""
+    if rows == "contiguous":
+        return torch.full((slots, case.HV, case.V, case.K), NAN, dtype=case.state, device=DEVICE)
+    whole = torch.full((slots, 2, case.HV, case.V, case.K + 16), NAN, dtype=case.state, device=DEVICE)
+    return whole[:, 1, :, :, 8 : case.K + 8]
+
+
+class only_tactic:
+    """Makes the kernels offer one tactic."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        from kernel_dispatch import clear_plans
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(type(KERNELS), "tactics", lambda *_: (self.name,))
+        clear_plans()
+
+    def __exit__(self, *_: object) -> None:
+        from kernel_dispatch import clear_plans
+
+        self.patch.undo()
+        clear_plans()
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", range(2, 9))
+@pytest.mark.parametrize("batch", SEED_BATCHES)
+def test_qwen3_next_shapes_with_states_cached_and_updated(batch, tokens):
+    run(replace(QWEN, B=batch, T=tokens), mode="buffer")
+
+
+@needs_hopper
+@pytest.mark.parametrize("mode", ["none", "buffer", "scatter"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_sizes_and_modes(head, state, tokens, mode):
+    case = Case(B=3, T=tokens, H=2, HV=6, K=head, V=head, state=state)
+    run(case, mode=mode, pool_slots=6 + 3 * tokens)
+
+
+@needs_hopper
+@pytest.mark.parametrize("mode", ["none", "buffer"])
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+@pytest.mark.parametrize("tactic", TACTICS)
+def test_every_tactic(tactic, tokens, mode):
+    run(Case(B=5, T=tokens, H=2, HV=4, K=128, V=128), tactic, mode=mode)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_pool_whose_rows_lie_apart(state, tokens):
+    case = Case(B=4, T=tokens, H=1, HV=3, K=128, V=64, state=state)
+    run(case, rows="aligned")
+    run(case, rows="aligned", mode="scatter", pool_slots=8 + 4 * tokens, dtype=torch.int64)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("l2norm", [True, False])
+def test_input_dtypes_and_frozen_states(io, l2norm, tokens):
+    run(
+        Case(B=3, T=tokens, K=128, V=128, io=io, gates=io, l2norm=l2norm, scale=0.3),
+        update=False,
+        mode="buffer",
+    )
+
+
+@needs_hopper
+def test_offsets_beyond_two_to_the_31_elements():
+    case = Case(B=1, T=2, H=16, HV=32, K=128, V=128, state=BF16)
+    slots = 2**31 // (32 * 128 * 128) + 8
+    pool = torch.full((slots, 32, 128, 128), NAN, dtype=BF16, device=DEVICE)
+    pool[-1] = case.states(1)[0]
+    inputs, indices = case.inputs(), slots_tensor(slots - 1)
+    alone = case.states(1)
+    expected = case.reference(inputs, alone)
+    output, _ = gdn_mtp.gated_delta_rule_mtp(
+        **inputs,
+        initial_state=pool,
+        initial_state_indices=indices,
+        disable_state_update=False,
+        backend="cute",
+    )
+    assert_result(case, expected, output, pool[-1:], q=inputs["q"])
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_same_bits_alone_as_in_a_batch_and_again(tokens):
+    case = Case(B=9, T=tokens, H=2, HV=4, K=128, V=128)
+    inputs, pool = case.inputs(), case.states(9)
+
+    def call(rows):
+        tokens_of = {name: x[rows] if name in ("q", "k", "v", "a", "b") else x for name, x in inputs.items()}
+        state = pool.clone()
+        indices = torch.arange(9, device=DEVICE)[rows]
+        output, _ = gdn_mtp.gated_delta_rule_mtp(
+            **tokens_of, initial_state=state, initial_state_indices=indices, disable_state_update=False,
+            backend="cute",
+        )  # fmt: skip
+        return output, state
+
+    whole, whole_state = call(slice(0, 9))
+    again, again_state = call(slice(0, 9))
+    assert_same_bits(whole, again, "output")
+    assert_same_bits(whole_state, again_state, "state")
+    for i in range(9):
+        alone, alone_state = call(slice(i, i + 1))
+        assert_same_bits(alone[0], whole[i], f"output of request {i}")
+        assert_same_bits(alone_state[i], whole_state[i], f"state of request {i}")
+
+
+@needs_hopper
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_thousand_steps_stay_close(state):
+    """Errors of chained steps do not grow: after 1,000 the state is as close as the rounding of one step."""
+    case = Case(B=2, T=4, H=2, HV=4, K=128, V=128, state=state)
+    pool = case.states(2)
+    exact = pool.double()
+    errors = []
+    for step in range(250):
+        inputs = case.inputs(seed=step)
+        exact = case.reference(inputs, exact).state
+        gdn_mtp.gated_delta_rule_mtp(
+            **inputs,
+            initial_state=pool,
+            initial_state_indices=slots_tensor(0, 1),
+            disable_state_update=False,
+            backend="cute",
+        )
+        errors.append(((pool.double() - exact).norm() / exact.norm()).item())
+    bound = 2e-6 if state == FP32 else 1e-2
+    assert max(errors) <= bound, f"relative error {max(errors):.1e}, allowed {bound:.0e}"
+    assert max(errors[125:]) <= 2 * max(errors[:125]), "errors grow"
+
+
+@needs_hopper
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head", [64, 128, 256])
+@pytest.mark.parametrize("columns", KMAJOR_COLUMNS)
+def test_k_major_states(columns, head, state):
+    if columns not in KERNELS.tactics(
+        replace(KMAJOR, K=head, V=head, state_dtype=state), Arch.from_device(DEVICE)
+    ):
+        pytest.skip("the columns do not fit this head size")
+    case = Case(B=5, T=1, H=2, HV=4, K=head, V=head, state=state)
+    inputs, pool = case.inputs(), case.states(5, "kv")
+    expected = case.reference(inputs, pool, state_layout="kv")
+    with only_tactic(columns):
+        output, _ = gdn_mtp.gated_delta_rule_decode(**inputs, state=pool, backend="cute")
+    assert_result(case, expected, output, pool, q=inputs["q"], layout="kv")
+
+
+@needs_hopper
+def test_a_scale_on_the_device_and_graph_replay():
+    case = Case(B=3, T=4, H=2, HV=4, K=128, V=128)
+    scale = torch.tensor([0.5], device=DEVICE)
+    pool, indices, inputs = case.states(6), slots_tensor(4, -1, 0, dtype=torch.int32), case.inputs()
+
+    def call(state, rows, factor):
+        output, _ = gdn_mtp.gated_delta_rule_mtp(
+            **inputs,
+            initial_state=state,
+            initial_state_indices=rows,
+            scale=factor,
+            disable_state_update=False,
+            backend="cute",
+        )
+        return output
+
+    call(pool.clone(), indices, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call(pool, indices, scale)
+    for factor, slots in ((2.0, (1, 2, -1)), (0.25, (-1, -1, -1)), (1.0, (5, 0, 3))):
+        pool.copy_(case.states(6))
+        scale.fill_(factor)
+        rows = slots_tensor(*slots, dtype=torch.int32)
+        indices.copy_(rows)
+        graph.replay()
+        expected_pool = case.states(6)
+        expected = call(expected_pool, rows, factor)
+        assert_same_bits(output, expected, "output")
+        assert_same_bits(pool, expected_pool, "pool")
