@@ -176,9 +176,7 @@ class KernelConfig(Config):
 
     @property
     def warps_per_sm(self) -> int:
-        """128, 168, 204 or 255 registers per thread, enough for the compiler to spill none."""
-        if self.K > 128:
+        """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
+        if self.K > 128 or len(self.chunks) > 1:
             return 8
-        if len(self.chunks) > 1:
-            return 10
         return 16 if self.T <= CHUNK_TOKENS // 2 and not self.stores_every_state else 12
