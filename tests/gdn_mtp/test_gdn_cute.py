@@ -139,6 +139,7 @@ needs_hopper = pytest.mark.skipif(
 QWEN = Case(H=16, HV=32, K=128, V=128)
 SEED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BUFFER_ROWS_BEYOND = 1
+REQUESTS_PER_CHECK = 32
 
 
 def run(
@@ -165,8 +166,6 @@ def run(
         scatter = free[: case.B * case.T].view(case.B, case.T).to(dtype)
         scatter[0, 0] = -1
         options["ssm_state_indices"] = scatter
-    semantics = {"initial_state_indices": indices, "update_state": update}
-    expected = case.reference(inputs, pool, ssm_state_indices=scatter, **semantics)
     output = poisoned((case.B, case.T, case.HV, case.V), case.io, DEVICE)
     call = {**inputs, **case.options, **options, "initial_state": pool, "initial_state_indices": indices}
     call |= {"disable_state_update": not update, "output": output}
@@ -175,28 +174,42 @@ def run(
     else:
         with only_tactic(tactic):
             gdn_mtp.gated_delta_rule_mtp(**call, backend="cute")
-    valid = indices >= 0
-    if case.B > 2:
-        assert bool((output[1] == 0).all())
-    written = named if mode != "scatter" else scatter[valid][scatter[valid] >= 0].long()
-    written = written if update else written[:0]
-    stored = None if buffer is None else buffer[: case.B, : case.T][valid]
-    kept = replace_states(expected, valid, written)
-    assert_result(case, kept, output, pool[written], intermediate_states=stored, q=inputs["q"])
+    for start in range(0, case.B, REQUESTS_PER_CHECK):
+        rows = slice(start, start + REQUESTS_PER_CHECK)
+        check_rows(case, rows, inputs, before, indices, output, pool, buffer, scatter, update)
     untouched = torch.ones(slots, dtype=torch.bool, device=DEVICE)
-    untouched[written] = False
+    written = named if scatter is None else scatter[indices >= 0]
+    untouched[written[written >= 0].long() if update else written[:0].long()] = False
     assert_same_bits(pool[untouched], before[untouched], "slots nobody names")
     if buffer is not None:
         assert bool(buffer[case.B :].isnan().all())
         assert bool(buffer[:, case.T :].isnan().all())
-        assert bool(buffer[: case.B][~valid].isnan().all())
-    return output, pool
+        assert bool(buffer[: case.B][indices < 0].isnan().all())
 
 
-def replace_states(expected, valid, written):
-    return expected._replace(
-        state=expected.state[written], intermediate_states=expected.intermediate_states[valid]
+def check_rows(case, rows, inputs, before, indices, output, pool, buffer, scatter, update):
+    """Every result of the requests in `rows`, each against the state that its slot held before."""
+    slots = indices[rows].long()
+    valid = slots >= 0
+    of_rows = {name: x[rows] if name in ("q", "k", "v", "a", "b") else x for name, x in inputs.items()}
+    entry = before[slots.clamp_min(0)]
+    local = torch.where(valid, torch.arange(len(slots), device=DEVICE), -1)
+    expected = case.reference(of_rows, entry, initial_state_indices=local, update_state=update)
+    assert bool((output[rows][~valid] == 0).all())
+    kept = expected._replace(
+        state=expected.state[valid], intermediate_states=expected.intermediate_states[valid]
     )
+    stored = None if buffer is None else buffer[rows, : case.T][valid]
+    final = pool[slots[valid]]
+    if scatter is not None:
+        targets = scatter[rows][valid].long()
+        final = entry[valid]  # left as it was, which untouched slots are checked for
+        kept = kept._replace(state=final)
+        stored = torch.where(
+            (targets >= 0)[..., None, None, None], pool[targets.clamp_min(0)].double(), kept[2]
+        )
+        stored = stored.to(case.state)
+    assert_result(case, kept, output[rows], final, intermediate_states=stored, q=of_rows["q"])
 
 
 def strided_pool(case, slots, rows):
