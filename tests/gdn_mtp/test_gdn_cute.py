@@ -175,7 +175,7 @@ def run(
         with only_tactic(tactic):
             gdn_mtp.gated_delta_rule_mtp(**call, backend="cute")
     for start in range(0, case.B, REQUESTS_PER_CHECK):
-        rows = slice(start, start + REQUESTS_PER_CHECK)
+        rows = slice(start, min(start + REQUESTS_PER_CHECK, case.B))
         check_rows(case, rows, inputs, before, indices, output, pool, buffer, scatter, update)
     untouched = torch.ones(slots, dtype=torch.bool, device=DEVICE)
     written = named if scatter is None else scatter[indices >= 0]
