@@ -47,10 +47,10 @@ class Case:
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """q, k, v, A_log, a, dt_bias, b as keyword arguments; keys have about unit length in any case."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator, device=DEVICE)
 
         tokens = {
             "q": normal(self.B, self.T, self.H, self.K) / (1.0 if self.l2norm else self.K**0.5),
@@ -70,8 +70,8 @@ class Case:
     def states(self, slots: int, layout: str = "vk", seed: int = 1) -> Tensor:
         """Random states [slots, HV, V, K], or [slots, HV, K, V]."""
         shape = (slots, self.HV, self.V, self.K) if layout == "vk" else (slots, self.HV, self.K, self.V)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).mul_(0.5).to(DEVICE, self.state)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=DEVICE).mul_(0.5).to(self.state)
 
     @property
     def options(self) -> dict[str, object]:

@@ -209,7 +209,9 @@ def _prepare(
 def _start(
     launcher: Callable[..., None], tensors: CallTensors, scale: float | Tensor, output: Tensor
 ) -> None:
-    """Call a launcher; all index tensors reach it with the dtype of the first."""
+    """Call a launcher; index tensors reach it with the dtype of the first, a tensor scale as [1]."""
+    if isinstance(scale, Tensor) and scale.dim() != 1:
+        scale = scale.view(1)
     reads, writes = tensors.initial_state_indices, tensors.output_state_indices
     scatter = tensors.ssm_state_indices
     if writes is not None and reads is not None:

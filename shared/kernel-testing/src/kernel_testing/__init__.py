@@ -1,17 +1,20 @@
-"""Helpers for tests and benchmarks: strict comparison, poisoned memory, timing."""
+"""Helpers for tests and benchmarks: strict comparison, poisoned memory, timing, compiled resources."""
 
 from .__about__ import __version__
 from .compare import assert_close_elementwise
+from .cubin import KernelResources, cubin_resources
 from .poison import UNUSED_INDEX, Guarded, poison_, poisoned, snapshot_untouched
 from .timing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cpu_us, time_cuda_us
 
 __all__ = [
     "UNUSED_INDEX",
     "Guarded",
+    "KernelResources",
     "__version__",
     "assert_close_elementwise",
     "calls_for_cold_l2",
     "copy_bandwidth_gb_s",
+    "cubin_resources",
     "environment",
     "poison_",
     "poisoned",

@@ -1,8 +1,8 @@
-"""Compiles kernels to shared libraries, once per configuration, and loads them without the compiler.
+"""Compiles kernels once per configuration and loads them, where it can be without the compiler.
 
-A kernel is traced and compiled by CuTe DSL for the architecture named, no GPU needed, and linked into a
-library with a C compiler. Loading needs only the DSL's runtime library and TVM-FFI, whose functions take
-PyTorch tensors and launch on PyTorch's current stream.
+A kernel is traced and compiled by CuTe DSL for the architecture named, no GPU needed. Where there is a C
+compiler it is linked into a library, which loads with only the DSL's runtime library and TVM-FFI; where there
+is none, the DSL loads the object file. Functions take PyTorch tensors and launch on PyTorch's current stream.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from .config import Config
 
 FUNCTION = "gated_delta_rule"
 LIBRARY = f"{FUNCTION}.so"
+OBJECT = f"{FUNCTION}.o"
 PTX = f"{FUNCTION}.ptx"
+CUBIN = f"{FUNCTION}.cubin"
 DISTRIBUTIONS = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
 _compile_lock = threading.Lock()  # the DSL traces one kernel at a time
 
 
 def load(config: Config, arch: str) -> Callable[..., None]:
     """The launcher for `config` on `arch` (a name such as "sm_90a"), compiled first if the cache lacks it."""
-    directory = compiled(config, arch)
-    return _load_library(str(directory / LIBRARY))
+    return _load(compiled(config, arch))
 
 
 def compiled(config: Config, arch: str) -> Path:
-    """The cache directory with the library and the PTX of `config`, compiled first if need be."""
+    """The cache directory with what `config` compiles to, built first if need be."""
     key = CompileKey(
         kernel=type(config).__name__,
         config=asdict(config),
@@ -65,33 +66,38 @@ def _sources() -> str:
 
 
 def _build(config: Config, arch: str, directory: Path) -> None:
-    """Compile into `directory`; raises RuntimeError where no C compiler is there to link with."""
-    linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if linker is None:
-        raise RuntimeError(
-            "linking a compiled kernel needs a C compiler: none of $CC, cc, gcc, clang is found"
-        )
+    """Compile into `directory`: object file, PTX, cubin, and the library where a C compiler can link it."""
     with _compile_lock, tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("CUTE_DSL_ARCH", arch)  # without a GPU the DSL has no default of its own
         import cutlass.cute as cute
 
         from .trace import trace
 
-        options = (*_options(arch), "--keep-ptx", f"--dump-dir {scratch}")
+        options = (*_options(arch), "--keep-ptx", "--keep-cubin", f"--dump-dir {scratch}")
         function = trace(config, " ".join(options))
-        function.export_to_c(f"{scratch}/kernel.o", function_name=FUNCTION)
-        runtime = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
-        command = [linker, "-shared", "-o", str(directory / LIBRARY), f"{scratch}/kernel.o", *runtime]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        function.export_to_c(str(directory / OBJECT), function_name=FUNCTION)
         (directory / PTX).write_text(function.__ptx__)
+        (directory / CUBIN).write_bytes(function.__cubin__)
+        linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+        if linker is not None:
+            runtime = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
+            command = [linker, "-shared", "-o", str(directory / LIBRARY), str(directory / OBJECT), *runtime]
+            subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 @cache
-def _load_library(path: str) -> Callable[..., None]:
+def _load(directory: Path) -> Callable[..., None]:
+    """The function in a cache directory: from its library, or from the object file by the DSL's linker."""
+    launcher: Callable[..., None]
+    if not (directory / LIBRARY).exists():
+        import cutlass.cute as cute
+
+        launcher = cute.runtime.load_module(str(directory / OBJECT), enable_tvm_ffi=True)[FUNCTION]
+        return launcher
     _load_runtime()
     import tvm_ffi
 
-    launcher: Callable[..., None] = tvm_ffi.load_module(path)[FUNCTION]
+    launcher = tvm_ffi.load_module(str(directory / LIBRARY))[FUNCTION]
     return launcher
 
 

@@ -11,6 +11,7 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 
 WARP_LANES = 32
 VECTOR_BYTES = 16
+L2_LINE_BYTES = 128
 MMA_ROWS = 16
 CHUNK_TOKENS = 8
 SMEM_PER_SM_BYTES = 228 * 1024
@@ -25,16 +26,19 @@ class Tactic:
     """How thread blocks divide a head's state: each warp owns `tiles_per_warp` tiles of 16 rows (V index).
 
     row_copies: a tile moves as 16 copies of one row instead of one copy; the rows may then lie apart.
+    early: a dependent grid may start once this one has its state in registers, rather than as the last
+    stores are issued. That overlaps more, but its blocks crowd the multiprocessors that have few of this grid.
     """
 
     warps: int
     tiles_per_warp: int
     row_copies: bool = False
+    early: bool = False
 
     @property
     def name(self) -> str:
-        """`w4t1`, or `w4t1r` with row copies."""
-        return f"w{self.warps}t{self.tiles_per_warp}" + ("r" if self.row_copies else "")
+        """`w4t1`, with the suffixes `r` for row copies and `e` for early."""
+        return f"w{self.warps}t{self.tiles_per_warp}" + "r" * self.row_copies + "e" * self.early
 
     @property
     def rows(self) -> int:
@@ -131,6 +135,11 @@ class KernelConfig(Config):
     @property
     def stores_every_state(self) -> bool:
         return self.intermediate != "none"
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether to bring the state to L2 before the previous grid ends; not while stores keep L2 busy."""
+        return self.tactic.early or not self.stores_every_state
 
     @property
     def vector_elements(self) -> int:

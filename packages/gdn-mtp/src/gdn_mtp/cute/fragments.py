@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass.cutlass_dsl import select_
 
 from .config import VECTOR_BYTES
@@ -89,6 +89,24 @@ def bulk_load(shared, source, num_bytes: int, mbar) -> None:
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
         read_only_args=[shared, source, Int32(num_bytes), mbar],
     )
+
+
+def prefetch_l2(source) -> None:
+    """Bring the cache line at `source` to L2."""
+    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[source])
+
+
+def bulk_prefetch_l2(source, num_bytes: int) -> None:
+    """Start bringing `num_bytes` of global memory at `source` to L2."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(num_bytes)]
+    )
+
+
+def read_index(indices, i):
+    """indices[i] as int64 past L1, which a read before `griddepcontrol.wait` may have filled."""
+    pointer = indices.iterator + i * indices.stride[0]
+    return Int64(cute.arch.load(pointer, indices.element_type, cop="cg"))
 
 
 def bulk_store(destination, shared, num_bytes: int) -> None:

@@ -30,6 +30,7 @@ from gdn_mtp.problem import L2NORM_EPSILON
 from .config import (
     CHUNK_TOKENS,
     GATE_COLUMNS,
+    L2_LINE_BYTES,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
@@ -38,15 +39,14 @@ from .config import (
 )
 from .fragments import (
     NUMERIC,
-    bulk_load,
-    bulk_store,
+    bulk_prefetch_l2,
     dot,
     load_shared,
-    load_vector,
     mma_split,
     parts,
+    prefetch_l2,
+    read_index,
     select,
-    store_vector,
 )
 from .gates import (
     BETA,
@@ -59,6 +59,7 @@ from .gates import (
     load_gates,
     stage_gates,
 )
+from .tiles import Place, Shared, TileCopies
 
 # Matrices of a chunk in shared memory, [8, 8] each: what turns w into u, what turns w into o, L, and q.k
 SOLVE, READ, LOWER, QUERY = range(MATRICES_PER_CHUNK)
@@ -77,42 +78,11 @@ class Tensors:
     output: Any  # [B, T, HV, V]
 
 
-@dataclass(frozen=True)
-class Shared:
-    """A block's shared memory."""
-
-    tiles: Any  # [K, 16, buffers per warp, warps], the state's dtype
-    mbars: Any  # one per tile, warp-major
-    kq: Any  # k then q of every token, unscaled float32, `token_stride` apart
-    matrices: Any  # [chunks, 4, 8, 8]
-    gate: Any  # [T, GATE_COLUMNS]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a warp works."""
-
-    request: Any
-    hv: Any
-    write_slot: Any  # pool slot of the updated state; negative: none
-    row: Any  # first row of the warp's first tile
-    warp: Any
-    lane: Any
-
-    @property
-    def g(self):
-        return self.lane // 4
-
-    @property
-    def t(self):
-        return self.lane % 4
-
-
-class GatedDeltaRule:
+class GatedDeltaRule(TileCopies):
     """The kernel of one `KernelConfig`; calling it (traced) launches."""
 
     def __init__(self, config: KernelConfig):
-        self.config = config
+        super().__init__(config)
         self.exact_io = config.io_dtype != "float32"
         self.exact_state = config.state_dtype != "float32"
 
@@ -145,20 +115,23 @@ class GatedDeltaRule:
         warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
         tensors = Tensors(q, k, v, state, intermediate_states, ssm_state_indices, output)
         shared = self.allocate()
+        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+        head = hv // (v.shape[2] // q.shape[2])
         if cutlass.const_expr(cfg.pdl):
+            if cutlass.const_expr(cfg.prefetch):
+                self.prefetch(tensors, state_indices, Place(request, hv, request, row, warp, lane), head)
             cute.arch.griddepcontrol_wait()
         slot = Int64(request)
         if cutlass.const_expr(state_indices is not None):
-            slot = Int64(state_indices[request])
+            slot = read_index(state_indices, request)
         write_slot = slot
         if cutlass.const_expr(write_indices is not None):
-            write_slot = Int64(write_indices[request])
-        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+            write_slot = read_index(write_indices, request)
         place = Place(request, hv, write_slot, row, warp, lane)
         gates = load_gates(a, b, A_log, dt_bias, request, hv, cutlass.min(lane, cfg.T - 1))
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
-        tokens = self.load_tokens(tensors, place, hv // (v.shape[2] // q.shape[2]))
+        tokens = self.load_tokens(tensors, place, head)
         if slot < 0:
             self.zero_output(tensors, place)
         else:
@@ -176,9 +149,13 @@ class GatedDeltaRule:
                         self.chunk_matrices(shared, place, c)
                 for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
                     self.tile(tensors, shared, place, tile)
-            if cutlass.const_expr(cfg.pdl):
-                cute.arch.griddepcontrol_launch_dependents()
+            self.launch_dependents(early=False)
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def launch_dependents(self, early):
+        """Let the next grid be scheduled, at the one of two places in the kernel that the tactic names."""
+        if self.config.pdl and self.config.tactic.early == early:
+            cute.arch.griddepcontrol_launch_dependents()
 
     def allocate(self) -> Shared:
         cfg = self.config
@@ -196,6 +173,35 @@ class GatedDeltaRule:
 
     # Global memory
 
+    @cute.jit
+    def prefetch(self, tensors, state_indices, place, head):
+        """Bring what this warp will read to L2 while the previous grid still runs.
+
+        L2 is coherent, so what the previous grid has yet to write will be read as written. A state index may
+        still change: it is used where it is a slot at all, and read again.
+        """
+        cfg = self.config
+        if place.lane < cfg.T:
+            for x in (tensors.k, tensors.q):
+                for line in cutlass.range_constexpr(-(-cfg.K * x.element_type.width // (8 * L2_LINE_BYTES))):
+                    column = line * L2_LINE_BYTES * 8 // x.element_type.width
+                    prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
+            prefetch_l2(tensors.v[place.request, place.lane, place.hv, None].iterator + place.row)
+        slot = Int64(place.request)
+        if cutlass.const_expr(state_indices is not None):
+            slot = read_index(state_indices, place.request)
+        if slot >= 0 and slot < tensors.state.shape[0]:
+            matrix = tensors.state[slot, place.hv, None, None]
+            rows = cfg.tactic.tiles_per_warp * MMA_ROWS
+            if cutlass.const_expr(not cfg.tactic.row_copies):
+                if place.lane == 0:
+                    bulk_prefetch_l2(matrix[place.row, None].iterator, rows * cfg.row_bytes)
+            else:
+                if place.lane < MMA_ROWS:
+                    for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
+                        row = place.row + tile * MMA_ROWS + place.lane
+                        bulk_prefetch_l2(matrix[row, None].iterator, cfg.row_bytes)
+
     def load_tokens(self, tensors, place, head):
         """This warp's tokens as (k, q) pairs of K / 32 float32 values a lane, clamped where it owns none."""
         cfg = self.config
@@ -210,49 +216,6 @@ class GatedDeltaRule:
                 )
             )
         return tokens
-
-    @cute.jit
-    def start_loads(self, matrix, shared, place):
-        """Start the copies of this warp's rows of `matrix` [V, K], one barrier per tile."""
-        cfg = self.config
-        count = cfg.tactic.tiles_per_warp
-        mbars = shared.mbars + place.warp * count
-        if place.lane == 0:
-            for tile in cutlass.range_constexpr(count):
-                cute.arch.mbarrier_init(mbars + tile, 1)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_warp()
-        if place.lane == 0:
-            for tile in cutlass.range_constexpr(count):
-                cute.arch.mbarrier_arrive_and_expect_tx(mbars + tile, cfg.tile_bytes)
-                if cutlass.const_expr(not cfg.tactic.row_copies):
-                    source = matrix[place.row + tile * MMA_ROWS, None].iterator
-                    bulk_load(self.row_pointer(shared, place, tile, 0), source, cfg.tile_bytes, mbars + tile)
-        if cutlass.const_expr(cfg.tactic.row_copies):
-            cute.arch.sync_warp()
-            if place.lane < MMA_ROWS:
-                for tile in cutlass.range_constexpr(count):
-                    source = matrix[place.row + tile * MMA_ROWS + place.lane, None].iterator
-                    bulk_load(
-                        self.row_pointer(shared, place, tile, place.lane), source, cfg.row_bytes, mbars + tile
-                    )
-
-    def row_pointer(self, shared, place, buffer, row):
-        return shared.tiles[None, row, buffer, place.warp].iterator
-
-    @cute.jit
-    def store_rows(self, matrix, row, shared, place, buffer):
-        """Start copying a tile buffer to rows `row` to `row` + 15 of `matrix` [V, K]."""
-        cfg = self.config
-        if cutlass.const_expr(cfg.tactic.row_copies):
-            if place.lane < MMA_ROWS:
-                source = self.row_pointer(shared, place, buffer, place.lane)
-                bulk_store(matrix[row + place.lane, None].iterator, source, cfg.row_bytes)
-        else:
-            if place.lane == 0:
-                bulk_store(
-                    matrix[row, None].iterator, self.row_pointer(shared, place, buffer, 0), cfg.tile_bytes
-                )
 
     @cute.jit
     def store_slot(self, tensors, slot, row, shared, place, buffer):
@@ -305,37 +268,6 @@ class GatedDeltaRule:
 
     # Shared memory
 
-    def vectors(self):
-        """(row half, vector index) of each 16-byte vector of a lane."""
-        cfg = self.config
-        return [(half, i) for i in range(cfg.K // (4 * cfg.vector_elements)) for half in range(2)]
-
-    def vector_pointer(self, shared, place, buffer, half, i):
-        offset = (4 * i + place.t) * self.config.vector_elements
-        return self.row_pointer(shared, place, buffer, 8 * half + place.g) + offset
-
-    def load_tile(self, shared, place, buffer):
-        """s[half][column of the lane] as float32: rows g and g + 8 of a tile."""
-        s = [[], []]
-        for half, i in self.vectors():
-            pointer = self.vector_pointer(shared, place, buffer, half, i)
-            s[half] += load_vector(pointer, shared.tiles.element_type)
-        return s
-
-    @cute.jit
-    def stage_tile(self, s, shared, place, buffer, pending):
-        """Write s to a tile buffer for bulk stores, once at most `pending` (or None: not waited for) earlier
-        groups of stores still read their buffers."""
-        vec = self.config.vector_elements
-        if cutlass.const_expr(pending is not None):
-            cute.arch.cp_async_bulk_wait_group(pending, read=True)
-        cute.arch.sync_warp()
-        for half, i in self.vectors():
-            pointer = self.vector_pointer(shared, place, buffer, half, i)
-            store_vector(pointer, s[half][vec * i : vec * (i + 1)], shared.tiles.element_type)
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-
     def token_offset(self, is_q, c, x):
         """Offset in shared.kq of k (or q) of token x (static or traced) of chunk c."""
         cfg = self.config
@@ -381,6 +313,7 @@ class GatedDeltaRule:
         v = [tensors.v[place.request, 0, place.hv, r].to(Float32) for r in rows]
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
+        self.launch_dependents(early=True)
         p, r = (self.row_sums(s, shared, place, is_q) for is_q in (False, True))
         beta, decay, k_scale, q_scale, qk = (
             self.gate(shared, 0, x) for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK)
@@ -500,6 +433,7 @@ class GatedDeltaRule:
         v = [self.load_v(tensors, place, row, c) for c in range(len(cfg.chunks))]
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
+        self.launch_dependents(early=True)
         for c in cutlass.range_constexpr(len(cfg.chunks)):
             products = self.state_products(s, shared, place, c)
             if cutlass.const_expr(tile == 0 and c == 0):

@@ -13,8 +13,7 @@ from .compile import load
 from .config import CHUNK_TOKENS, MMA_ROWS, Config, KernelConfig, Tactic
 from .config_kmajor import KMajorConfig
 
-# Every tactic of the V-major kernel. On an H100 80GB HBM3 (2026-11-21), of 1, 2, 4 and 8 warps and 1, 2 and 4
-# tiles no other was the fastest for any batch.
+# Every tactic of the V-major kernel; `bench_gdn_mtp.py --tactics` times them.
 TACTICS = {
     tactic.name: tactic
     for tactic in (
@@ -25,19 +24,32 @@ TACTICS = {
         Tactic(1, 1, row_copies=True),
         Tactic(2, 1, row_copies=True),
         Tactic(4, 1, row_copies=True),
+        Tactic(1, 1, early=True),
+        Tactic(2, 1, early=True),
+        Tactic(4, 1, early=True),
     )
 }
 KMAJOR_COLUMNS = {"c32": 32, "c64": 64}
 MAX_KMAJOR_RUN = 64  # rows of the state that a thread of the K-major kernel holds in registers
 
-# (tiles of 16 rows per SM, at most, tactic), by (more than four tokens, every state stored)
-HEURISTIC: dict[tuple[bool, bool], tuple[tuple[float, str], ...]] = {
-    (False, False): ((24, "w2t1"), (float("inf"), "w4t1")),
-    (True, False): ((24, "w2t1"), (float("inf"), "w4t1")),
-    (False, True): ((float("inf"), "w1t1"),),
-    (True, True): ((4, "w2t1r"), (float("inf"), "w4t1r")),
+# (tiles of 16 rows per SM, at most, tactic), by regime
+HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
+    "final state": ((2, "w2t1e"), (24, "w2t1"), (float("inf"), "w4t1")),
+    "final bf16 state, many tokens": ((2, "w2t1e"), (float("inf"), "w4t2")),
+    "every state": ((2, "w1t1e"), (float("inf"), "w1t1")),
+    "every state, many tokens": ((2, "w2t1e"), (float("inf"), "w4t1r")),
 }
 KMAJOR_HEURISTIC: tuple[tuple[float, str], ...] = ((24.0, "c32"), (float("inf"), "c64"))
+
+
+def regime(problem: GatedDeltaRuleProblem) -> str:
+    """The key of a problem in `HEURISTIC`."""
+    many = problem.T > CHUNK_TOKENS // 2
+    if problem.intermediate != "none":
+        return "every state, many tokens" if many else "every state"
+    return (
+        "final bf16 state, many tokens" if many and problem.state_dtype == torch.bfloat16 else "final state"
+    )
 
 
 class GatedDeltaRuleKernels:
@@ -54,10 +66,10 @@ class GatedDeltaRuleKernels:
         if problem.state_layout == "kv":
             rows = KMAJOR_HEURISTIC
         else:
-            rows = HEURISTIC[problem.T > CHUNK_TOKENS // 2, problem.intermediate != "none"]
+            rows = HEURISTIC[regime(problem)]
         preferred = next(name for limit, name in rows if tiles_per_sm <= limit)
-        if preferred not in fitting and f"{preferred}r" in fitting:
-            preferred = f"{preferred}r"
+        if preferred not in fitting:
+            preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
         return sorted(fitting, key=lambda name: name != preferred)
 
     def prepare(

@@ -1,0 +1,129 @@
+"""A warp's tiles of 16 state rows: global memory to shared memory to registers, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+
+from .config import MMA_ROWS, KernelConfig
+from .fragments import bulk_load, bulk_store, load_vector, store_vector
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block's shared memory."""
+
+    tiles: Any  # [K, 16, buffers per warp, warps], the state's dtype
+    mbars: Any  # one per tile, warp-major
+    kq: Any  # k then q of every token, unscaled float32, `token_stride` apart
+    matrices: Any  # [chunks, 4, 8, 8]
+    gate: Any  # [T, GATE_COLUMNS]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a warp works."""
+
+    request: Any
+    hv: Any
+    write_slot: Any  # pool slot of the updated state; negative: none
+    row: Any  # first row of the warp's first tile
+    warp: Any
+    lane: Any
+
+    @property
+    def g(self):
+        return self.lane // 4
+
+    @property
+    def t(self):
+        return self.lane % 4
+
+
+class TileCopies:
+    """Moves tiles for one `KernelConfig`.
+
+    Owns the tile buffers and their barriers. Lane (g, t) of a warp holds rows g and g + 8 of a tile, of each
+    row every fourth 16-byte vector from t on. Waits for its loads and, before it reuses a buffer, for the stores
+    that read it; the kernel waits for the last stores.
+    """
+
+    def __init__(self, config: KernelConfig):
+        self.config = config
+
+    @cute.jit
+    def start_loads(self, matrix, shared, place):
+        """Start the copies of this warp's rows of `matrix` [V, K], one barrier per tile."""
+        cfg = self.config
+        count = cfg.tactic.tiles_per_warp
+        mbars = shared.mbars + place.warp * count
+        if place.lane == 0:
+            for tile in cutlass.range_constexpr(count):
+                cute.arch.mbarrier_init(mbars + tile, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()
+        if place.lane == 0:
+            for tile in cutlass.range_constexpr(count):
+                cute.arch.mbarrier_arrive_and_expect_tx(mbars + tile, cfg.tile_bytes)
+                if cutlass.const_expr(not cfg.tactic.row_copies):
+                    source = matrix[place.row + tile * MMA_ROWS, None].iterator
+                    bulk_load(self.row_pointer(shared, place, tile, 0), source, cfg.tile_bytes, mbars + tile)
+        if cutlass.const_expr(cfg.tactic.row_copies):
+            cute.arch.sync_warp()
+            if place.lane < MMA_ROWS:
+                for tile in cutlass.range_constexpr(count):
+                    source = matrix[place.row + tile * MMA_ROWS + place.lane, None].iterator
+                    bulk_load(
+                        self.row_pointer(shared, place, tile, place.lane), source, cfg.row_bytes, mbars + tile
+                    )
+
+    def row_pointer(self, shared, place, buffer, row):
+        return shared.tiles[None, row, buffer, place.warp].iterator
+
+    @cute.jit
+    def store_rows(self, matrix, row, shared, place, buffer):
+        """Start copying a tile buffer to rows `row` to `row` + 15 of `matrix` [V, K]."""
+        cfg = self.config
+        if cutlass.const_expr(cfg.tactic.row_copies):
+            if place.lane < MMA_ROWS:
+                source = self.row_pointer(shared, place, buffer, place.lane)
+                bulk_store(matrix[row + place.lane, None].iterator, source, cfg.row_bytes)
+        else:
+            if place.lane == 0:
+                bulk_store(
+                    matrix[row, None].iterator, self.row_pointer(shared, place, buffer, 0), cfg.tile_bytes
+                )
+
+    def vectors(self):
+        """(row half, vector index) of each 16-byte vector of a lane."""
+        cfg = self.config
+        return [(half, i) for i in range(cfg.K // (4 * cfg.vector_elements)) for half in range(2)]
+
+    def vector_pointer(self, shared, place, buffer, half, i):
+        offset = (4 * i + place.t) * self.config.vector_elements
+        return self.row_pointer(shared, place, buffer, 8 * half + place.g) + offset
+
+    def load_tile(self, shared, place, buffer):
+        """s[half][column of the lane] as float32: rows g and g + 8 of a tile."""
+        s = [[], []]
+        for half, i in self.vectors():
+            pointer = self.vector_pointer(shared, place, buffer, half, i)
+            s[half] += load_vector(pointer, shared.tiles.element_type)
+        return s
+
+    @cute.jit
+    def stage_tile(self, s, shared, place, buffer, pending):
+        """Write s to a tile buffer for bulk stores, once at most `pending` (or None: not waited for) earlier
+        groups of stores still read their buffers."""
+        vec = self.config.vector_elements
+        if cutlass.const_expr(pending is not None):
+            cute.arch.cp_async_bulk_wait_group(pending, read=True)
+        cute.arch.sync_warp()
+        for half, i in self.vectors():
+            pointer = self.vector_pointer(shared, place, buffer, half, i)
+            store_vector(pointer, s[half][vec * i : vec * (i + 1)], shared.tiles.element_type)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
