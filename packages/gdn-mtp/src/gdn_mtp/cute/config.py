@@ -27,7 +27,7 @@ class Tactic:
 
     row_copies: a tile moves as 16 copies of one row instead of one copy; the rows may then lie apart.
     early: a dependent grid may start once this one has its state in registers, rather than as the last
-    stores are issued. That overlaps more, but its blocks crowd the multiprocessors that have few of this grid.
+    stores are issued. That overlaps more, but its blocks crowd multiprocessors that have few of this grid.
     """
 
     warps: int

@@ -47,9 +47,9 @@ def regime(problem: GatedDeltaRuleProblem) -> str:
     many = problem.T > CHUNK_TOKENS // 2
     if problem.intermediate != "none":
         return "every state, many tokens" if many else "every state"
-    return (
-        "final bf16 state, many tokens" if many and problem.state_dtype == torch.bfloat16 else "final state"
-    )
+    if many and problem.state_dtype == torch.bfloat16:
+        return "final bf16 state, many tokens"
+    return "final state"
 
 
 class GatedDeltaRuleKernels:
@@ -63,10 +63,7 @@ class GatedDeltaRuleKernels:
         """The tactics that fit, the heuristic's choice first."""
         fitting = [name for name in self._names(problem) if self._fits(problem, arch, name)]
         tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
-        if problem.state_layout == "kv":
-            rows = KMAJOR_HEURISTIC
-        else:
-            rows = HEURISTIC[regime(problem)]
+        rows = KMAJOR_HEURISTIC if problem.state_layout == "kv" else HEURISTIC[regime(problem)]
         preferred = next(name for limit, name in rows if tiles_per_sm <= limit)
         if preferred not in fitting:
             preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)

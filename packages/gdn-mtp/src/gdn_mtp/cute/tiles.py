@@ -47,8 +47,8 @@ class TileCopies:
     """Moves tiles for one `KernelConfig`.
 
     Owns the tile buffers and their barriers. Lane (g, t) of a warp holds rows g and g + 8 of a tile, of each
-    row every fourth 16-byte vector from t on. Waits for its loads and, before it reuses a buffer, for the stores
-    that read it; the kernel waits for the last stores.
+    row every fourth 16-byte vector from t on. Waits for its loads and, before it reuses a buffer, for the
+    stores that read it; the kernel waits for the last stores.
     """
 
     def __init__(self, config: KernelConfig):
