@@ -363,12 +363,16 @@ def test_scatter_needs_indices_and_updates_and_no_write_indices(changes):
     assert caught.value.argument == "intermediate"
 
 
+ABSENT = () if torch.cuda.is_available() else ("cuda", "cuda:1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (("problem", "cpu"), ArgumentTypeError, "problem"),
         ((problem(), "cpu", "nonesuch"), NoKernelError, "nonesuch"),
-        ((problem(), "meta"), ArgumentError, "device"),
+        *[((problem(), "cpu", backend), ArgumentTypeError, "^backend: ") for backend in (None, 3, [])],
+        *[((problem(), device), ArgumentError, "^device: ") for device in ("meta", "foo", 3.5, *ABSENT)],
     ],
 )
 def test_plan_rejects(arguments, error, message):

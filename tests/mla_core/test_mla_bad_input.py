@@ -322,7 +322,12 @@ def test_plan_and_workspace_nbytes_refuse() -> None:
             function(PROBLEM)
         with pytest.raises(NoKernelError, match="no provider of that name"):
             function(problem, "cpu", "nothing")
-    for device in ("nowhere", 1.5, "meta"):
+        for backend in (None, 3, []):
+            with pytest.raises(ArgumentTypeError) as error:
+                function(problem, "cpu", backend)
+            assert error.value.argument == "backend"
+    absent = () if torch.cuda.is_available() else ("cuda", "cuda:1")
+    for device in ("nowhere", 1.5, "meta", *absent):
         with pytest.raises(ArgumentError) as error:
             plan(problem, device)
         assert error.value.argument == "device"

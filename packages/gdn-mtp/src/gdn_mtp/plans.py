@@ -16,10 +16,19 @@ from kernel_dispatch import (
     debug_mode,
     resolve,
 )
+from kernel_dispatch.devices import as_device
 from torch import Tensor
 
 from gdn_mtp.problem import GatedDeltaRuleProblem, StateRows
-from gdn_mtp.specs import CallFlags, CallForm, CallTensors, check_call, misalignment, written_slots
+from gdn_mtp.specs import (
+    CallFlags,
+    CallForm,
+    CallTensors,
+    check_backend,
+    check_call,
+    misalignment,
+    written_slots,
+)
 
 # The argument of Plan.run that each field of a problem describes.
 _ARGUMENT_OF_FIELD = {
@@ -143,9 +152,8 @@ def plan(
     """
     if not isinstance(problem, GatedDeltaRuleProblem):
         raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected a GatedDeltaRuleProblem")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.empty(0, device=device).device  # a tensor's device has its index, which "cuda" lacks
+    check_backend(backend)
+    device = as_device(device)
     return Plan(problem, device, resolve(problem, as_arch(device), backend))
 
 

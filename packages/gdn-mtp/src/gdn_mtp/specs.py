@@ -118,8 +118,7 @@ def check_flags(tensors: CallTensors, flags: CallFlags) -> None:
         value = getattr(flags, name)
         if not isinstance(value, bool):
             raise ArgumentTypeError(name, f"{value!r}, expected a bool")
-    if not isinstance(flags.backend, str):
-        raise ArgumentTypeError("backend", f"{flags.backend!r}, expected a str")
+    check_backend(flags.backend)
     if tensors.output_state_indices is not None and flags.disable_state_update:
         raise ArgumentError(
             "output_state_indices", "excludes disable_state_update=True, which writes no state"
@@ -132,6 +131,12 @@ def check_flags(tensors: CallTensors, flags: CallFlags) -> None:
         raise ArgumentError("ssm_state_indices", "excludes disable_state_update=True, which writes no state")
     if tensors.output_state_indices is not None:
         raise ArgumentError("ssm_state_indices", "excludes output_state_indices, give one of the two")
+
+
+def check_backend(backend: str) -> None:
+    """Raises unless `backend` is a str; whether a provider has that name is for `resolve` to say."""
+    if not isinstance(backend, str):
+        raise ArgumentTypeError("backend", f"{backend!r}, expected the name of a provider or 'auto'")
 
 
 def check_call(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from kernel_dispatch import (
     ArgumentError,
-    ArgumentTypeError,
     PlanCache,
     Selection,
     as_arch,
@@ -21,7 +20,7 @@ from kernel_dispatch import (
 )
 
 from .plan import Plan, cached_plan, plan_selection
-from .problem import DecodeProblem, check_bool, check_positive
+from .problem import DecodeProblem, check_backend, check_bool, check_positive
 from .specs import DecodeTensors, bind_tensors, check_values
 
 _plans: PlanCache[Plan] = PlanCache()
@@ -48,8 +47,7 @@ class Options:
             check_positive("max_q_len", self.max_q_len)
         check_bool("is_var_seq", self.is_var_seq)
         check_bool("enable_pdl", self.enable_pdl, optional=True)
-        if not isinstance(self.backend, str):
-            raise ArgumentTypeError("backend", f"{self.backend!r}, expected the name of a provider or 'auto'")
+        check_backend(self.backend)
 
 
 def execute(tensors: DecodeTensors, options: Options) -> None:

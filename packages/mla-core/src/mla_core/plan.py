@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from kernel_dispatch import (
     Arch,
-    ArgumentError,
     ArgumentTypeError,
     PlanCache,
     Selection,
@@ -17,8 +16,9 @@ from kernel_dispatch import (
     debug_mode,
     resolve,
 )
+from kernel_dispatch.devices import as_device
 
-from .problem import DecodeProblem
+from .problem import DecodeProblem, check_backend, check_problem
 from .specs import DecodeTensors, Scale, bind_tensors, check_values
 
 _plans: PlanCache[Plan] = PlanCache()
@@ -123,7 +123,8 @@ def plan(problem: DecodeProblem, device: torch.device | str | None = None, backe
     Plans are cached. Raises NoKernelError with every provider's reason.
     """
     check_problem(problem)
-    device = _as_device(device)
+    check_backend(backend)
+    device = as_device(device)
     return cached_plan(problem, device, backend, lambda: resolve(problem, device, backend))
 
 
@@ -161,23 +162,6 @@ def workspace_nbytes(
     arch: a name such as "sm_90a" will do, so a workspace can be sized on a machine without that GPU.
     """
     check_problem(problem)
+    check_backend(backend)
     arch = as_arch(arch)
     return resolve(problem, arch, backend).kernel.workspace_nbytes(problem, arch)
-
-
-def check_problem(problem: DecodeProblem) -> None:
-    """Raise unless `problem` is a DecodeProblem."""
-    if not isinstance(problem, DecodeProblem):
-        raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected a DecodeProblem")
-
-
-def _as_device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError("device", f"{device!r}, expected the CPU or a CUDA device") from error
-    if found == torch.device("cuda") and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
