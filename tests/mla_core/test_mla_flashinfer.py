@@ -158,6 +158,8 @@ def test_cache_of_four_dimensions() -> None:
         ("cp_rank", 1),
         ("causal_seqlens_kv_global", torch.zeros(3, dtype=torch.int32)),
         ("use_fp16_softmax", True),
+        ("use_fp16_softmax", 0),
+        ("use_fp16_softmax", "no"),
         ("qk_nope_head_dim", 0),
         ("qk_nope_head_dim", None),
         ("seq_lens", None),
@@ -176,8 +178,13 @@ def test_cache_of_four_dimensions() -> None:
         ("lse", torch.zeros(6, 4)),  # without return_lse
         ("return_lse", 1),
         ("return_lse_base", "base10"),
+        ("return_lse_base", "base2"),  # without return_lse
+        ("return_lse_base", "basee"),
         ("cum_seq_lens_q", torch.zeros(1, dtype=torch.int32)),
         ("cum_seq_lens_q", 3),
+        ("cum_seq_lens_q", torch.zeros(4, dtype=torch.int64)),
+        ("cum_seq_lens_q", torch.zeros(4, 1, dtype=torch.int32)),
+        ("cum_seq_lens_q", torch.zeros(4, dtype=torch.int32, device="meta")),
         ("max_q_len", 2),  # without cum_seq_lens_q
         ("is_var_seq", False),
         ("is_var_seq", None),
@@ -195,6 +202,16 @@ def test_refuses_by_name(name: str, value: object) -> None:
     blamed = "query" if name in ("kv_lora_rank", "qk_rope_head_dim") else blamed
     assert error.value.argument == blamed
     assert torch.equal(bits(out), before)
+
+
+def test_offsets_are_not_read_where_the_query_has_no_data() -> None:
+    ragged = arguments(Case((30, 5), q_lens=(1, 3), num_heads=4), max_seq_len=64)
+    on_meta = {"query": ragged["query"].to("meta"), "cum_seq_lens_q": torch.zeros(3, dtype=torch.int32)}
+    with pytest.raises(ArgumentError, match="cum_seq_lens_q: on cpu, expected meta"):
+        trtllm_batch_decode_with_kv_cache_mla(**{**ragged, **on_meta})
+    on_meta["cum_seq_lens_q"] = on_meta["cum_seq_lens_q"].to("meta")
+    with pytest.raises(ArgumentError, match="cum_seq_lens_q: on meta, expected a tensor with data"):
+        trtllm_batch_decode_with_kv_cache_mla(**{**ragged, **on_meta})
 
 
 def test_use_fp16_softmax_false_is_the_default() -> None:

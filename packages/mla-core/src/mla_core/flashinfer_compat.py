@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 import torch
-from kernel_dispatch import ArgumentError, ArgumentTypeError
+from kernel_dispatch import ArgumentError, ArgumentTypeError, TensorSpec, bind
 
 from .api import decode
 from .problem import check_bool, check_positive
@@ -67,13 +67,14 @@ def trtllm_batch_decode_with_kv_cache_mla(
     lse: [total tokens, num_heads], or the query's shape without its last dimension; returned in the shape
         given, or in the first of the two where none is given.
     return_lse_base: "base2" for the base-2 logarithm; "basee" and None for the natural one. Other than in
-        FlashInfer, None does not depend on the backend.
+        FlashInfer, None does not depend on the backend. Refused without return_lse.
     cum_seq_lens_q without max_q_len: the longest request is read from cum_seq_lens_q, which synchronises.
 
     Not implemented, and refused: sparse_mla_top_k, sinks, skip_softmax_threshold_scale_factor, cute_dsl_impl,
     uses_shared_paged_kv_idx=False, kv_scale_format, multi_ctas_kv_counter_buffer, sparse_mla_top_k_lens,
     enable_dcp, cp_world, cp_rank, causal_seqlens_kv_global, use_fp16_softmax=True.
     """
+    check_bool("use_fp16_softmax", use_fp16_softmax, optional=True)
     for name, value, default in (
         ("sparse_mla_top_k", sparse_mla_top_k, 0),
         ("sinks", sinks, None),
@@ -95,12 +96,14 @@ def trtllm_batch_decode_with_kv_cache_mla(
     check_bool("return_lse", return_lse)
     if return_lse_base not in (None, "basee", "base2"):
         raise ArgumentError("return_lse_base", f"{return_lse_base!r}, expected 'basee', 'base2' or None")
+    if return_lse_base is not None and lse is None and not return_lse:
+        raise ArgumentError("return_lse_base", f"{return_lse_base!r} without return_lse=True")
     if seq_lens is None:
         raise ArgumentTypeError("seq_lens", "None, expected a tensor [batch]")
     if not isinstance(workspace_buffer, torch.Tensor):
         raise ArgumentTypeError("workspace_buffer", f"{type(workspace_buffer).__name__}, expected a tensor")
     if cum_seq_lens_q is not None and max_q_len is None:
-        max_q_len = _longest_request(cum_seq_lens_q)
+        max_q_len = _longest_request(query, cum_seq_lens_q)
     try:
         result = decode(
             query,
@@ -141,9 +144,16 @@ def _check_default(name: str, value: object, default: object) -> None:
     raise ArgumentError(name, f"{shown} is not implemented, expected {default!r}")
 
 
-def _longest_request(cum_seq_lens_q: torch.Tensor) -> int:
-    if not isinstance(cum_seq_lens_q, torch.Tensor) or cum_seq_lens_q.dim() != 1 or len(cum_seq_lens_q) < 2:
-        raise ArgumentTypeError("cum_seq_lens_q", "expected a tensor [batch + 1] with batch at least 1")
+def _longest_request(query: torch.Tensor, cum_seq_lens_q: torch.Tensor) -> int:
+    """The most tokens of a request, read from offsets that are first checked to be such."""
+    if not isinstance(query, torch.Tensor):
+        raise ArgumentTypeError("query", f"{type(query).__name__}, expected a tensor")
+    spec = TensorSpec("cum_seq_lens_q", ("batch + 1",), (torch.int32,))
+    sizes = bind((spec,), {spec.name: cum_seq_lens_q}, device=query.device)
+    if sizes["batch + 1"] < 2:
+        raise ArgumentError(spec.name, f"{sizes['batch + 1']} entries, expected batch + 1, at least 2")
+    if cum_seq_lens_q.is_meta:
+        raise ArgumentError(spec.name, "on meta, expected a tensor with data, or max_q_len beside it")
     return max(1, int(cum_seq_lens_q.diff().max()))
 
 
