@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_testing import assert_close_elementwise
 from mla_cases import FP32_ROUNDOFF, OUTPUT_ROUNDING, Case, bits
-from mla_core import combine_states, decode_reference, merge_states
+from mla_core import decode_reference, merge_states
 
 SHAPES = [(), (3,), (2, 5), (2, 3, 4)]
 
@@ -70,8 +70,11 @@ def test_combined_parts_are_attention_over_all_keys(parts: int) -> None:
     for part in range(parts):
         table = block_tables.clone()
         table[0, [column for column in range(5) if column % parts != part]] = -1
-        partial.append(decode_reference(query, kv_cache, table, seq_lens, **options))
-    o, lse = combine_states(*(torch.stack(values) for values in zip(*partial, strict=True)))
+        o, lse = decode_reference(query, kv_cache, table, seq_lens, **options)
+        partial.append((o.float(), lse.float()))
+    o, lse = partial[0]
+    for other in partial[1:]:
+        o, lse = merge_states(o, lse, *other)
     expected, expected_lse = decode_reference(query, kv_cache, block_tables, seq_lens, **options)
-    assert_close_elementwise(o, expected, 1e-14, 1e-14, "o")
-    assert_close_elementwise(lse, expected_lse, 1e-14, 1e-14, "lse")
+    assert_close_elementwise(o, expected, parts * 256 * FP32_ROUNDOFF, FP32_ROUNDOFF, "o")
+    assert_close_elementwise(lse, expected_lse, parts * 64 * FP32_ROUNDOFF, FP32_ROUNDOFF, "lse")

@@ -1,6 +1,7 @@
 """Split-KV planning, against its invariants over all small values."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -98,8 +99,33 @@ def test_plan_splits_names_a_bad_argument(name: str) -> None:
         with pytest.raises(ArgumentError) as error:
             plan_splits(PROBLEM, **{**good, name: value})
         assert error.value.argument == name
+    with pytest.raises(ArgumentError, match="problem: str, expected a DecodeProblem"):
+        plan_splits("x", **good)
     with pytest.raises(ArgumentError, match="cluster_size: 3, expected at most sm_count = 2"):
         plan_splits(PROBLEM, **{**good, "sm_count": 2, "cluster_size": 3})
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (num_key_tiles, (5, 0), "tile_n"),
+        (num_key_tiles, (5, True), "tile_n"),
+        (num_key_tiles, (-1, 4), "seq_len"),
+        (num_key_tiles, (5.0, 4), "seq_len"),
+        (split_key_tiles, (5, 0, 0), "num_splits"),
+        (split_key_tiles, (5, 2, 2), "split_idx"),
+        (split_key_tiles, (5, 2, 7), "split_idx"),
+        (split_key_tiles, (5, 2, -1), "split_idx"),
+        (split_key_tiles, (-5, 2, 0), "key_tiles"),
+        (split_key_tiles, ("5", 2, 0), "key_tiles"),
+    ],
+)
+def test_tiles_and_splits_name_a_bad_argument(
+    function: Callable[..., object], arguments: tuple[object, ...], name: str
+) -> None:
+    with pytest.raises(ArgumentError) as error:
+        function(*arguments)
+    assert error.value.argument == name
 
 
 @pytest.mark.parametrize("name", ["rows", "kv_lora_rank", "tile_n", "key_tiles", "num_splits"])

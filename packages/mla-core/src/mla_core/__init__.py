@@ -8,7 +8,7 @@ touches CUDA nor imports a provider's kernel code.
 from .__about__ import __version__
 from .api import decode
 from .flashinfer_compat import trtllm_batch_decode_with_kv_cache_mla
-from .merge import combine_states, merge_states
+from .merge import merge_states
 from .plan import Plan, plan, workspace_nbytes
 from .planning import SplitPlan, num_key_tiles, plan_splits, split_key_tiles
 from .problem import DecodeProblem
@@ -19,7 +19,6 @@ __all__ = [
     "Plan",
     "SplitPlan",
     "__version__",
-    "combine_states",
     "decode",
     "decode_reference",
     "merge_states",

@@ -29,11 +29,8 @@ def merge_states(
     return _merge(o_a, lse_a, o_b, lse_b)
 
 
-def combine_states(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge o [parts, ..., head_dim] and lse [parts, ...] over their first dimension.
-
-    What a split-KV combine kernel computes; `merge_states` for any number of parts, unchecked.
-    """
+def _combine(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge o [parts, ..., head_dim] and lse [parts, ...] over their first dimension; unchecked."""
     lse_max = lse.amax(dim=0)
     finite_max = lse_max.masked_fill(torch.isneginf(lse_max), 0.0)  # -inf - -inf would be NaN
     weights = torch.exp(lse - finite_max)
@@ -47,7 +44,7 @@ def _merge(
     o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(o_a, lse_a, o_b, lse_b)
-    return combine_states(torch.stack((o_a, o_b)), torch.stack((lse_a, lse_b)))
+    return _combine(torch.stack((o_a, o_b)), torch.stack((lse_a, lse_b)))
 
 
 def _merge_fake(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kernel_dispatch import ArgumentError
 
-from .problem import DecodeProblem, check_positive
+from .problem import DecodeProblem, check_index, check_positive, check_problem
 
 FLOAT32_BYTES = 4
 SECTION_ALIGN_BYTES = 256  # of each section of a workspace: the alignment of a CUDA allocation
@@ -20,11 +20,16 @@ SECTION_ALIGN_BYTES = 256  # of each section of a workspace: the alignment of a 
 
 def num_key_tiles(seq_len: int, tile_n: int) -> int:
     """Tiles of tile_n keys that hold seq_len keys."""
+    check_index("seq_len", seq_len)
+    check_positive("tile_n", tile_n)
     return -(-seq_len // tile_n)
 
 
 def split_key_tiles(key_tiles: int, num_splits: int, split_idx: int) -> range:
     """Key tiles of split split_idx of num_splits; some are empty where there are more splits than tiles."""
+    check_index("key_tiles", key_tiles)
+    check_positive("num_splits", num_splits)
+    check_index("split_idx", split_idx, below=num_splits)
     return range(split_idx * key_tiles // num_splits, (split_idx + 1) * key_tiles // num_splits)
 
 
@@ -89,6 +94,7 @@ def plan_splits(
 
     tile_m: rows per tile. tile_n: keys per tile. cluster_size: blocks that share a unit, each on its own SM.
     """
+    check_problem(problem)
     for name, value in (
         ("sm_count", sm_count),
         ("tile_m", tile_m),

@@ -157,6 +157,15 @@ def check_positive(name: str, value: int) -> None:
         raise ArgumentError(name, f"{value}, expected at least 1")
 
 
+def check_index(name: str, value: int, below: int | None = None) -> None:
+    """Raise unless `value` is an int of at least 0, and less than `below` where that is given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(name, f"{value!r}, expected an int")
+    if value < 0 or (below is not None and value >= below):
+        expected = "at least 0" if below is None else f"0 to {below - 1}"
+        raise ArgumentError(name, f"{value}, expected {expected}")
+
+
 def check_bool(name: str, value: bool | None, optional: bool = False) -> None:
     """Raise unless `value` is a bool, or None where `optional`."""
     if not isinstance(value, bool) and not (optional and value is None):
