@@ -119,9 +119,36 @@ def test_page_offsets_past_two_to_the_31_elements() -> None:
     case = Case((2,), num_heads=2, page_size=1, dtype=E4M3)
     inputs = case.inputs()
     pages = torch.tensor([0, len(kv_cache) - 1])
-    kv_cache[pages] = inputs.kv_cache[inputs.block_tables[0, :2].long()]
+    own_pages = inputs.block_tables[0, :2].long()
+    kv_cache.view(torch.uint8)[pages] = inputs.kv_cache.view(torch.uint8)[own_pages]
     out = decode(inputs.query, kv_cache, pages.view(1, 2).int(), inputs.seq_lens, softmax_scale=case.scale)
     assert torch.equal(out, decode(*inputs.positional, softmax_scale=case.scale))
+
+
+class RefuseFp8Indexing(TorchDispatchMode):
+    """Stands in for torch 2.9, which cannot index an fp8 tensor by tensors on a CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor and args[0].dtype is E4M3:
+            raise NotImplementedError('"index_cpu" not implemented for Float8_e4m3fn')
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_fp8_cache_is_gathered_as_bytes() -> None:
+    case = Case((30, 5), num_heads=4, dtype=E4M3)
+    inputs = case.inputs()
+    problem = DecodeProblem(
+        batch=2,
+        num_heads=4,
+        page_size=64,
+        max_seq_len=64,
+        max_pages=inputs.block_tables.shape[1],
+        q_dtype=E4M3,
+    )
+    out = poisoned((2, 1, 4, 512), BF16)
+    with RefuseFp8Indexing():
+        plan(problem, "cpu").run(*inputs.positional, softmax_scale=case.scale, out=out)
+    assert_decoded(out, None, inputs, softmax_scale=case.scale)
 
 
 def test_more_query_tokens_than_keys() -> None:

@@ -24,7 +24,7 @@ def dense_attention(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     outs, lses = [], []
     for request, (queries, length) in enumerate(zip(tokens.split(q_lens), case.lengths, strict=True)):
         pages = inputs.block_tables[request, : math.ceil(length / case.page_size)].long()
-        keys = inputs.kv_cache[pages].double().flatten(0, 1)[:length]
+        keys = inputs.kv_cache.double()[pages].flatten(0, 1)[:length]
         logits = torch.einsum("qhd,kd->qhk", queries, keys) * case.scale
         future = torch.ones(len(queries), length, dtype=torch.bool).triu(diagonal=length - len(queries) + 1)
         logits = logits.masked_fill(future.unsqueeze(1), -math.inf)

@@ -223,7 +223,9 @@ def _gather(
     page = block_tables[:, column].long()
     present = (position < seq_len) & (page >= 0)
     page = page.masked_fill(~present, 0)
-    keys = kv_cache[page, position % page_size].float()
+    fp8 = kv_cache.dtype is torch.float8_e4m3fn
+    elements = kv_cache.view(torch.uint8) if fp8 else kv_cache  # torch 2.9 cannot index fp8 on a CPU
+    keys = elements[page, position % page_size].view(kv_cache.dtype).float()
     return keys.masked_fill_(~present.unsqueeze(-1), 0.0), present
 
 
