@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -234,9 +236,20 @@ def test_values_out_of_reach_are_not_read() -> None:
         check_scale("scale", torch.zeros(1, device="meta"))
 
 
-@pytest.mark.parametrize("value", [1.0, 0, -2, torch.tensor(0.5), torch.tensor([0.5])])
-def test_scale_accepts(value: float | torch.Tensor) -> None:
-    check_scale("scale", value, device=torch.device("cpu"))
+@pytest.mark.parametrize(
+    "value",
+    [1.0, 0, -2, np.float32(0.5), np.float16(2), np.int64(3), Fraction(1, 3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_scale_may_be_any_real_number_and_is_launched_with_as_a_float(value: float) -> None:
+    scale = check_scale("scale", value, device=torch.device("cpu"))
+    assert type(scale) is float
+    assert scale == float(value)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor([0.5])])
+def test_scale_may_be_a_tensor_of_one_element(value: torch.Tensor) -> None:
+    assert check_scale("scale", value, device=torch.device("cpu")) is value
 
 
 @pytest.mark.parametrize(
@@ -244,7 +257,12 @@ def test_scale_accepts(value: float | torch.Tensor) -> None:
     [
         (float("nan"), ArgumentError, "nan, expected a finite number"),
         (float("-inf"), ArgumentError, "-inf, expected a finite number"),
+        (np.float32("nan"), ArgumentError, "nan, expected a finite number"),
+        pytest.param(10**400, ArgumentError, "int beyond the range of a float, expected", id="big"),
+        pytest.param(-(10**5000), ArgumentError, "int beyond the range of a float, expected", id="huge"),
         (True, ArgumentTypeError, "bool, expected a float"),
+        (np.bool_(True), ArgumentTypeError, "bool_?, expected a float"),
+        (1j, ArgumentTypeError, "complex, expected a float"),
         ("1.0", ArgumentTypeError, "str, expected a float"),
         (None, ArgumentTypeError, "NoneType, expected a float"),
         (torch.tensor(1.0, dtype=torch.float64), ArgumentTypeError, "dtype float64, expected float32"),

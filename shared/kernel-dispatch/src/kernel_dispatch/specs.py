@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -209,11 +210,16 @@ def check_index_range(name: str, indices: Tensor, upper: int, lower: int = -1) -
     raise ArgumentError(name, f"{value} at {position}, expected {max(lower, 0)} to {upper - 1}{padding}")
 
 
-def check_scale(name: str, value: float | Tensor, device: torch.device | None = None) -> None:
-    """Raises unless `value` is a finite number or a one-element float32 tensor (on `device`, where given).
+def check_scale(
+    name: str, value: float | Real | Tensor, device: torch.device | None = None
+) -> float | Tensor:
+    """Raises unless `value` is a finite real number or a one-element float32 tensor (on `device`, if given).
 
-    A tensor's value is read on the CPU and in debug mode only. Raises ArgumentTypeError for another type or
-    dtype, ArgumentError for more elements, another device, NaN or infinity.
+    Returns what a launcher takes: the tensor itself, any other number (a `numbers.Real` but for bool, such as
+    a NumPy scalar) as a float. A tensor's value is read on the CPU and in debug mode only.
+
+    Raises ArgumentTypeError for another type or dtype, ArgumentError for more elements, another device, NaN,
+    infinity, or a number beyond the range of a float.
     """
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
@@ -222,11 +228,21 @@ def check_scale(name: str, value: float | Tensor, device: torch.device | None = 
             raise ArgumentError(name, f"shape {list(value.shape)}, expected one element")
         if device is not None and not same_device(value.device, device):
             raise ArgumentError(name, f"on {value.device}, expected {device}")
-        if not values_are_readable(value, debug_mode()):
-            return
-        value = value.item()
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        if values_are_readable(value, debug_mode()):
+            _check_finite(name, value.item())
+        return value
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the ABC is asked last: slow
         came = type(value).__name__
         raise ArgumentTypeError(name, f"{came}, expected a float or a float32 tensor of one element")
-    if not math.isfinite(value):
-        raise ArgumentError(name, f"{value}, expected a finite number")
+    try:
+        number = float(value)
+    except OverflowError:  # the number is not shown: it may have thousands of digits
+        came = f"{type(value).__name__} beyond the range of a float"
+        raise ArgumentError(name, f"{came}, expected a finite number") from None
+    _check_finite(name, number)
+    return number
+
+
+def _check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ArgumentError(name, f"{number}, expected a finite number")
