@@ -357,6 +357,18 @@ def test_registered_takes_providers_only() -> None:
         registered(GROUP, "mine").__enter__()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("ask", [explain, resolve, candidates])
+@pytest.mark.parametrize(
+    ("problem", "came"),
+    [("x", "str"), (3, "int"), (None, "NoneType"), (Problem, "the class Problem")],
+    ids=["str", "int", "None", "class"],
+)
+def test_what_is_no_problem_is_named(ask: Callable[..., object], problem: object, came: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=rf"^problem: {came}, expected a problem") as raised:
+        ask(problem, "cpu")
+    assert raised.value.argument == "problem"
+
+
 @pytest.mark.parametrize("arch", ["cpu", "sm_90a", "sm_100a", "sm_121a"])
 @pytest.mark.usefixtures("three")
 def test_explanation_reads_as_a_table(arch: str) -> None:

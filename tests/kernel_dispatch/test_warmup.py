@@ -12,6 +12,7 @@ import torch
 import tuning_fakes
 from kernel_dispatch import (
     ArgumentError,
+    ArgumentTypeError,
     CompileCache,
     CompileKey,
     WarmupError,
@@ -120,6 +121,28 @@ def test_a_problem_without_a_kernel_fails_with_the_reasons() -> None:
         warmup([Scaling(3)], CPU, progress=False)
     (row,) = caught.value.report.rows
     assert (row.provider, row.tactic, row.status) == ("-", "-", "failed")
+
+
+@pytest.mark.parametrize(
+    ("problems", "came"),
+    [
+        ([Scaling(2), 1], "item 1: int"),
+        ("x", "item 0: str"),
+        ([Scaling], "item 0: type"),
+        (Scaling(2), "Scaling"),
+        (3, "int"),
+    ],
+    ids=["int-item", "str", "class-item", "one-problem", "int"],
+)
+def test_what_is_no_problem_is_named_before_anything_is_prepared(problems: object, came: str) -> None:
+    kernel = ScalingKernel({"a": 0.0})
+    with (
+        scaling_providers(kernel),
+        pytest.raises(ArgumentTypeError, match=f"^problems: {came}, expected") as caught,
+    ):
+        warmup(problems, CPU, progress=False)  # type: ignore[arg-type]
+    assert caught.value.argument == "problems"
+    assert kernel.prepared == []
 
 
 @pytest.mark.parametrize("progress", [True, False])

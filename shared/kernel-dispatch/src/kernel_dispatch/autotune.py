@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .arch import Arch
 from .errors import CompilationForbiddenError, NoKernelError
-from .providers import Problem
+from .providers import Problem, check_problem
 from .resolution import Selection, candidates, resolve
 from .tuning import bucket_key, invalidate_plans, key_digest, lookup, put_in_effect
 from .tuning_store import Choice, TuningStore
@@ -155,6 +155,7 @@ def choose(
     Raises RuntimeError if the bucket would have to be tuned while a CUDA graph is being captured, and
     CompilationForbiddenError if a candidate needs a build inside `forbid_compilation()`.
     """
+    check_problem(problem)
     tuner = _innermost()
     if tuner is not None:
         with _profiling_lock:

@@ -20,6 +20,7 @@ from .arch import Arch
 from .errors import ArgumentError, ArgumentTypeError
 
 ANY_ARCH = "any"
+_PROBLEM_MEMBERS = ("entry_point_group", "bucketed", "describe")
 
 
 class Problem(Protocol):
@@ -68,6 +69,19 @@ class Provider:
     supports: Callable[[Any, Arch], str | None]
     load: Callable[[], Kernel]
     priority: int
+
+
+def is_problem(value: object) -> bool:
+    """Whether `value` has what a `Problem` has; a class that could make one does not count."""
+    return not isinstance(value, type) and all(hasattr(value, name) for name in _PROBLEM_MEMBERS)
+
+
+def check_problem(value: object) -> None:
+    """Raises ArgumentTypeError naming `problem` for what is no `Problem`."""
+    if not is_problem(value):
+        came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        expected = f"an object with {', '.join(_PROBLEM_MEMBERS)}"
+        raise ArgumentTypeError("problem", f"{came}, expected a problem: {expected}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .providers import (
     Problem,
     Provider,
     Registered,
+    check_problem,
     load_kernel,
     providers,
     working_providers,
@@ -89,7 +90,11 @@ class Explanation:
 def explain(
     problem: Problem, arch: Arch | str | torch.device | None = None, backend: str = "auto"
 ) -> Explanation:
-    """What `resolve` would choose and why, and why not the others. Loads no kernel."""
+    """What `resolve` would choose and why, and why not the others. Loads no kernel.
+
+    Raises ArgumentTypeError naming `problem` or `arch` where it is of another type.
+    """
+    check_problem(problem)
     arch = as_arch(arch)
     return _explain(problem, arch, backend, tuned_choice(problem, arch))
 
@@ -101,8 +106,10 @@ def resolve(
 
     backend "auto" takes the tuned choice for the problem's bucket, else the provider of the highest priority
     that supports the problem; a name takes that provider or none. Raises NoKernelError with every provider's
-    reason where that leaves none, where `supports` raises, and where the chosen provider does not load.
+    reason where that leaves none, where `supports` raises, and where the chosen provider does not load;
+    ArgumentTypeError naming `problem` or `arch` where it is of another type.
     """
+    check_problem(problem)
     arch = as_arch(arch)
     tuned = tuned_choice(problem, arch)
     explanation = _explain(problem, arch, backend, tuned)
@@ -122,6 +129,7 @@ def candidates(problem: Problem, arch: Arch | str | torch.device | None = None) 
 
     A provider that does not load is left out with a RuntimeWarning, and the others remain.
     """
+    check_problem(problem)
     arch = as_arch(arch)
     selections: list[Selection] = []
     for provider in working_providers(problem.entry_point_group).values():

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from .arch import Arch, as_arch
 from .compile_cache import record_lookups
-from .errors import ArgumentError
-from .providers import Problem
+from .errors import ArgumentError, ArgumentTypeError
+from .providers import Problem, is_problem
 from .resolution import resolve
 
 
@@ -91,12 +91,19 @@ def warmup(
     Kernels are prepared for the current device of the arch's kind. For another arch than that of the machine
     the provider must be able to compile without loading.
 
-    Raises WarmupError, after all problems have been tried, if any failed.
+    Raises WarmupError, after all problems have been tried, if any failed; ArgumentTypeError naming
+    `problems`, before anything is prepared, where there is something else among them.
     """
     arch = as_arch(arch)
+    if not isinstance(problems, Iterable):
+        raise ArgumentTypeError("problems", f"{type(problems).__name__}, expected several problems")
+    problems = list(problems)
+    for i, problem in enumerate(problems):
+        if not is_problem(problem):
+            raise ArgumentTypeError("problems", f"item {i}: {type(problem).__name__}, expected a problem")
     rows = [
         _prepare(problem, arch, backend)
-        for problem in tqdm(list(problems), "warm-up", unit="problem", file=sys.stderr, disable=not progress)
+        for problem in tqdm(problems, "warm-up", unit="problem", file=sys.stderr, disable=not progress)
     ]
     report = WarmupReport(arch, tuple(rows))
     if report.failures:
@@ -132,22 +139,16 @@ def load_problems(target: str) -> list[Problem]:
     Raises ArgumentError naming `target` for what cannot be found, read or understood.
     """
     found = _from_json(Path(target)) if target.endswith(".json") else _import(target)
-    problems = [found] if _is_problem(found) else found
+    problems = [found] if is_problem(found) else found
     if not isinstance(problems, Iterable):
         raise ArgumentError("target", f"{target} is a {type(found).__name__}, expected a problem or several")
     problems = list(problems)
     for i, problem in enumerate(problems):
-        if not _is_problem(problem):
+        if not is_problem(problem):
             raise ArgumentError(
                 "target", f"item {i} of {target} is a {type(problem).__name__}, expected a problem"
             )
     return cast(list[Problem], problems)
-
-
-def _is_problem(value: object) -> bool:
-    return not isinstance(value, type) and all(
-        hasattr(value, name) for name in ("entry_point_group", "bucketed", "describe")
-    )
 
 
 def _import(target: str) -> Any:
