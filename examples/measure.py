@@ -17,7 +17,6 @@ import gdn_mtp
 import mla_core
 import torch
 from common import Decoder
-from gdn_mtp.reference import gated_delta_rule_reference
 from torch import Tensor
 
 BATCH = 4
@@ -144,7 +143,7 @@ def gdn_point(device: torch.device, seed: int, num_tokens: int, verify: bool) ->
     log_decay, dt_bias = random(2, num_value_heads, dtype=torch.float32)
     pool = random(BATCH, num_value_heads, dim, dim, dtype=torch.float32)
     slots = torch.arange(BATCH, dtype=torch.int32, device=device)
-    exact = gated_delta_rule_reference(
+    exact = gdn_mtp.gated_delta_rule_reference(
         q, k, v, pool, log_decay, a, dt_bias, b, initial_state_indices=slots
     ).output
     states = pool.new_empty(BATCH, num_tokens, *pool.shape[1:])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gdn_mtp.reference import gated_delta_rule_reference
+from gdn_mtp import gated_delta_rule_reference
 from gdn_support import FP32, Case
 
 

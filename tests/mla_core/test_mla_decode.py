@@ -251,7 +251,7 @@ def test_plan_runs_like_decode(workspace: torch.Tensor | None) -> None:
     )
     assert workspace_nbytes(problem, "sm_90a", "torch") == 0
     decode_plan = plan(problem, "cpu")
-    assert (decode_plan.backend, decode_plan.workspace_nbytes) == ("torch", 0)
+    assert (decode_plan.provider, decode_plan.workspace_nbytes) == ("torch", 0)
     assert plan(problem, "cpu") is decode_plan
     out, lse = poisoned((5, 2, 8, 512), BF16), poisoned((5, 2, 8), torch.float32)
     decode_plan.run(

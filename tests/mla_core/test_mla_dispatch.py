@@ -65,7 +65,7 @@ def test_workspace_is_allocated_where_none_is_given_and_guarded_in_debug_mode() 
 def test_plan_has_no_workspace_of_its_own() -> None:
     with registered(GROUP, FakeKernel(nbytes=1000).provider()):
         fake_plan = plan(PROBLEM, "cpu")
-        assert (fake_plan.backend, fake_plan.tactic, fake_plan.workspace_nbytes) == ("fake", "slow", 1000)
+        assert (fake_plan.provider, fake_plan.tactic, fake_plan.workspace_nbytes) == ("fake", "slow", 1000)
         with pytest.raises(ArgumentError, match="workspace: None, expected a uint8 tensor of 1000 bytes"):
             run_plan(out=torch.empty(3, 2, 4, 512, dtype=BF16))
 
@@ -107,7 +107,7 @@ def test_tuning_picks_the_fastest_and_honours_the_callers_outputs(tmp_path: Path
         assert_decoded(out, lse, CASE.inputs(), softmax_scale=CASE.scale)
         assert {"slow", "fast", "failing"} <= set(kernel.runs)
         chosen = plan(replace(PROBLEM, return_lse=True), "cpu")
-        assert (chosen.backend, chosen.tactic) in {("fake", "fast"), ("torch", "chunked")}
+        assert (chosen.provider, chosen.tactic) in {("fake", "fast"), ("torch", "chunked")}
         kernel.runs.clear()
         decode_case(**options)
         assert set(kernel.runs) <= {"fast"}
@@ -131,4 +131,4 @@ def test_tuning_leaves_out_what_does_not_fit_the_callers_workspace() -> None:
     with registered(GROUP, kernel.provider()), autotune(progress=False):
         with pytest.warns(RuntimeWarning, match="workspace: 8 bytes, expected at least 64"):
             decode_case(workspace=torch.empty(8, dtype=torch.uint8))
-        assert plan(PROBLEM, "cpu").backend == "torch"
+        assert plan(PROBLEM, "cpu").provider == "torch"

@@ -11,13 +11,16 @@ from gdn_mtp.api import (
 )
 from gdn_mtp.plans import Plan, plan
 from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
 
 __all__ = [
     "GatedDeltaRuleProblem",
     "Plan",
+    "ReferenceResult",
     "__version__",
     "gated_delta_rule_decode",
     "gated_delta_rule_decode_pretranspose",
     "gated_delta_rule_mtp",
+    "gated_delta_rule_reference",
     "plan",
 ]

@@ -28,14 +28,14 @@ _plans: PlanCache[Plan] = PlanCache()
 class Plan:
     """A provider and tactic chosen and prepared for one problem on one device; see `plan`.
 
-    backend: name of the provider. tactic: its variant. reason: why it was chosen.
+    provider: its name. tactic: its variant. reason: why it was chosen.
     workspace_nbytes: bytes of workspace that each run needs; one workspace per stream in flight.
     A plan holds no tensors and may be used from several threads.
     """
 
     problem: DecodeProblem
     device: torch.device
-    backend: str
+    provider: str
     tactic: str
     reason: str
     workspace_nbytes: int
@@ -146,7 +146,7 @@ def plan_selection(selection: Selection, problem: DecodeProblem, device: torch.d
     return Plan(
         problem=problem,
         device=device,
-        backend=selection.provider.name,
+        provider=selection.provider.name,
         tactic=selection.tactic,
         reason=selection.reason,
         workspace_nbytes=selection.kernel.workspace_nbytes(problem, arch),
