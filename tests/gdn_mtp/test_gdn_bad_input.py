@@ -326,8 +326,9 @@ PROBLEM_PERTURBATIONS = [
     *[
         (name, value)
         for name in ("io_dtype", "gate_dtype", "dt_bias_dtype", "out_dtype", "state_dtype")
-        for value in (torch.float64, None, "bf16")
+        for value in (torch.float64, "bf16")
     ],
+    *[(name, None) for name in ("io_dtype", "dt_bias_dtype", "state_dtype")],
     ("dt_bias_dtype", FP16),
     ("state_dtype", FP16),
     ("index_dtype", torch.int16),

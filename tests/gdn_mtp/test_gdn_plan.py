@@ -37,11 +37,12 @@ def problem(case=CASE, **changes):
 class SpyKernel:
     """Runs the PyTorch kernel and counts what is asked of it; `failing` is a tactic that raises."""
 
-    def __init__(self, *tactics, failing=None):
+    def __init__(self, *tactics, failing=None, workspace=0):
         self.names, self.failing, self.prepared, self.launched = tactics, failing, [], []
+        self.workspace = workspace
 
     def workspace_nbytes(self, problem, arch):
-        return 0
+        return self.workspace
 
     def tactics(self, problem, arch):
         return self.names
@@ -99,6 +100,29 @@ def test_description_tells_problems_apart():
     assert len({problem(**change).describe() for change in changes}) == len(changes)
 
 
+def test_sizes_alone_make_a_problem():
+    sizes = {"B": 3, "T": 2, "H": 2, "HV": 4, "K": 64, "V": 64}
+    plain = gdn_mtp.GatedDeltaRuleProblem(**sizes)
+    assert plain == problem(Case(**sizes), index_dtype=None)
+    half = gdn_mtp.GatedDeltaRuleProblem(**sizes, io_dtype=torch.float16)
+    assert (half.gate_dtype, half.out_dtype) == (torch.float16, torch.float16)
+    mixed = gdn_mtp.GatedDeltaRuleProblem(**sizes, gate_dtype=FP32, out_dtype=FP32)
+    assert (mixed.io_dtype, mixed.gate_dtype, mixed.out_dtype) == (BF16, FP32, FP32)
+
+
+def test_defaults_are_what_a_plain_call_poses():
+    """Problem and call agree: the plan of a plain problem takes the tensors of a plain call."""
+    case = Case()
+    plan = gdn_mtp.plan(gdn_mtp.GatedDeltaRuleProblem(B=3, T=2, H=2, HV=4, K=64, V=64), "cpu")
+    inputs = {name: tensor.cpu() for name, tensor in case.inputs().items()}
+    state, other = case.states(3).cpu(), case.states(3).cpu()
+    output = torch.empty_like(inputs["v"])
+    plan.run(**inputs, state=state, output=output)
+    expected, _ = gdn_mtp.gated_delta_rule_decode_pretranspose(**inputs, state=other)
+    assert_same_bits(output, expected, "output")
+    assert_same_bits(state, other, "state")
+
+
 @pytest.mark.parametrize("arch", ["cpu", "sm_90a", "sm_100a", "sm_121a"])
 def test_explain_answers_for_any_arch(arch):
     explanation = explain(problem(), arch)
@@ -136,6 +160,19 @@ def test_a_strict_backend_never_falls_back():
     unchanged = snapshot_untouched(pool, [])
     with registered(GROUP, declining), pytest.raises(NoKernelError, match="not today"):
         mtp(pool, slots_tensor(1, 2, 3), backend="spy")
+    unchanged()
+
+
+def test_a_provider_that_asks_for_a_workspace_is_refused_before_the_launch():
+    kernel = SpyKernel("only", workspace=512)
+    pool = CASE.states(6)
+    unchanged = snapshot_untouched(pool, [])
+    with registered(GROUP, spy_provider(kernel)):
+        with pytest.raises(NoKernelError, match="'spy' asks for 512 bytes of workspace"):
+            gdn_mtp.plan(problem(), DEVICE)
+        with pytest.raises(NoKernelError, match="'spy' asks for 512 bytes of workspace"):
+            mtp(pool, slots_tensor(4, -1, 0))
+    assert kernel.prepared == []
     unchanged()
 
 

@@ -8,6 +8,7 @@ import torch
 from kernel_dispatch import (
     ArgumentError,
     ArgumentTypeError,
+    NoKernelError,
     PlanCache,
     Selection,
     as_arch,
@@ -147,7 +148,8 @@ def plan(
     """Resolve `problem` and compile or load its kernel.
 
     device: None for the current CUDA device, or the CPU where there is none. backend: a provider's name, or
-    "auto" for the tuned or else the preferred one. Raises NoKernelError with every provider's reason.
+    "auto" for the tuned or else the preferred one. Raises NoKernelError with every provider's reason, or if
+    the chosen one asks for a workspace, which this operation does not have.
     `kernel_dispatch.explain(problem)` shows the same choice without loading anything.
     """
     if not isinstance(problem, GatedDeltaRuleProblem):
@@ -211,7 +213,15 @@ def _select(
 def _prepare(
     problem: GatedDeltaRuleProblem, device: torch.device, selection: Selection
 ) -> Callable[..., None]:
-    return selection.kernel.prepare(problem, as_arch(device), device, selection.tactic)
+    """The launcher of a chosen tactic. Raises NoKernelError for one that needs what launchers do not get."""
+    arch = as_arch(device)
+    workspace_nbytes = selection.kernel.workspace_nbytes(problem, arch)
+    if workspace_nbytes:
+        raise NoKernelError(
+            f"provider {selection.provider.name!r} asks for {workspace_nbytes} bytes of workspace for "
+            f"{problem.describe()}; launchers of {problem.entry_point_group} get none"
+        )
+    return selection.kernel.prepare(problem, arch, device, selection.tactic)
 
 
 def _start(

@@ -27,7 +27,8 @@ class GatedDeltaRuleProblem:
 
     B: requests. T: tokens per request. H: query and key heads. HV: value heads, a multiple of H; value head h
     uses query and key head h // (HV // H). K, V: elements of a key and of a value head.
-    io_dtype: of q, k and v. gate_dtype: of a and b. state_dtype: also of the intermediate states.
+    io_dtype: of q, k and v. gate_dtype: of a and b. out_dtype: of the output. None at construction stands for
+    io_dtype in both. state_dtype: also of the intermediate states.
     state_layout: "vk" for states [HV, V, K], "kv" for [HV, K, V].
     update_state: the state after token T - 1 is written to the pool.
     intermediate: "buffer" stores the state after each token in a tensor of its own, "scatter" in pool slots
@@ -47,17 +48,17 @@ class GatedDeltaRuleProblem:
     HV: int
     K: int
     V: int
-    io_dtype: torch.dtype
-    gate_dtype: torch.dtype
-    dt_bias_dtype: torch.dtype
-    out_dtype: torch.dtype
-    state_dtype: torch.dtype
-    state_layout: StateLayout
-    use_qk_l2norm: bool
-    update_state: bool
-    intermediate: Intermediate
-    index_dtype: torch.dtype | None
-    separate_write_indices: bool
+    io_dtype: torch.dtype = torch.bfloat16
+    gate_dtype: torch.dtype = None  # type: ignore[assignment]  # None only until __post_init__
+    dt_bias_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype = None  # type: ignore[assignment]  # None only until __post_init__
+    state_dtype: torch.dtype = torch.float32
+    state_layout: StateLayout = "vk"
+    use_qk_l2norm: bool = True
+    update_state: bool = True
+    intermediate: Intermediate = "none"
+    index_dtype: torch.dtype | None = None
+    separate_write_indices: bool = False
     tensor_scale: bool = False
     state_rows: StateRows = "contiguous"
 
@@ -66,6 +67,9 @@ class GatedDeltaRuleProblem:
             _check_size(name, getattr(self, name))
         if self.HV % self.H:
             raise ArgumentError("HV", f"{self.HV}, expected a multiple of H = {self.H}")
+        for name in ("gate_dtype", "out_dtype"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.io_dtype)  # a frozen dataclass has no other way
         for name, allowed in (
             ("io_dtype", INPUT_DTYPES),
             ("gate_dtype", INPUT_DTYPES),
