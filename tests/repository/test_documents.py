@@ -50,9 +50,11 @@ def test_example_runs_as_written(block: str, tmp_path: Path) -> None:
     run_block(block, tmp_path)
 
 
-def test_readme_shows_what_explain_prints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["mla_core", "gdn_mtp"])
+def test_readme_shows_what_explain_prints(package: str, tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = (block for block in PYTHON_BLOCK.findall(text) if "print(kernel_dispatch.explain" in block)
+    explaining = (b for b in PYTHON_BLOCK.findall(text) if "print(kernel_dispatch.explain" in b)
+    (block,) = (block for block in explaining if f"import {package}" in block)
     assert f"```python\n{block}```\n\n```\n{run_block(block, tmp_path)}```\n" in text
 
 

@@ -53,18 +53,15 @@ def gated_delta_rule_decode_pretranspose(
     disable_state_update: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Decode T >= 1 tokens on V-major states, one per request or from a pool; see the module for shared
-    rules.
+    """Decode T >= 1 tokens on V-major states, one per request or from a pool; shared rules: see the module.
 
     state: [B, HV, V, K], or None with initial_state [pool, HV, V, K] and initial_state_indices [B].
-    output_state_indices: [B], slots to write instead of those read, negative to write none; needs
-    initial_state.
+    output_state_indices: [B], slots to write instead of those read, negative to write none. Needs a pool.
     intermediate_states_buffer: [>= B, >= T, HV, V, K] in the state's dtype; entry [i, t] receives the state
     of request i after token t. Rows of padded requests and entries past T keep their bits.
     disable_state_update: leave the state as it is. Excludes output_state_indices.
 
-    Returns (output, state or initial_state). Writes the state unless disabled, the buffer and `output` if
-    given.
+    Returns (output, state or initial_state). Writes the state unless disabled; buffer and `output` if given.
     """
     form, pool = PRETRANSPOSE, state
     if initial_state is not None:
@@ -143,8 +140,7 @@ def gated_delta_rule_mtp(
     output_state_indices: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Process T >= 1 tokens per request on a V-major pool, as verifying drafts does; see the module for
-    rules.
+    """Process T >= 1 tokens per request on a V-major pool, as verifying drafts does; rules: see the module.
 
     disable_state_update: True leaves the pool as it is. It has no default, because FlashInfer's default here
     is announced to change from True to False, and a wrong guess silently corrupts or drops states.
