@@ -1,4 +1,4 @@
-"""What of bench_gdn_mtp.py can be told without a GPU: it starts, says what it needs, and counts bytes right."""
+"""bench_gdn_mtp.py as far as no GPU is needed: it starts, says what it needs, and counts bytes right."""
 
 from __future__ import annotations
 
