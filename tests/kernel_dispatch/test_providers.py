@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import invalidate_caches
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -20,6 +22,8 @@ from kernel_dispatch import (
     Kernel,
     NoKernelError,
     Provider,
+    ProviderError,
+    as_arch,
     candidates,
     explain,
     providers,
@@ -316,6 +320,82 @@ def test_failing_supports_is_shown_and_raised() -> None:
                 resolve(Problem(), "cpu", backend)
             assert isinstance(raised.value.__cause__, ZeroDivisionError)
         assert resolve(Problem(), "cpu", "torch").provider.name == "torch"
+
+
+@pytest.mark.parametrize("answer", [True, False, "", 3], ids=repr)
+def test_answer_of_supports_that_is_no_reason_is_shown_and_raised(answer: object) -> None:
+    expected = rf"supports\(\) returned {answer!r}, expected None or the reason to decline"
+    with (
+        registered(GROUP, provider("torch")),
+        registered(GROUP, provider("mine", priority=1, supports=lambda problem, arch: answer)),  # type: ignore[arg-type,return-value]
+    ):
+        explanation = explain(Problem(), "cpu")
+        assert explanation.chosen == "torch"
+        assert explanation.rows[0].status == "broken"
+        assert re.fullmatch(expected, explanation.rows[0].reason)
+        assert "supports() returned" in str(explanation)
+        for backend in ("auto", "mine"):
+            with pytest.raises(NoKernelError, match=r"'mine' failed in supports\(\)") as raised:
+                resolve(Problem(), "cpu", backend)
+            assert isinstance(raised.value.__cause__, ProviderError)
+        with pytest.raises(NoKernelError, match=f"^provider 'mine': {expected}$"):
+            candidates(Problem(), "cpu")
+        assert resolve(Problem(), "cpu", "torch").provider.name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "came"),
+    [
+        (None, "NoneType without workspace_nbytes, tactics, prepare"),
+        (SimpleNamespace(workspace_nbytes=len, tactics=len), "SimpleNamespace without prepare"),
+        (
+            SimpleNamespace(workspace_nbytes=0, tactics=len, prepare=len),
+            "SimpleNamespace without workspace_nbytes",
+        ),
+    ],
+    ids=["None", "no-prepare", "no-function"],
+)
+def test_what_load_returns_must_be_a_kernel(loaded: object, came: str) -> None:
+    with registered(GROUP, provider("mine", load=lambda: loaded)):  # type: ignore[arg-type,return-value]
+        for _ in range(2):
+            with pytest.raises(
+                NoKernelError, match=rf"'mine' failed to load: ProviderError: load\(\) returned {came}"
+            ):
+                resolve(Problem(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "came"),
+    [
+        ("name", 3, ArgumentTypeError, "int, expected a str"),
+        ("name", "", ArgumentError, "'', expected a name of the provider's own"),
+        ("name", "auto", ArgumentError, "'auto', expected a name of the provider's own"),
+        ("archs", "sm_90", ArgumentTypeError, "str, expected a tuple of names without suffix"),
+        ("archs", ["sm_90"], ArgumentTypeError, "list, expected a tuple of names without suffix"),
+        ("archs", (90,), ArgumentTypeError, r"int in \(90,\), expected names without suffix"),
+        ("archs", ("sm_90a",), ArgumentError, r"'sm_90a' in \('sm_90a',\), expected names without suffix"),
+        ("archs", ("sm_100", "sm_120f"), ArgumentError, "'sm_120f' in .*, expected names without suffix"),
+        ("archs", ("any", "sm_90"), ArgumentError, r"'any' in .*, expected names .* or \(\"any\",\)"),
+        ("archs", (), ArgumentError, r"\(\), expected names without suffix"),
+        ("supports", None, ArgumentTypeError, "NoneType, expected a function"),
+        ("load", None, ArgumentTypeError, "NoneType, expected a function"),
+        ("priority", "x", ArgumentTypeError, "str, expected an int"),
+        ("priority", True, ArgumentTypeError, "bool, expected an int"),
+        ("priority", 1.0, ArgumentTypeError, "float, expected an int"),
+    ],
+)
+def test_bad_field_of_a_provider_is_named(
+    field: str, value: object, error: type[ArgumentError], came: str
+) -> None:
+    with pytest.raises(error, match=f"^{field}: {came}") as raised:
+        replace(provider("mine"), **{field: value})
+    assert raised.value.argument == field
+
+
+def test_every_known_arch_may_be_listed() -> None:
+    names = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "cpu")
+    assert [as_arch(name).base for name in names] == list(names)
+    assert provider("mine", names).archs == names
 
 
 def test_kernel_without_tactics_is_an_error() -> None:

@@ -18,7 +18,13 @@ from .compile_cache import (
     toolchain_versions,
 )
 from .debug import debug, debug_mode
-from .errors import ArgumentError, ArgumentTypeError, CompilationForbiddenError, NoKernelError
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CompilationForbiddenError,
+    NoKernelError,
+    ProviderError,
+)
 from .ops import needs_op, register_op
 from .plan_cache import PlanCache, clear_plans, tensor_key
 from .providers import (
@@ -53,6 +59,7 @@ __all__ = [
     "PlanCache",
     "Problem",
     "Provider",
+    "ProviderError",
     "Registered",
     "Selection",
     "TensorSpec",

@@ -19,6 +19,10 @@ class ArgumentTypeError(ArgumentError, TypeError):
     """An argument has the wrong Python type, or a tensor has the wrong dtype."""
 
 
+class ProviderError(TypeError):
+    """A provider breaks its contract: `supports` or `load` returned something else than it must."""
+
+
 class NoKernelError(RuntimeError):
     """No provider can run the problem; the message lists every provider and its reason."""
 

@@ -7,6 +7,7 @@ the module that holds the Provider and nothing more; kernel code, a kernel langu
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from .arch import Arch
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, ProviderError
 
+AUTO = "auto"  # what `backend=` says for any provider
 ANY_ARCH = "any"
+_BASE_NAME = re.compile(r"cpu|sm_[1-9][0-9]{1,2}")
+_KERNEL_METHODS = ("workspace_nbytes", "tactics", "prepare")
 _PROBLEM_MEMBERS = ("entry_point_group", "bucketed", "describe")
 
 
@@ -57,11 +61,13 @@ class Kernel(Protocol):
 class Provider:
     """A set of kernels for one operation.
 
-    name: what `backend=` says, and the name of the entry point.
+    name: what `backend=` says, and the name of the entry point; not "auto".
     archs: architecture names without suffix ("sm_90", "cpu"), or ("any",).
     supports(problem, arch): None, or the reason to decline.
     load(): the Kernel; called once.
     priority: the highest that supports a problem is chosen; the PyTorch provider has 0.
+
+    Raises ArgumentError or ArgumentTypeError naming the field that has another type or value.
     """
 
     name: str
@@ -69,6 +75,44 @@ class Provider:
     supports: Callable[[Any, Arch], str | None]
     load: Callable[[], Kernel]
     priority: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ArgumentTypeError("name", f"{type(self.name).__name__}, expected a str")
+        if self.name in ("", AUTO):
+            raise ArgumentError("name", f"{self.name!r}, expected a name of the provider's own")
+        _check_archs(self.archs)
+        for field in ("supports", "load"):
+            value = getattr(self, field)
+            if not callable(value):
+                raise ArgumentTypeError(field, f"{type(value).__name__}, expected a function")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ArgumentTypeError("priority", f"{type(self.priority).__name__}, expected an int")
+
+    def objection(self, problem: Problem, arch: Arch) -> str | None:
+        """Why this provider does not run `problem` on `arch`, or None.
+
+        Raises what `supports` raises, and ProviderError where it returns neither None nor a reason.
+        """
+        if ANY_ARCH not in self.archs and arch.base not in self.archs:
+            return f"is for {', '.join(self.archs)}; this is {arch.name}"
+        answer = self.supports(problem, arch)
+        if answer is None or (isinstance(answer, str) and answer):
+            return answer
+        raise ProviderError(f"supports() returned {answer!r}, expected None or the reason to decline")
+
+
+def _check_archs(archs: object) -> None:
+    expected = f'names without suffix such as ("sm_90", "cpu"), or ("{ANY_ARCH}",)'
+    if not isinstance(archs, tuple):
+        raise ArgumentTypeError("archs", f"{type(archs).__name__}, expected a tuple of {expected}")
+    for name in archs:
+        if not isinstance(name, str):
+            raise ArgumentTypeError("archs", f"{type(name).__name__} in {archs!r}, expected {expected}")
+        if _BASE_NAME.fullmatch(name) is None and archs != (ANY_ARCH,):
+            raise ArgumentError("archs", f"{name!r} in {archs!r}, expected {expected}")
+    if not archs:
+        raise ArgumentError("archs", f"(), expected {expected}")
 
 
 def is_problem(value: object) -> bool:
@@ -149,10 +193,18 @@ def registered(group: str, provider: Provider) -> Iterator[Provider]:
 
 
 def load_kernel(provider: Provider) -> Kernel:
-    """The provider's kernel; `provider.load()` runs once per process, or once more after it raised."""
+    """The provider's kernel; `provider.load()` runs once per process, or once more after it raised.
+
+    Raises ProviderError where it returns something that lacks a method of `Kernel`.
+    """
     with _load_lock:
         if provider not in _kernels:
-            _kernels[provider] = provider.load()
+            kernel = provider.load()
+            missing = [name for name in _KERNEL_METHODS if not callable(getattr(kernel, name, None))]
+            if missing:
+                came = f"{type(kernel).__name__} without {', '.join(missing)}"
+                raise ProviderError(f"load() returned {came}, expected a Kernel")
+            _kernels[provider] = kernel
         return _kernels[provider]
 
 

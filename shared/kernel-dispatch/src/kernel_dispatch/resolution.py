@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from .arch import Arch, as_arch
-from .errors import NoKernelError
+from .errors import NoKernelError, ProviderError
 from .providers import (
-    ANY_ARCH,
+    AUTO,
     Kernel,
     Problem,
     Provider,
@@ -114,7 +114,7 @@ def resolve(
     tuned = tuned_choice(problem, arch)
     explanation = _explain(problem, arch, backend, tuned)
     for row in explanation.rows:
-        if row.failure is not None and backend in ("auto", row.name):
+        if row.failure is not None and backend in (AUTO, row.name):
             raise NoKernelError(f"provider {row.name!r} failed in supports()\n{explanation}") from row.failure
     if explanation.chosen is None:
         raise NoKernelError(f"{explanation.reason}\n{explanation}")
@@ -127,19 +127,24 @@ def resolve(
 def candidates(problem: Problem, arch: Arch | str | torch.device | None = None) -> tuple[Selection, ...]:
     """Every (provider, tactic) that supports `problem`, loaded, highest priority first.
 
-    A provider that does not load is left out with a RuntimeWarning, and the others remain.
+    A provider that does not load is left out with a RuntimeWarning, and the others remain. Raises
+    NoKernelError where `supports` raises, ArgumentTypeError naming `problem` or `arch` of another type.
     """
     check_problem(problem)
     arch = as_arch(arch)
     selections: list[Selection] = []
-    for provider in working_providers(problem.entry_point_group).values():
-        if _objection(provider, problem, arch) is None:
-            try:
-                kernel, tactics = _load(provider, problem, arch)
-            except NoKernelError as error:
-                warnings.warn(f"left out of the candidates: {error}", RuntimeWarning, stacklevel=2)
-                continue
-            selections += [Selection(provider, kernel, tactic, "candidate") for tactic in tactics]
+    for entry in providers(problem.entry_point_group):
+        row = _judge(entry, problem, arch)
+        if row.failure is not None:
+            raise NoKernelError(f"provider {row.name!r}: {row.reason}") from row.failure
+        if entry.provider is None or row.status != "supported":
+            continue
+        try:
+            kernel, tactics = _load(entry.provider, problem, arch)
+        except NoKernelError as error:
+            warnings.warn(f"left out of the candidates: {error}", RuntimeWarning, stacklevel=2)
+            continue
+        selections += [Selection(entry.provider, kernel, tactic, "candidate") for tactic in tactics]
     return tuple(selections)
 
 
@@ -163,7 +168,7 @@ def _choose(
     """(name or None, reason); `able` are the supporting providers, highest priority first."""
     if backend in able:
         return backend, f"asked for by backend={backend!r}"
-    if backend != "auto":
+    if backend != AUTO:
         against = [row.reason for row in rows if row.name == backend]
         return None, f"backend={backend!r}: {'; '.join(against) or f'no provider of that name in {group}'}"
     if not able:
@@ -182,20 +187,15 @@ def _judge(entry: Registered, problem: Problem, arch: Arch) -> ExplanationRow:
         status, reason = "broken", entry.error or "no provider"
     else:
         try:
-            objection = _objection(provider, problem, arch)
+            objection = provider.objection(problem, arch)
         except Exception as error:  # shown as broken here; `resolve` raises it
-            status, reason, failure = "broken", f"supports() raised {type(error).__name__}: {error}", error
+            status, failure = "broken", error
+            returned = isinstance(error, ProviderError)
+            reason = str(error) if returned else f"supports() raised {type(error).__name__}: {error}"
         else:
             if objection is not None:
                 status, reason = "declined", objection
     return ExplanationRow(entry.name, entry.distribution, entry.version, priority, status, reason, failure)
-
-
-def _objection(provider: Provider, problem: Problem, arch: Arch) -> str | None:
-    """Why `provider` does not run `problem` on `arch`, or None."""
-    if ANY_ARCH not in provider.archs and arch.base not in provider.archs:
-        return f"is for {', '.join(provider.archs)}; this is {arch.name}"
-    return provider.supports(problem, arch)
 
 
 def _load(provider: Provider, problem: Problem, arch: Arch) -> tuple[Kernel, Sequence[str]]:

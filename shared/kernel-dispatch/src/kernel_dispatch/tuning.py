@@ -122,14 +122,12 @@ def bucket_key(problem: Problem, arch: Arch) -> dict[str, object]:
 
 def _distribution_versions(bucket: Problem, arch: Arch) -> dict[str, str]:
     """Version by name of each distribution that has a provider for the bucket."""
-    from .resolution import _objection  # at call time: resolution reads this module
-
     versions: dict[str, str] = {}
     for entry in providers(bucket.entry_point_group):
         if entry.provider is None:
             continue
         try:
-            objection = _objection(entry.provider, bucket, arch)
+            objection = entry.provider.objection(bucket, arch)
         except Exception as error:  # no candidate; `resolve` raises it and `explain` shows it
             objection = str(error)
         if objection is None:
