@@ -113,6 +113,27 @@ def test_tuning_picks_the_fastest_and_honours_the_callers_outputs(tmp_path: Path
         assert set(kernel.runs) <= {"fast"}
 
 
+@pytest.mark.parametrize(
+    ("max_seq_len", "bucket"), [(1, 1), (100, 128), (192, 256), (256, 256), (257, 512), (100_000, 131_072)]
+)
+def test_a_bucket_rounds_the_batch_down_and_the_lengths_up(max_seq_len: int, bucket: int) -> None:
+    problem = replace(PROBLEM, max_seq_len=max_seq_len, max_pages=3 + max_seq_len // 64)
+    expected = replace(PROBLEM, batch=2, max_seq_len=bucket, max_pages=-(-bucket // 64))
+    assert problem.bucketed() == expected
+    assert expected.bucketed() == expected
+
+
+def test_a_growing_table_is_tuned_once_per_power_of_two() -> None:
+    kernel = FakeKernel(tactic_names=("fast",))
+    inputs = CASE.inputs()
+    with registered(GROUP, kernel.provider()), autotune(progress=False) as tuner:
+        for width in (5, 6, 8, 9):  # 512 keys, and 576
+            table = torch.full((3, width), -1, dtype=torch.int32)
+            table[:, :2] = inputs.block_tables[:, :2]
+            decode(inputs.query, inputs.kv_cache, table, inputs.seq_lens, softmax_scale=CASE.scale)
+    assert len(tuner.choices) == 2
+
+
 def test_tuning_checks_values_before_the_first_write() -> None:
     inputs = CASE.inputs()
     inputs.block_tables[2, 0] = 10_000

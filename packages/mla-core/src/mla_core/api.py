@@ -49,7 +49,8 @@ def decode(
     seq_lens: [batch] int32, keys per request, those of the query tokens included. A row that sees no key
         gets zeros and lse = -inf.
     softmax_scale, output_scale: a float, or a one-element float32 tensor that is read on the device.
-    max_seq_len: upper bound of seq_lens; by default what a row of the block table holds.
+    max_seq_len: upper bound of seq_lens; by default what a row of the block table holds. It is part of the
+        plan, as the width of the table is: keep both constant while requests grow, as a CUDA graph needs.
     out: written and returned, [..., num_heads, kv_lora_rank] with the leading dimensions of the query.
     out_dtype: bfloat16, float16 or float8_e4m3fn (saturating); by default that of `out`, else that of the
         query, bfloat16 for an fp8 query.

@@ -114,8 +114,14 @@ class DecodeProblem:
         return self.q_len * self.num_heads
 
     def bucketed(self) -> DecodeProblem:
-        """The problem that stands for this one in the tuner: the batch becomes its bucket."""
-        return replace(self, batch=bucket_batch(self.batch))
+        """The problem that stands for this one in the tuner; only looked up, never run.
+
+        The batch becomes its bucket. max_seq_len is rounded up to a power of two, and the block table is as
+        wide as that takes, so that a table that grows is not tuned anew at each width.
+        """
+        max_seq_len = 1 << (self.max_seq_len - 1).bit_length()
+        max_pages = -(-max_seq_len // self.page_size)
+        return replace(self, batch=bucket_batch(self.batch), max_seq_len=max_seq_len, max_pages=max_pages)
 
     def describe(self) -> str:
         """One line such as `B3-q2-H128-p64-s8192-bf16`, followed by whatever is not the default."""
