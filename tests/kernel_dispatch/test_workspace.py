@@ -10,6 +10,7 @@ from kernel_dispatch import (
     GuardedWorkspace,
     check_workspace,
     guard_workspace,
+    launch_workspace,
 )
 from kernel_dispatch.debug import debug, debug_mode
 
@@ -94,6 +95,49 @@ def test_error_of_the_block_goes_first() -> None:
 
     with pytest.raises(KeyError):
         fails_after_an_overrun()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_debug_mode_launches_on_a_guarded_workspace_in_place_of_the_callers(dtype: torch.dtype) -> None:
+    given = torch.zeros(100, dtype=dtype)
+    with launch_workspace(given, 40, CPU) as workspace:
+        assert workspace is given
+    with debug(), launch_workspace(given, 40, CPU) as workspace:
+        assert workspace is not None
+        check_workspace(workspace, 40, CPU)
+        assert (workspace.shape, workspace.dtype) == ((40,), dtype)
+        assert (workspace.view(torch.uint8) == 0xFF).all()
+        workspace.fill_(7)
+    assert not given.any()
+
+
+@pytest.mark.parametrize("offset", [-1, 40], ids=["before", "past"])
+def test_overrun_of_a_given_workspace_is_found_in_debug_mode(offset: int) -> None:
+    def overruns_in_debug_mode() -> None:
+        given = torch.zeros(4096, dtype=torch.uint8)[1024:]  # an overrun of 40 bytes stays inside of it
+        with debug(), launch_workspace(given, 40, CPU) as workspace:
+            assert workspace is not None
+            block = torch.empty(0, dtype=torch.uint8).set_(workspace.untyped_storage())
+            block[workspace.storage_offset() + offset] = 0
+
+    with pytest.raises(RuntimeError, match=f"^workspace of 40 bytes: .*at offset {offset}$"):
+        overruns_in_debug_mode()
+
+
+def test_launches_without_a_workspace_and_captured_ones_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, fake = torch.zeros(64, dtype=torch.uint8), torch.empty(64, dtype=torch.uint8, device="meta")
+    with debug():
+        with launch_workspace(None, 0, CPU) as workspace:
+            assert workspace is None
+        with launch_workspace(given, 0, CPU) as workspace:
+            assert workspace is given
+        with launch_workspace(fake, 64, fake.device) as workspace:
+            assert workspace is fake
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with launch_workspace(given, 64, torch.device("cuda")) as workspace:
+            assert workspace is given
 
 
 def test_debug_mode_is_for_the_block() -> None:

@@ -40,7 +40,7 @@ from .resolution import Explanation, ExplanationRow, Selection, candidates, expl
 from .specs import Layout, TensorSpec, bind, check_index_range, check_no_overlap, check_scale
 from .tuning import bucket_batch, clear_tuning, generation, load_tuning, tuned_choice
 from .warmup import WarmupError, WarmupReport, WarmupRow, load_problems, warmup
-from .workspace import GuardedWorkspace, check_workspace, guard_workspace
+from .workspace import GuardedWorkspace, check_workspace, guard_workspace, launch_workspace
 
 __all__ = [
     "Arch",
@@ -88,6 +88,7 @@ __all__ = [
     "forbid_compilation",
     "generation",
     "guard_workspace",
+    "launch_workspace",
     "load_problems",
     "load_tuning",
     "needs_op",

@@ -2,7 +2,7 @@
 
 `KERNEL_DISPATCH_DEBUG=1` in the environment (read once, at import) turns it on for the process, `debug()` for
 a block of code. It adds range checks on index tensors and scale values that live on a GPU, and canaries
-around workspaces.
+around the workspaces of launches (`launch_workspace`).
 """
 
 from __future__ import annotations

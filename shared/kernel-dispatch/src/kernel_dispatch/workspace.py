@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from ._tensors import dtype_name, has_data, same_device
+from .debug import debug_mode
 from .errors import ArgumentError, ArgumentTypeError
 
 CANARY_BYTES = 256  # also keeps the workspace between the canaries as aligned as the allocation
@@ -73,11 +74,36 @@ class GuardedWorkspace:
 
 
 @contextmanager
-def guard_workspace(nbytes: int, device: torch.device | str) -> Iterator[torch.Tensor]:
-    """Lends a workspace, [nbytes] uint8 full of NaN; raises RuntimeError on exit if its surroundings changed.
+def guard_workspace(
+    nbytes: int, device: torch.device | str, dtype: torch.dtype = torch.uint8
+) -> Iterator[torch.Tensor]:
+    """Lends a workspace, [nbytes] full of NaN; raises RuntimeError on exit if its surroundings changed.
 
-    An error from the block itself goes first: the canaries are then not looked at.
+    dtype: of the workspace, one byte wide. An error from the block itself goes first: the canaries are then
+    not looked at.
     """
     workspace = GuardedWorkspace(nbytes, device)
-    yield workspace.tensor
+    yield workspace.tensor.view(dtype)
     workspace.check()
+
+
+def launch_workspace(
+    workspace: torch.Tensor | None, nbytes: int, device: torch.device
+) -> AbstractContextManager[torch.Tensor | None]:
+    """The workspace for one launch that needs `nbytes`: `workspace` itself, or in debug mode a guarded one.
+
+    An operation launches inside the block, on what it yields, once `workspace` has passed `check_workspace`:
+
+        with launch_workspace(workspace, plan.workspace_nbytes, device) as scratch:
+            launcher(..., scratch)
+
+    In debug mode that is exactly `nbytes` between canaries, full of NaN and of the dtype of `workspace`; the
+    caller's memory is then neither read nor written. `guard_workspace` says what the end of the block raises.
+    Launches without a workspace are left alone, and those captured in a CUDA graph: looking at the canaries
+    would synchronise.
+    """
+    if not debug_mode() or nbytes == 0 or workspace is None or not has_data(workspace):
+        return nullcontext(workspace)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return nullcontext(workspace)
+    return guard_workspace(nbytes, device, workspace.dtype)
