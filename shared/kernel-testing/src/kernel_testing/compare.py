@@ -17,7 +17,8 @@ def assert_close_elementwise(actual: Tensor, expected64: Tensor, atol: float, rt
         raise AssertionError(f"{what}: the reference is {expected64.dtype}, expected torch.float64")
     if actual.shape != expected64.shape:
         raise AssertionError(f"{what}: shape {list(actual.shape)}, expected {list(expected64.shape)}")
-    got, want = actual.detach().to("cpu", torch.float64), expected64.detach().cpu()
+    want = expected64.detach()
+    got = actual.detach().to(want.device, torch.float64)
     same_special = (got.isnan() & want.isnan()) | (got.isinf() & (got == want))
     finite = got.isfinite() & want.isfinite()
     bound = atol + rtol * want.abs()
