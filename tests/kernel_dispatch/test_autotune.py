@@ -214,6 +214,63 @@ def test_if_all_candidates_fail_each_is_listed(path: Path) -> None:
     assert not path.exists()
 
 
+def refusing() -> ArgumentError:
+    return ArgumentError("workspace", "10 bytes, expected at least 20")
+
+
+@pytest.mark.parametrize("refused", ["b", "c"], ids=["tactic", "provider"])
+def test_a_mistake_of_the_caller_leaves_no_choice_behind(path: Path, refused: str) -> None:
+    first, second = slow_then_fast()
+    kernel = first if refused in first.cost_s else second
+    good = kernel.cost_s[refused]
+    kernel.cost_s[refused] = refusing()
+    with scaling_providers(first, second), autotune(path, progress=False):
+        with pytest.warns(RuntimeWarning, match=rf"{refused}: ArgumentError: workspace: .*no choice is kept"):
+            assert scale(torch.ones(4)).tactic == "a"  # the heuristic's
+        assert tuned_choice(Scaling(4), CPU) is None
+        assert not path.exists()
+        kernel.cost_s[refused] = good
+        assert scale(torch.ones(4)).tactic == "d"
+        assert saved_batches(path) == [4]
+
+
+@pytest.mark.filterwarnings("ignore:tuning:RuntimeWarning")
+def test_a_mistake_that_no_candidate_fits_is_the_callers_error(path: Path) -> None:
+    kernel = ScalingKernel({"a": refusing(), "b": refusing()})
+    with scaling_providers(kernel), autotune(path, progress=False):
+        with pytest.raises(ArgumentError, match=r"^workspace: 10 bytes") as caught:
+            scale(torch.ones(4))
+        assert caught.value is kernel.cost_s["a"]
+        kernel.cost_s["b"] = ValueError("no such instruction")
+        with pytest.raises(NoKernelError, match="every candidate failed"):
+            scale(torch.ones(4))
+    assert not path.exists()
+
+
+def test_warnings_point_at_the_caller(path: Path) -> None:
+    def fail() -> ScalingKernel:
+        raise ValueError("no such file")
+
+    broken = Provider("broken", ("any",), lambda problem, arch: None, fail, 1)
+    kernel = ScalingKernel({"a": 0.0, "b": refusing(), "c": OSError("bad")})
+    path.write_text("{")
+    with (
+        scaling_providers(kernel),
+        registered(Scaling.entry_point_group, broken),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        with autotune(path, progress=False):
+            scale(torch.ones(4))
+        path.write_text("{")
+        load_tuning(path)
+    texts = ("corrupt", "failed to load", "b: ArgumentError", "c: OSError", "corrupt")
+    assert len(caught) == len(texts)
+    for warning, text in zip(caught, texts, strict=True):
+        assert text in str(warning.message)
+        assert warning.filename == __file__
+
+
 def test_an_interrupt_restores_the_state_and_is_not_swallowed() -> None:
     def interrupt(problem: Scaling) -> None:
         values.zero_()

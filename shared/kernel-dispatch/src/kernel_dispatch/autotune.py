@@ -14,7 +14,6 @@ import statistics
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ._callers import warn_caller
 from .arch import Arch
-from .errors import CompilationForbiddenError, NoKernelError
+from .errors import ArgumentError, CompilationForbiddenError, NoKernelError
 from .providers import Problem, check_problem
 from .resolution import Selection, candidates, resolve
 from .tuning import bucket_key, invalidate_plans, key_digest, lookup, put_in_effect
@@ -67,8 +67,10 @@ class Tuner:
             if len(contenders) < 2:
                 return
             _reject_capture(problem, device)
-            name, tactic, median_us = self._fastest(problem, arch, device, contenders, make_run, snapshot)
-            choice = Choice(key, name, tactic, median_us)
+            fastest = self._fastest(problem, arch, device, contenders, make_run, snapshot)
+            if fastest is None:
+                return
+            choice = Choice(key, *fastest)
             put_in_effect({key_digest(key): choice})
         self._save(key_digest(key), choice)
 
@@ -80,13 +82,15 @@ class Tuner:
         contenders: Sequence[Selection],
         make_run: MakeRun,
         snapshot: Snapshot,
-    ) -> tuple[str, str, float]:
+    ) -> tuple[str, str, float] | None:
         """(provider, tactic, median in µs) of the fastest contender, the earlier one of a tie.
 
-        Raises NoKernelError if all fail.
+        None if a contender refused the caller's arguments. Raises the ArgumentError if all did, and
+        NoKernelError if all failed.
         """
         timed: list[tuple[str, str, float]] = []
         failures: list[str] = []
+        refusals: list[ArgumentError] = []
         title = f"tuning {problem.describe()}"
         bar = tqdm(contenders, title, unit="candidate", file=sys.stderr, disable=not self._progress)
         for selection in bar:
@@ -98,13 +102,19 @@ class Tuner:
                 raise
             except Exception as error:  # a candidate may fail in any way; it is reported and left out
                 failures.append(f"{name} {tactic}: {type(error).__name__}: {error}")
-                warnings.warn(f"{title} leaves out {failures[-1]}", RuntimeWarning, stacklevel=4)
+                remark = ""
+                if isinstance(error, ArgumentError):
+                    refusals.append(error)
+                    remark = "; this call's arguments do not fit it, so no choice is kept"
+                warn_caller(f"{title} leaves out {failures[-1]}{remark}", problem)
             finally:
                 restore()
+        if len(refusals) == len(contenders):
+            raise refusals[0]
         if not timed:
             listed = "\n  ".join(failures)
             raise NoKernelError(f"{title} on {arch.name}: every candidate failed\n  {listed}")
-        return min(timed, key=lambda row: row[2])
+        return None if refusals else min(timed, key=lambda row: row[2])
 
     def _save(self, name: str, choice: Choice) -> None:
         if self.choices.get(name) != choice:
@@ -151,7 +161,12 @@ def choose(
     `out` included. snapshot() saves what such a run changes in place and returns a function that puts it
     back; both are called around every candidate, so the tensors end as they began.
 
-    A candidate that fails gives a RuntimeWarning and is left out; NoKernelError lists them if all fail.
+    A candidate that fails gives a RuntimeWarning and is left out; NoKernelError lists them if all fail. One
+    that raises ArgumentError refuses the caller's arguments (a workspace too small for it, say). Then no
+    choice is kept: the heuristic decides, until a call that fits every candidate comes here. An operation
+    that caches plans asks again in the next `autotune` block. If all refuse, the first one's ArgumentError is
+    raised.
+
     Raises RuntimeError if the bucket would have to be tuned while a CUDA graph is being captured, and
     CompilationForbiddenError if a candidate needs a build inside `forbid_compilation()`.
     """

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ._callers import warn_caller
 from .arch import Arch, as_arch
 from .errors import NoKernelError, ProviderError
 from .providers import (
@@ -142,7 +142,7 @@ def candidates(problem: Problem, arch: Arch | str | torch.device | None = None) 
         try:
             kernel, tactics = _load(entry.provider, problem, arch)
         except NoKernelError as error:
-            warnings.warn(f"left out of the candidates: {error}", RuntimeWarning, stacklevel=2)
+            warn_caller(f"left out of the candidates: {error}", problem)
             continue
         selections += [Selection(entry.provider, kernel, tactic, "candidate") for tactic in tactics]
     return tuple(selections)

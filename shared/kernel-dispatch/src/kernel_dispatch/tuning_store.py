@@ -13,12 +13,13 @@ import json
 import math
 import os
 import uuid
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
+
+from ._callers import warn_caller
 
 FORMAT = 1
 _CORRUPT = "corrupt"  # what `_parse` says of a file to be moved aside
@@ -87,13 +88,13 @@ class TuningStore:
         if problem == _CORRUPT:
             aside = self.path.with_name(f"{self.path.name}.corrupt-{uuid.uuid4().hex[:8]}")
             os.replace(self.path, aside)
-            _warn(f"tuning file {self.path} is corrupt; moved to {aside}, starting without its entries")
+            warn_caller(f"tuning file {self.path} is corrupt; moved to {aside}, starting without its entries")
         elif problem is not None:
             self._warn_foreign(problem)
         return entries, problem
 
     def _warn_foreign(self, problem: str) -> None:
-        _warn(f"tuning file {self.path} {problem}, expected {FORMAT}; it is neither used nor written")
+        warn_caller(f"tuning file {self.path} {problem}, expected {FORMAT}; it is neither used nor written")
 
     def _replace(self, entries: Mapping[str, Choice]) -> None:
         """Under the lock: writes a sibling and renames it over the file; a reader never sees half a file."""
@@ -129,7 +130,3 @@ def _choice(entry: Mapping[str, object]) -> Choice:
     if not isinstance(median_us, int | float) or not math.isfinite(median_us) or median_us < 0:
         raise ValueError("median_us is no time")
     return Choice(key, provider, tactic, float(median_us))
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
