@@ -205,6 +205,14 @@ def test_a_target_that_names_no_problems_is_an_error(target: str, reason: str) -
             r"item 0 of .* 'torch\.bf17' is no dtype",
         ),
         ('[{"problem": "tuning_fakes:Absent", "arguments": {}}]', "has no attribute 'Absent'"),
+        ('[{"problem": 5, "arguments": {}}]', "item 0 of .*: problem is 5, expected a string module:Class"),
+        (
+            '[{"problem": "tuning_fakes:Scaling", "arguments": [4]}]',
+            r"item 0 .*: arguments is \[4\], expected",
+        ),
+        ('[{"problem": ".fakes:Scaling", "arguments": {}}]', "'.fakes:Scaling', expected module:attribute"),
+        ('[{"problem": "builtins:dict", "arguments": {}}]', "'builtins:dict' is no class of problems"),
+        ("[" * 100_000, "cannot be read as JSON"),
     ],
 )
 def test_a_faulty_json_file_is_an_error_naming_the_item(tmp_path: Path, content: str, reason: str) -> None:
@@ -212,6 +220,19 @@ def test_a_faulty_json_file_is_an_error_naming_the_item(tmp_path: Path, content:
     path.write_text(content)
     with pytest.raises(ArgumentError, match=reason):
         load_problems(str(path))
+
+
+def test_a_json_file_calls_nothing_but_a_class_of_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(tuning_fakes, "FUNCTION", lambda: called.append("called"), raising=False)
+    path = tmp_path / "problems.json"
+    for name in ("tuning_fakes:FUNCTION", "os:getcwd"):
+        path.write_text(json.dumps([{"problem": name, "arguments": {}}]))
+        with pytest.raises(ArgumentError, match=f"item 0 of .*: '{name}' is no class of problems"):
+            load_problems(str(path))
+    assert called == []
 
 
 # The command line.

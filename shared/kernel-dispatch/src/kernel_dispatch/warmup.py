@@ -30,6 +30,8 @@ from .errors import ArgumentError, ArgumentTypeError
 from .providers import Problem, is_problem
 from .resolution import resolve
 
+_GROUP = "entry_point_group"  # the attribute that a class of problems has
+
 
 @dataclass(frozen=True)
 class WarmupRow:
@@ -153,7 +155,7 @@ def load_problems(target: str) -> list[Problem]:
 
 def _import(target: str) -> Any:
     module, separator, attribute = target.partition(":")
-    if not (module and separator and attribute):
+    if not (module and separator and attribute) or module.startswith("."):
         raise ArgumentError("target", f"{target!r}, expected module:attribute or a path that ends in .json")
     try:
         return operator.attrgetter(attribute)(importlib.import_module(module))
@@ -164,7 +166,7 @@ def _import(target: str) -> Any:
 def _from_json(path: Path) -> list[Any]:
     try:
         declared = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError("target", f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(declared, list):
         raise ArgumentError(
@@ -176,8 +178,16 @@ def _from_json(path: Path) -> list[Any]:
 def _declared(item: Any, where: str) -> Any:
     if not isinstance(item, dict) or set(item) != {"problem", "arguments"}:
         raise ArgumentError("target", f'{where} is {item!r}, expected {{"problem": ..., "arguments": ...}}')
-    problem_class = _import(item["problem"])
-    arguments = {name: _argument(value, where) for name, value in item["arguments"].items()}
+    name, given = item["problem"], item["arguments"]
+    if not isinstance(name, str):
+        raise ArgumentError("target", f"{where}: problem is {name!r}, expected a string module:Class")
+    if not isinstance(given, dict):
+        raise ArgumentError("target", f"{where}: arguments is {given!r}, expected an object of keywords")
+    problem_class = _import(name)
+    # A file is data: it may name a class of problems, but not a function to call.
+    if not (isinstance(problem_class, type) and isinstance(getattr(problem_class, _GROUP, None), str)):
+        raise ArgumentError("target", f"{where}: {name!r} is no class of problems (with {_GROUP})")
+    arguments = {keyword: _argument(value, where) for keyword, value in given.items()}
     try:
         return problem_class(**arguments)
     except (TypeError, ValueError) as error:
