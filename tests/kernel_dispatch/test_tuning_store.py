@@ -80,6 +80,11 @@ CORRUPT = {
     "entry-not-object": b'{"format": 1, "entries": {"k": 3}}',
     "no-time": b'{"format": 1, "entries": {"k": {"key": {}, "provider": "x", "tactic": "y"}}}',
     "nan-time": b'{"format": 1, "entries": {"k": {"key":{}, "provider":"x", "tactic":"y", "median_us":NaN}}}',
+    "nested": b"[" * 100_000,
+    "nested-key": (
+        b'{"format": 1, "entries": {"k": {"key": {"a": %s}, "provider": "x", "tactic": "y", "median_us": 1}}}'
+        % (b"[" * 400 + b"]" * 400)
+    ),
     "tactic-type": b'{"format": 1, "entries": {"k": {"key":{}, "provider":"x", "tactic":3, "median_us":1}}}',
 }
 

@@ -22,6 +22,7 @@ from filelock import FileLock
 from ._callers import warn_caller
 
 FORMAT = 1
+MAX_KEY_DEPTH = 64  # of objects and lists; a problem's own key has about five
 _CORRUPT = "corrupt"  # what `_parse` says of a file to be moved aside
 
 
@@ -110,7 +111,7 @@ def _parse(path: Path) -> tuple[dict[str, Choice], str | None]:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}, None
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested beyond what a parser takes
         return {}, _CORRUPT
     if not isinstance(document, dict) or "format" not in document:
         return {}, "is JSON without a format number"
@@ -127,6 +128,19 @@ def _choice(entry: Mapping[str, object]) -> Choice:
     key, provider, tactic, median_us = (entry[name] for name in ("key", "provider", "tactic", "median_us"))
     if not isinstance(key, dict) or not isinstance(provider, str) or not isinstance(tactic, str):
         raise TypeError("key, provider or tactic has the wrong type")
+    if _depth_exceeds(key, MAX_KEY_DEPTH):
+        raise ValueError("key is nested too deeply to be written again")
     if not isinstance(median_us, int | float) or not math.isfinite(median_us) or median_us < 0:
         raise ValueError("median_us is no time")
     return Choice(key, provider, tactic, float(median_us))
+
+
+def _depth_exceeds(value: object, limit: int) -> bool:
+    """Whether objects and lists nest deeper than `limit`; takes any depth, level by level."""
+    level: list[object] = [value]
+    for _ in range(limit):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return False
+    return any(isinstance(item, dict | list) for item in level)
