@@ -64,12 +64,13 @@ def small_config(num_heads: int) -> DeepseekV3Config:
 class Step:
     """Where the tokens of one forward pass go in the cache, and what each request attends to.
 
-    block_tables    [B, max_pages] int32
+    block_tables    [B, max_pages] int32, of the same width in every step
     seq_lens        [B] int32, lengths with the new tokens included
     token_pages     [total_q] int64, page of each new token; token_offsets: its row within that page
     positions       [total_q] int64, position of each new token within its request
     q_lens          new tokens of each request
     cum_seq_lens_q  [B + 1] int32
+    max_seq_len     what a request may grow to; the same in every step
     """
 
     block_tables: Tensor
@@ -79,21 +80,27 @@ class Step:
     positions: Tensor
     q_lens: tuple[int, ...]
     cum_seq_lens_q: Tensor
+    max_seq_len: int
 
 
 class PagedLatentCache:
     """Latent rows of all layers and requests in pages of `page_size` rows, handed out in a shuffled order.
 
     pages [num_layers, num_pages, page_size, kv_lora_rank + qk_rope_head_dim]. Rows that hold no token are
-    NaN, so reading one shows in the output.
+    NaN, so reading one shows in the output. No request grows beyond `max_seq_len` tokens: block tables are as
+    wide as that takes from the start, so that a growing request poses the same problem at every step. Kernels
+    are then planned once, and a step could be captured in a CUDA graph.
     """
 
-    def __init__(self, model: DeepseekV3ForCausalLM, num_pages: int, page_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: DeepseekV3ForCausalLM, num_pages: int, page_size: int, max_seq_len: int, seed: int = 0
+    ) -> None:
         config = model.config
         row = config.kv_lora_rank + config.qk_rope_head_dim
         shape = (config.num_hidden_layers, num_pages, page_size, row)
         self.pages = torch.full(shape, torch.nan, dtype=model.dtype, device=model.device)
-        self.page_size = page_size
+        self.page_size, self.max_seq_len = page_size, max_seq_len
+        self.max_pages = -(-max_seq_len // page_size)
         self.free_pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
         self.request_pages: list[list[int]] = []
         self.seq_lens: list[int] = []
@@ -109,6 +116,9 @@ class PagedLatentCache:
         pages, offsets, positions = [], [], []
         for request, q_len in zip(requests, q_lens, strict=True):
             start = self.seq_lens[request]
+            if start + q_len > self.max_seq_len:
+                grown = f"request {request} grows to {start + q_len} tokens"
+                raise RuntimeError(f"{grown}, the cache was built for {self.max_seq_len}")
             self.seq_lens[request] = start + q_len
             while len(self.request_pages[request]) * self.page_size < start + q_len:
                 if not self.free_pages:
@@ -119,15 +129,19 @@ class PagedLatentCache:
                 offsets.append(position % self.page_size)
                 positions.append(position)
         device = self.pages.device
-        tables = [torch.tensor(self.request_pages[request], dtype=torch.int32) for request in requests]
+        tables = torch.full((len(requests), self.max_pages), UNUSED_PAGE, dtype=torch.int32)
+        for table, request in zip(tables, requests, strict=True):
+            used = self.request_pages[request]
+            table[: len(used)] = torch.tensor(used, dtype=torch.int32)
         return Step(
-            block_tables=nn.utils.rnn.pad_sequence(tables, True, padding_value=UNUSED_PAGE).to(device),
+            block_tables=tables.to(device),
             seq_lens=torch.tensor([self.seq_lens[r] for r in requests], dtype=torch.int32, device=device),
             token_pages=torch.tensor(pages, device=device),
             token_offsets=torch.tensor(offsets, device=device),
             positions=torch.tensor(positions, device=device),
             q_lens=tuple(q_lens),
             cum_seq_lens_q=torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32).to(device),
+            max_seq_len=self.max_seq_len,
         )
 
     def truncate(self, request: int, seq_len: int) -> None:
@@ -216,6 +230,7 @@ class PagedMLAAttention(nn.Module):
             "kv_lora_rank": self.attention.kv_lora_rank,
             "qk_rope_head_dim": self.attention.qk_rope_head_dim,
             "softmax_scale": self.attention.scaling,
+            "max_seq_len": step.max_seq_len,
             "backend": self.backend,
         }
         if len(set(step.q_lens)) == 1:
@@ -236,11 +251,13 @@ def patch(model: DeepseekV3ForCausalLM, backend: str = "auto") -> None:
 
 
 class PagedEngine:
-    """Serves a patched model; implements `common.Engine`."""
+    """Serves a patched model from a cache of its own; implements `common.Engine`."""
 
-    def __init__(self, model: DeepseekV3ForCausalLM, num_pages: int, page_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: DeepseekV3ForCausalLM, num_pages: int, page_size: int, max_seq_len: int, seed: int = 0
+    ) -> None:
         self.model = model
-        self.cache = PagedLatentCache(model, num_pages, page_size, seed)
+        self.cache = PagedLatentCache(model, num_pages, page_size, max_seq_len, seed)
         self.num_verified = 0
 
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:

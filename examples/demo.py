@@ -25,12 +25,11 @@ import common
 import deepseek_v3
 import measure
 import qwen3_next
+import recording
 import report
 import torch
 import transformers
-from gdn_mtp import GatedDeltaRuleProblem
 from kernel_dispatch import explain
-from mla_core import DecodeProblem
 
 PROMPT_LENS = (3, 9, 17, 33)
 NUM_TOKENS = 16
@@ -41,10 +40,10 @@ OTHER_ARCHS = ("sm_90a", "sm_100a", "sm_121a")
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """A model to run: how to patch it, how to serve it, and the problems its operation is asked to solve.
+    """A model to run: how to patch it and how to serve it.
 
     patch(model) swaps its attention in place. engine(model, rollback) serves it. rollbacks name the ways in
-    which rejected drafts are undone. problems are labelled.
+    which rejected drafts are undone.
     """
 
     title: str
@@ -53,7 +52,6 @@ class Client:
     patch: Callable[[transformers.PreTrainedModel], None]
     engine: Callable[[transformers.PreTrainedModel, str], common.Engine]
     rollbacks: tuple[str, ...]
-    problems: dict[str, DecodeProblem | GatedDeltaRuleProblem]
 
 
 def deepseek_client(device: torch.device, seed: int) -> Client:
@@ -62,11 +60,6 @@ def deepseek_client(device: torch.device, seed: int) -> Client:
     config = deepseek_v3.small_config(num_heads)
     max_seq_len = max(PROMPT_LENS) + NUM_TOKENS + NUM_DRAFTS
     num_pages = len(PROMPT_LENS) * -(-max_seq_len // page_size)
-
-    def problem(q_len: int, ragged: bool = False) -> DecodeProblem:
-        sizes = {"batch": len(PROMPT_LENS), "num_heads": num_heads, "page_size": page_size}
-        return DecodeProblem(**sizes, q_len=q_len, ragged=ragged, max_seq_len=max_seq_len)
-
     return Client(
         title="DeepSeek-V3: absorbed MLA over a paged cache",
         summary=f"{config.num_hidden_layers} layers, the last with {config.n_routed_experts} experts; "
@@ -74,13 +67,8 @@ def deepseek_client(device: torch.device, seed: int) -> Client:
         f"pages of {page_size} in shuffled order, unused rows NaN",
         model=common.random_model(transformers.DeepseekV3ForCausalLM, config, seed, device=device),
         patch=deepseek_v3.patch,
-        engine=lambda model, _: deepseek_v3.PagedEngine(model, num_pages, page_size, seed),
+        engine=lambda model, _: deepseek_v3.PagedEngine(model, num_pages, page_size, max_seq_len, seed),
         rollbacks=("truncate",),
-        problems={
-            "prefill": problem(max(PROMPT_LENS), ragged=True),
-            "decode": problem(1),
-            "verify": problem(1 + NUM_DRAFTS),
-        },
     )
 
 
@@ -89,26 +77,6 @@ def qwen_client(device: torch.device, seed: int) -> Client:
     config = qwen3_next.small_config()
     max_batch = len(PROMPT_LENS) + 1
     max_len = max(PROMPT_LENS) + NUM_TOKENS + NUM_DRAFTS
-    decode = GatedDeltaRuleProblem(
-        B=max_batch,
-        T=1,
-        H=config.linear_num_key_heads,
-        HV=config.linear_num_value_heads,
-        K=config.linear_key_head_dim,
-        V=config.linear_value_head_dim,
-        io_dtype=torch.bfloat16,
-        gate_dtype=torch.bfloat16,
-        dt_bias_dtype=torch.bfloat16,
-        out_dtype=torch.bfloat16,
-        state_dtype=torch.float32,
-        state_layout="vk",
-        use_qk_l2norm=True,
-        update_state=True,
-        intermediate="none",
-        index_dtype=torch.int32,
-        separate_write_indices=False,
-    )
-    verify = dataclasses.replace(decode, T=1 + NUM_DRAFTS)
     return Client(
         title="Qwen3-Next: Gated DeltaNet with speculative decoding",
         summary=f"{config.num_hidden_layers - 1} Gated DeltaNet layers: {config.linear_num_key_heads} key, "
@@ -125,11 +93,6 @@ def qwen_client(device: torch.device, seed: int) -> Client:
             seed=seed,
         ),
         rollbacks=("gather", "scatter"),
-        problems={
-            "decode": decode,
-            "verify, gather": dataclasses.replace(verify, update_state=False, intermediate="buffer"),
-            "verify, scatter": dataclasses.replace(verify, intermediate="scatter"),
-        },
     )
 
 
@@ -141,34 +104,37 @@ def run(client: Client, device: torch.device, seed: int) -> report.ClientResult:
     patched = copy.deepcopy(client.model)
     client.patch(patched)
 
+    num_decoded = len(cases) * (NUM_TOKENS - 1)  # the first token of a request comes from its prefill
     stock = measure.TimedDecoder(common.StockDecoder(client.model), device)
+    common.generate(common.StockDecoder(client.model), prompts, NUM_TOKENS)  # warms up
     common.generate(stock, prompts, NUM_TOKENS)
-    plain = measure.TimedDecoder(client.engine(patched, client.rollbacks[0]), device)
-    common.generate(plain, prompts, NUM_TOKENS)  # warms up
-    plain = measure.TimedDecoder(client.engine(patched, client.rollbacks[0]), device)
-    outputs = common.generate(plain, prompts, NUM_TOKENS)
+    timings = {"untouched, one request at a time": stock.milliseconds_per_token(num_decoded)}
+
+    engine = recording.RecordingDecoder(client.engine(patched, client.rollbacks[0]))
+    common.generate(engine, prompts, NUM_TOKENS)  # warms up
+    posed = {problem: phase for phase, problems in engine.problems.items() for problem in problems}
+    timed = measure.TimedDecoder(client.engine(patched, client.rollbacks[0]), device)
+    outputs = common.generate(timed, prompts, NUM_TOKENS)
     runs = [report.Run("greedy", outputs, None, checks.check_outputs(cases, outputs))]
-    timings = {
-        "untouched, one request at a time": stock.milliseconds("decode") / len(cases),
-        "patched, one batch": plain.milliseconds("decode") / len(cases),
-    }
-    for rollback in client.rollbacks:
+    timings["patched, one batch"] = timed.milliseconds_per_token(num_decoded)
+
+    def speculate(engine: common.Engine) -> tuple[list[common.Greedy], list[list[int]]]:
         drafter = common.NoisyDrafter([case.stock.tokens for case in cases], 64, DRAFT_WRONG, seed)
-        engine = measure.TimedDecoder(client.engine(patched, rollback), device)
-        outputs, accepted = common.generate_speculative(engine, prompts, NUM_TOKENS, drafter, NUM_DRAFTS)
+        return common.generate_speculative(engine, prompts, NUM_TOKENS, drafter, NUM_DRAFTS)
+
+    for rollback in client.rollbacks:
+        engine = recording.RecordingDecoder(client.engine(patched, rollback))
+        speculate(engine)  # warms up
+        for phase, problems in engine.problems.items():
+            for problem in problems:
+                posed.setdefault(problem, f"{phase}, {rollback}")
+        timed = measure.TimedDecoder(client.engine(patched, rollback), device)
+        outputs, accepted = speculate(timed)
         held = [*checks.check_outputs(cases, outputs), checks.check_acceptance(accepted, NUM_DRAFTS)]
         runs.append(report.Run(f"speculative, {rollback}", outputs, accepted, held))
-        seconds = sum(engine.seconds["verify"]) + sum(engine.seconds["commit"])
-        num_decoded = len(cases) * (NUM_TOKENS - 1)
-        timings[f"patched, speculative, {rollback}"] = 1e3 * seconds / num_decoded
-    explanations = {label: explain(problem, device) for label, problem in client.problems.items()}
-    elsewhere = {
-        arch: {label: explain(problem, arch) for label, problem in client.problems.items()}
-        for arch in OTHER_ARCHS
-    }
-    return report.ClientResult(
-        client.title, client.summary, cases, runs, timings, explanations, elsewhere, NUM_DRAFTS
-    )
+        timings[f"patched, speculative, {rollback}"] = timed.milliseconds_per_token(num_decoded)
+    calls = recording.explained(posed, device, OTHER_ARCHS)
+    return report.ClientResult(client.title, client.summary, cases, runs, timings, calls, NUM_DRAFTS)
 
 
 def environment(device: torch.device, seed: int) -> dict[str, str]:
@@ -192,11 +158,15 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_client(result: report.ClientResult) -> None:
     """Backends, errors, tokens, times and verdicts of one model."""
     print(f"{result.summary}\n")
-    for label, explanation in result.here.items():
-        print(f"{label}: {explanation}\n")
+    for call in result.calls:
+        print(f"{call.label}: {call.here}\n")
     print_table(
-        ("elsewhere", *result.here),
-        [[arch, *(e.chosen or "none" for e in calls.values())] for arch, calls in result.elsewhere.items()],
+        ("call", "problem", "here", *OTHER_ARCHS),
+        [
+            [call.label, call.here.problem]
+            + [explanation.chosen or "none" for explanation in (call.here, *call.elsewhere.values())]
+            for call in result.calls
+        ],
     )
     print_table(report.ERROR_HEADINGS, report.error_rows(result, result.runs[0]))
     print_table(
@@ -207,7 +177,9 @@ def print_client(result: report.ClientResult) -> None:
             for i, (output, accepted) in enumerate(zip(run.outputs, run.accepted or [], strict=True))
         ],
     )
-    print_table(("decoding", "ms per token"), [[k, f"{ms:.2f}"] for k, ms in result.milliseconds.items()])
+    print_table(
+        ("decoding", report.TIME_HEADING), [[k, f"{ms:.2f}"] for k, ms in result.milliseconds.items()]
+    )
     print_table(
         ("verdict", "run", "check", "detail"),
         [
@@ -248,14 +220,13 @@ def main() -> int:
     for make_client in (deepseek_client, qwen_client):
         clients.append(run(make_client(device, options.seed), device, options.seed))
         print_client(clients[-1])
-    results = report.Results(
-        environment(device, options.seed),
-        clients,
-        mla=measure.sweep_mla(device, options.seed),
-        gdn=measure.sweep_gdn(device, options.seed),
-    )
+    with recording.recorded_problems() as problems:
+        mla, gdn = measure.sweep_mla(device, options.seed), measure.sweep_gdn(device, options.seed)
+    explanations = [explain(problem, device) for problem in problems]
+    results = report.Results(environment(device, options.seed), clients, mla, gdn, explanations)
     print_sweeps("mla_core.decode: 4 requests, 16 heads, pages of 64, bfloat16", "keys", results.mla)
     print_sweeps("gdn_mtp: 4 requests, 16 key and 32 value heads of 128, bfloat16", "T", results.gdn)
+    print(f"{report.provider_note(results.explanations)}\n")
     options.out.write_text(report.page(results), encoding="utf-8")
     print("everything agrees" if results.passed else "SOMETHING DISAGREES", f"- see {options.out}")
     return 0 if results.passed else 1

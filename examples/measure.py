@@ -60,9 +60,10 @@ class TimedDecoder:
         self.seconds[phase].append(time.perf_counter() - start)
         return result
 
-    def milliseconds(self, phase: str) -> float:
-        """Median over the calls of one phase: "prefill", "decode", "verify" or "commit"."""
-        return 1e3 * statistics.median(self.seconds[phase])
+    def milliseconds_per_token(self, num_tokens: int) -> float:
+        """Mean over `num_tokens` generated tokens: all the time spent after prefill, divided by them."""
+        seconds = sum(sum(calls) for phase, calls in self.seconds.items() if phase != "prefill")
+        return 1e3 * seconds / num_tokens
 
 
 def synchronize(device: torch.device) -> None:

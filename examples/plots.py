@@ -83,7 +83,7 @@ def plot_times(milliseconds: Mapping[str, float], name: str) -> str:
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.set_xlim(0, 1.15 * max(milliseconds.values()))
-    ax.set(xlabel="ms per generated token")
+    ax.set(xlabel="ms per generated token, mean")
     return svg(figure, name)
 
 

@@ -12,6 +12,7 @@ from checks import Check, LogitError
 from common import Case, Greedy
 from kernel_dispatch import Explanation
 from measure import Sweep
+from recording import Call
 
 STYLESHEET = Path(__file__).with_name("report.css")
 
@@ -30,8 +31,7 @@ class Run:
 class ClientResult:
     """Everything about one model.
 
-    milliseconds: per generated token, by way of decoding. here: `explain` on this device, by problem.
-    elsewhere: the same by arch, for devices that need not be there.
+    milliseconds: per generated token, by way of decoding. calls: every kind that was made.
     """
 
     title: str
@@ -39,8 +39,7 @@ class ClientResult:
     cases: list[Case]
     runs: list[Run]
     milliseconds: dict[str, float]
-    here: dict[str, Explanation]
-    elsewhere: dict[str, dict[str, Explanation]]
+    calls: list[Call]
     num_drafts: int
 
     @property
@@ -51,12 +50,13 @@ class ClientResult:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The whole demo. environment: name and version of what took part."""
+    """The whole demo. environment: name and version of what took part. explanations: of the sweeps' calls."""
 
     environment: dict[str, str]
     clients: list[ClientResult]
     mla: list[Sweep]
     gdn: list[Sweep]
+    explanations: list[Explanation]
 
     @property
     def passed(self) -> bool:
@@ -85,6 +85,13 @@ ERROR_HEADINGS = (
     "RMS error, patched",
     "largest, untouched",
     "largest, patched",
+)
+
+
+TIME_HEADING = "ms per generated token, mean"
+TIME_CAPTION = (
+    "Mean time per generated token: all the time spent in decode, or in verify and commit, divided by the "
+    "tokens generated after the first. All layers; prefill not included."
 )
 
 
@@ -153,26 +160,25 @@ def token_section(client: ClientResult) -> str:
 
 def explanation_section(client: ClientResult) -> str:
     """Which backend runs each problem here, why, and what other devices would get."""
-    rows = [
-        [
-            label,
-            explanation.chosen or "none",
+    rows = dict.fromkeys(  # the problems of one label mostly fare alike
+        (
+            call.label,
+            call.here.chosen or "none",
             row.name,
             row.status,
             f"{row.distribution} {row.version}",
             row.reason,
-        ]
-        for label, explanation in client.here.items()
-        for row in explanation.rows
+        )
+        for call in client.calls
+        for row in call.here.rows
+    )
+    here = table(("call", "chosen", "provider", "status", "package", "reason"), list(rows))
+    problems = [
+        [call.label, call.here.problem, *(e.chosen or "none" for e in (call.here, *call.elsewhere.values()))]
+        for call in client.calls
     ]
-    here = table(("call", "chosen", "provider", "status", "package", "reason"), rows)
-    problems = table(("call", "problem"), [[label, e.problem] for label, e in client.here.items()], "mono")
-    archs = [
-        [arch, *(f"{e.chosen or 'none'}: {e.reason}" for e in explanations.values())]
-        for arch, explanations in client.elsewhere.items()
-    ]
-    elsewhere = table(("arch", *client.here), archs)
-    return f"{here}{problems}<p class='note'>On other devices the same calls would get:</p>{elsewhere}"
+    everywhere = table(("call", "problem", "here", *client.calls[0].elsewhere), problems, "mono")
+    return f"{here}<p class='note'>The problems, and what other devices would choose:</p>{everywhere}"
 
 
 def figure(svg: str, caption: str) -> str:
@@ -193,7 +199,7 @@ def client_section(client: ClientResult, name: str) -> str:
         f"<div class='verdicts'>{verdicts}</div>"
         "<div class='figures'>"
         + figure(errors, "Greedy decoding. A token can only differ where a diamond is below twice the error.")
-        + figure(times, "Time per generated token, all layers, prefill not included.")
+        + figure(times, TIME_CAPTION)
         + "</div><h3>Errors per request, greedy</h3>"
         + table(ERROR_HEADINGS, error_rows(client, greedy), "numbers")
         + "<h3>Tokens</h3>"
@@ -202,6 +208,15 @@ def client_section(client: ClientResult, name: str) -> str:
         + explanation_section(client)
         + "</section>"
     )
+
+
+def provider_note(explanations: Sequence[Explanation]) -> str:
+    """Who ran the calls that are explained, and what to make of their times."""
+    names = sorted({explanation.chosen or "none" for explanation in explanations})
+    note = f"{'Provider' if len(names) == 1 else 'Providers'}: {', '.join(names)}."
+    if "torch" in names:
+        note += " Times of torch, the PyTorch provider, show how the work scales, not what a kernel takes."
+    return note
 
 
 def operation_section(results: Results) -> str:
@@ -220,7 +235,7 @@ def operation_section(results: Results) -> str:
     return (
         "<section><h2>The operations by themselves</h2><p>4 requests, bfloat16. MLA: 16 heads, pages of 64. "
         "Gated delta rule: 16 key and 32 value heads of 128, float32 states. "
-        "The PyTorch provider's times show how the work scales, not what a kernel takes.</p>"
+        f"{html.escape(provider_note(results.explanations))}</p>"
         f"<div class='figures'>{figures}</div></section>"
     )
 

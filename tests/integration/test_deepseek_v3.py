@@ -10,6 +10,7 @@ import common
 import deepseek_v3
 import mla_core
 import pytest
+import recording
 import torch
 from transformers import DeepseekV3ForCausalLM
 
@@ -18,6 +19,7 @@ NUM_TOKENS = 12
 NUM_DRAFTS = 3
 PAGE_SIZE = 8
 NUM_PAGES = 24
+MAX_SEQ_LEN = max(PROMPT_LENS) + NUM_TOKENS + NUM_DRAFTS
 
 
 @functools.cache
@@ -42,6 +44,12 @@ def patched_model(num_heads: int, seed: int, dtype: torch.dtype = torch.bfloat16
     return model
 
 
+def engine_of(
+    model: DeepseekV3ForCausalLM, seed: int = 0, num_pages: int = NUM_PAGES, max_seq_len: int = MAX_SEQ_LEN
+) -> deepseek_v3.PagedEngine:
+    return deepseek_v3.PagedEngine(model, num_pages, PAGE_SIZE, max_seq_len, seed)
+
+
 def prompts_of(cases: list[common.Case]) -> list[torch.Tensor]:
     return [case.prompt for case in cases]
 
@@ -61,7 +69,7 @@ SETUPS = [
 @pytest.mark.parametrize(("num_heads", "seed", "dtype"), SETUPS)
 def test_greedy_equals_the_untouched_model(num_heads, seed, dtype):
     cases = cases_of(num_heads, seed, dtype)
-    engine = deepseek_v3.PagedEngine(patched_model(num_heads, seed, dtype), NUM_PAGES, PAGE_SIZE, seed)
+    engine = engine_of(patched_model(num_heads, seed, dtype), seed)
     outputs = common.generate(engine, prompts_of(cases), NUM_TOKENS)
     assert not failures(checks.check_outputs(cases, outputs))
 
@@ -69,7 +77,7 @@ def test_greedy_equals_the_untouched_model(num_heads, seed, dtype):
 @pytest.mark.parametrize(("num_heads", "seed", "dtype"), SETUPS)
 def test_speculative_equals_the_untouched_model(num_heads, seed, dtype):
     cases = cases_of(num_heads, seed, dtype)
-    engine = deepseek_v3.PagedEngine(patched_model(num_heads, seed, dtype), NUM_PAGES, PAGE_SIZE, seed)
+    engine = engine_of(patched_model(num_heads, seed, dtype), seed)
     drafter = common.NoisyDrafter([case.stock.tokens for case in cases], 64, wrong=0.3, seed=seed)
     outputs, accepted = common.generate_speculative(
         engine, prompts_of(cases), NUM_TOKENS, drafter, NUM_DRAFTS
@@ -82,7 +90,7 @@ def test_speculative_equals_the_untouched_model(num_heads, seed, dtype):
 def test_page_size_changes_no_token(page_size):
     cases = cases_of(4, 0)
     num_pages = len(cases) * -(-(max(PROMPT_LENS) + NUM_TOKENS) // page_size)
-    engine = deepseek_v3.PagedEngine(patched_model(4, 0), num_pages, page_size, seed=5)
+    engine = deepseek_v3.PagedEngine(patched_model(4, 0), num_pages, page_size, MAX_SEQ_LEN, seed=5)
     outputs = common.generate(engine, prompts_of(cases), NUM_TOKENS)
     assert not failures(checks.check_outputs(cases, outputs))
 
@@ -92,12 +100,14 @@ def test_prefill_is_ragged_and_decode_dense(monkeypatch):
     decode = mla_core.decode
 
     def recording(query, kv_cache, **arguments):
+        assert arguments["max_seq_len"] == MAX_SEQ_LEN
+        assert arguments["block_tables"].shape[1] == -(-MAX_SEQ_LEN // PAGE_SIZE)
         calls.append((tuple(query.shape), arguments.get("max_q_len"), arguments["softmax_scale"]))
         return decode(query, kv_cache, **arguments)
 
     monkeypatch.setattr(mla_core, "decode", recording)
     cases = cases_of(4, 0)
-    engine = deepseek_v3.PagedEngine(patched_model(4, 0), NUM_PAGES, PAGE_SIZE)
+    engine = engine_of(patched_model(4, 0))
     common.generate(engine, prompts_of(cases), 2)
     scale = stock_model(4, 0).model.layers[0].self_attn.scaling
     ragged, dense = (
@@ -111,8 +121,8 @@ def test_prefill_is_ragged_and_decode_dense(monkeypatch):
 def test_chunked_prefill_equals_whole():
     case = cases_of(4, 0)[-1]
     model = patched_model(4, 0)
-    whole = deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE).prefill([case.prompt])[0]
-    chunked = deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE)
+    whole = engine_of(model).prefill([case.prompt])[0]
+    chunked = engine_of(model)
     chunked.prefill([case.prompt[:5]])
     logits = chunked.verify([0], case.prompt[None, 5:])
     chunked.commit([0], [len(case.prompt) - 5])
@@ -122,7 +132,7 @@ def test_chunked_prefill_equals_whole():
 
 def test_rejected_tokens_leave_pages_and_nan_rows():
     case = cases_of(4, 0)[1]
-    engine = deepseek_v3.PagedEngine(patched_model(4, 0), NUM_PAGES, PAGE_SIZE)
+    engine = engine_of(patched_model(4, 0))
     engine.prefill([case.prompt])  # 9 tokens: one row on the second page
     free = list(engine.cache.free_pages)
     engine.verify([0], case.stock.tokens[None, :10])
@@ -137,9 +147,25 @@ def test_rejected_tokens_leave_pages_and_nan_rows():
 
 
 def test_full_cache_says_so():
-    engine = deepseek_v3.PagedEngine(patched_model(4, 0), num_pages=2, page_size=PAGE_SIZE)
+    engine = engine_of(patched_model(4, 0), num_pages=2)
     with pytest.raises(RuntimeError, match="no free page for request 0"):
         engine.prefill([torch.arange(17, device=engine.model.device)])
+
+
+def test_too_long_a_request_says_so():
+    engine = engine_of(patched_model(4, 0), max_seq_len=16)
+    with pytest.raises(RuntimeError, match="request 0 grows to 17 tokens, the cache was built for 16"):
+        engine.prefill([torch.arange(17, device=engine.model.device)])
+    assert engine.cache.seq_lens == [0]
+    assert len(engine.cache.free_pages) == NUM_PAGES
+
+
+def test_growing_requests_pose_one_problem():
+    cases = cases_of(4, 0)
+    engine = engine_of(patched_model(4, 0))
+    with recording.recorded_problems() as problems:
+        common.generate(engine, prompts_of(cases), NUM_TOKENS)
+    assert [(problem.ragged, problem.q_len) for problem in problems] == [(True, max(PROMPT_LENS)), (False, 1)]
 
 
 def test_reading_the_wrong_page_is_noticed(monkeypatch):
@@ -152,9 +178,9 @@ def test_reading_the_wrong_page_is_noticed(monkeypatch):
     cases = cases_of(4, 0)
     same_length = [cases[1].prompt, cases[1].prompt.flip(0)]  # each request has the other's valid pages
     model = patched_model(4, 0)
-    right = common.generate(deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE), same_length, NUM_TOKENS)
+    right = common.generate(engine_of(model), same_length, NUM_TOKENS)
     monkeypatch.setattr(mla_core, "decode", swapped)
-    wrong = common.generate(deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE), same_length, NUM_TOKENS)
+    wrong = common.generate(engine_of(model), same_length, NUM_TOKENS)
     assert failures(checks.check_outputs([cases[1]], wrong[:1]))
     assert not failures(checks.check_outputs([cases[1]], right[:1]))
 
@@ -163,4 +189,4 @@ def test_unknown_backend_is_refused():
     model = copy.deepcopy(stock_model(4, 0))
     deepseek_v3.patch(model, backend="missing")
     with pytest.raises(RuntimeError, match="missing"):
-        deepseek_v3.PagedEngine(model, NUM_PAGES, PAGE_SIZE).prefill([cases_of(4, 0)[0].prompt])
+        engine_of(model).prefill([cases_of(4, 0)[0].prompt])
