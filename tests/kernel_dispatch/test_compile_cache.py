@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import fnmatch
 import json
 import multiprocessing
+import re
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from kernel_dispatch import (
     CompileCache,
     CompileKey,
     canonical_json,
+    compile_cache,
     forbid_compilation,
     record_lookups,
     source_hash,
@@ -67,6 +70,32 @@ def leftovers(cache: CompileCache) -> list[Path]:
 @pytest.fixture
 def cache(tmp_path: Path) -> CompileCache:
     return CompileCache(tmp_path / "cache")
+
+
+def test_the_directory_is_laid_out_as_documented(cache: CompileCache) -> None:
+    assert compile_cache.__doc__ is not None
+    documented = re.findall(r"^    <cache>/(\S+)", compile_cache.__doc__, re.MULTILINE)
+    assert [path.partition("/")[0] for path in documented] == [
+        "entries",
+        "entries",
+        "staging",
+        "locks",
+        "quarantine",
+    ]
+    key = make_key()
+    (cache.get_or_build(key, build_cubin) / "kernel.cubin").write_bytes(b"changed")
+    seen: set[str] = set()
+
+    def build(directory: Path) -> None:
+        build_cubin(directory)
+        seen.update(path.relative_to(cache.directory).as_posix() for path in cache.directory.rglob("*"))
+
+    with pytest.warns(RuntimeWarning, match="moved to"):
+        cache.get_or_build(key, build)
+    seen.update(path.relative_to(cache.directory).as_posix() for path in cache.directory.rglob("*"))
+    for path in documented:
+        pattern = path.rstrip("/").replace("<digest>", key.digest).replace("<random>", "*")
+        assert any(fnmatch.fnmatchcase(name, pattern) for name in seen), path
 
 
 # Canonical JSON.

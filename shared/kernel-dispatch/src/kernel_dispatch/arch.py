@@ -46,9 +46,10 @@ _FIRST_MAJOR_WITH_SUFFIX = {"a": 9, "f": 10}
 class Arch:
     """One GPU architecture, or the CPU.
 
-    name: "sm_90a", "sm_121a" or "cpu". suffix: "a" (architecture-specific features), "f" (family-specific) or
-    "". smem_optin_bytes: the most shared memory one thread block may ask for. The CPU has major 0, no shared
-    memory, no L2 figure, and counts as one SM.
+    name: "sm_90a", "sm_121a" or "cpu".
+    suffix: "a" (architecture-specific features), "f" (family-specific) or "".
+    smem_optin_bytes: the most shared memory that one thread block may ask for.
+    The CPU has major 0, no shared memory, no L2 figure, and counts as one SM.
     """
 
     name: str

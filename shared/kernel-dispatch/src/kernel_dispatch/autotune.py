@@ -43,7 +43,7 @@ _profiling_lock = threading.RLock()  # one candidate at a time: timings must not
 
 
 class Tuner:
-    """One `autotune` block: where its choices are saved, and which it has met.
+    """One `autotune` block: where its choices are saved, and which buckets it has met.
 
     choices: by key digest, what the file held and the choice of every bucket met in the block.
     """
@@ -128,8 +128,8 @@ def autotune(cache: str | Path | None = None, progress: bool = True) -> Iterator
     """Tunes every operation of the process, in any thread, until the block ends.
 
     cache: a JSON file whose choices come into effect on entry and into which each new choice is merged as
-    soon as it is found; it need not exist. None keeps the choices in the process alone. progress: a bar per
-    bucket on stderr.
+        soon as it is found; it need not exist. None keeps the choices in the process alone.
+    progress: a bar per bucket on stderr.
 
     The choices stay in effect after the block. In nested blocks the innermost one tunes and saves, and a
     bucket whose choice is already in effect is not timed again but saved in the innermost block's file too;

@@ -1,10 +1,10 @@
 """Compiled kernels on disk: one published directory per key, built once and checked whenever it is used.
 
-    <cache>/entries/<digest>/files/        what the builder wrote; beside it manifest.json with the SHA-256 of
-    each file <cache>/staging/<digest>/              a build in progress; renamed into entries/ when it is
-    complete <cache>/locks/<digest>.lock            held while a key is built, so that two processes build it
-    once <cache>/quarantine/<digest>-<random>/  entries that failed their check, kept for inspection; delete
-    them at will
+    <cache>/entries/<digest>/files/          what the builder wrote
+    <cache>/entries/<digest>/manifest.json   the key, and the SHA-256 of each file
+    <cache>/staging/<digest>/                a build in progress; renamed to the entry when it is complete
+    <cache>/locks/<digest>.lock              held during a build, so that two processes build a key once
+    <cache>/quarantine/<digest>-<random>/    an entry that failed its check; kept to look at, delete at will
 
 The cache is the directory in the environment variable KERNEL_DISPATCH_CACHE_DIR, else
 ~/.cache/kernel-dispatch. A cache in which every needed key is already published may be read-only.
@@ -43,10 +43,11 @@ _recorders: list[list[Lookup]] = []
 class CompileKey:
     """Everything that the compiled code depends on; two keys are equal when their canonical JSON is.
 
-    kernel: the kernel's name; it and the digest appear in messages. config: every value read while the kernel
-    is traced (a dataclass or mapping; see `canonical_json` for what counts). arch: the architecture's name
-    with its suffix, such as "sm_90a". A kernel that reads more of the device while it
-        is traced (the SM count, say) puts that into `config`.
+    kernel: the kernel's name; it and the digest appear in messages.
+    config: every value read while the kernel is traced, in a dataclass or mapping; `canonical_json` says what
+        it may hold.
+    arch: the architecture's name with its suffix, such as "sm_90a". A kernel that reads more of the device
+        while it is traced (the SM count, say) puts that into `config`.
     options: the compiler's options, in order.
     toolchain: versions of the compilers and kernel languages, see `toolchain_versions`.
     source_hash: see `source_hash`.
@@ -79,8 +80,10 @@ class CompileKey:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One call of `CompileCache.get_or_build`: built or found, and its wall time in seconds, waiting
-    included."""
+    """One call of `CompileCache.get_or_build`.
+
+    built: whether it compiled; otherwise the entry was there. seconds: wall time, waiting included.
+    """
 
     key: CompileKey
     built: bool
@@ -88,8 +91,7 @@ class Lookup:
 
 
 class CompileCache:
-    """A compile cache in `directory`, or where KERNEL_DISPATCH_CACHE_DIR or the default says; see the
-    module."""
+    """A compile cache in `directory`, or where `default_cache_directory` says."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory if directory is not None else default_cache_directory()
@@ -205,8 +207,10 @@ def source_hash(*modules_or_paths: ModuleType | Path) -> str:
 
 
 def toolchain_versions(*distributions: str) -> dict[str, str]:
-    """The installed version of each Python distribution, read now; PackageNotFoundError names a missing
-    one."""
+    """The installed version of each Python distribution, read now.
+
+    Raises PackageNotFoundError naming one that is missing.
+    """
     return {name: importlib.metadata.version(name) for name in distributions}
 
 
@@ -228,8 +232,7 @@ def forbid_compilation() -> Iterator[None]:
 
 @contextmanager
 def record_lookups() -> Iterator[list[Lookup]]:
-    """Yields a list that receives every cache lookup of the process, from any thread, until the block
-    ends."""
+    """Yields a list that receives every cache lookup of the process, in any thread, until the block ends."""
     lookups: list[Lookup] = []
     with _state_lock:
         _recorders.append(lookups)
@@ -253,8 +256,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _write_manifest(staging: Path, key: CompileKey) -> None:
-    """Writes staging/manifest.json: the key, and the SHA-256 of every file below staging/files by relative
-    name."""
+    """Writes staging/manifest.json: the key, and the SHA-256 of each file by its name below staging/files."""
     root = staging / "files"
     hashes = {p.relative_to(root).as_posix(): _file_digest(p) for p in sorted(root.rglob("*")) if p.is_file()}
     if not hashes:

@@ -1,10 +1,14 @@
-"""The tuned choices in effect in this process: what `resolve` asks, and what `autotune` and `load_tuning`
-fill in.
+"""The tuned choices in effect in the process: `resolve` asks for them, `autotune` and `load_tuning` add them.
 
-A choice holds for one bucket in one environment. Its key is the digest of: the operation's entry-point group;
-the arch's name and SM count; the versions of the distributions whose providers support the problem; the
-versions of torch and of the CUDA driver; and the problem rounded to its bucket. After an upgrade of any of
-them the old choices stop matching and the heuristic, or the next tuning, takes over.
+A choice holds for one bucket in one environment. Its key is the digest of
+
+    the operation's entry-point group
+    the arch's name and SM count
+    the versions of the distributions whose providers support the problem
+    the versions of torch and of the CUDA driver
+    the problem rounded to its bucket
+
+After an upgrade of any of them the old choices stop matching; the heuristic or the next tuning takes over.
 """
 
 from __future__ import annotations
@@ -49,8 +53,7 @@ def tuned_choice(problem: Problem, arch: Arch) -> tuple[str, str] | None:
 def generation() -> int:
     """A number that grows whenever a plan made earlier may be out of date.
 
-    That is whenever the choices in effect change, and on entry to `autotune`, whose block must see every call
-    once.
+    That is when the choices in effect change, and on entry to `autotune`, whose block must see every call.
     """
     return _generation
 
@@ -59,8 +62,7 @@ def load_tuning(path: str | Path) -> int:
     """Puts the choices of a tuning file into effect, over those already in effect; how many hold in total.
 
     For serving: nothing is profiled and a good file is only read. Choices of other environments load too, and
-    never match. Raises FileNotFoundError if there is no file; a corrupt or foreign one gives a
-    RuntimeWarning.
+    never match. A corrupt or foreign file gives a RuntimeWarning; no file, FileNotFoundError.
     """
     store = TuningStore(path)
     if not store.path.exists():

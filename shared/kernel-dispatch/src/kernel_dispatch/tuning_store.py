@@ -1,7 +1,11 @@
 """The autotuner's JSON file: versioned, merged under a lock, replaced atomically.
 
-    {"format": 1, "entries": {"<key digest>": {"key": {...}, "provider": "...", "tactic": "...", "median_us":
-    1.0}}}
+    {
+      "format": 1,
+      "entries": {
+        "<key digest>": {"key": {...}, "provider": "...", "tactic": "...", "median_us": 1.0}
+      }
+    }
 
 `key` spells out what the digest was taken of (operation, arch, versions, problem) for whoever reads the file.
 Entries that other environments wrote stay in the file; their digests simply never match here.

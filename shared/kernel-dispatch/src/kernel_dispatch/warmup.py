@@ -1,5 +1,4 @@
-"""Ahead-of-time preparation of declared problems: compile or load their kernels before the first request
-comes.
+"""Preparing declared problems ahead of time: their kernels compile or load before the first request comes.
 
 A declaration is a Python object or a JSON file:
 
@@ -37,9 +36,10 @@ _GROUP = "entry_point_group"  # the attribute that a class of problems has
 class WarmupRow:
     """One prepared problem.
 
-    seconds: wall time of choosing and preparing. status: "built" if something was compiled, "cached" if
-    everything compiled was found on disk, "ready" if nothing was looked up there (loaded before, or not a
-    compiled kernel), "failed" with `error` saying why; provider and tactic are then "-" if none was chosen.
+    provider, tactic: "-" where none was chosen.
+    seconds: wall time of choosing and preparing.
+    status: "built" if something was compiled, "cached" if everything compiled was found on disk, "ready" if
+        nothing was looked up there (loaded before, or not a compiled kernel), "failed" if `error` says why.
     """
 
     problem: str
@@ -73,8 +73,10 @@ class WarmupReport:
 
 
 class WarmupError(RuntimeError):
-    """Some problems could not be prepared; the others were. `report` has every row, the message is its
-    table."""
+    """Some problems could not be prepared; the others were.
+
+    `report` has a row for each problem; the message is its table.
+    """
 
     def __init__(self, report: WarmupReport) -> None:
         super().__init__(report)
@@ -87,11 +89,10 @@ def warmup(
     backend: str = "auto",
     progress: bool = True,
 ) -> WarmupReport:
-    """Resolves and prepares each problem on `arch` (None: the current GPU, or else the CPU), with a bar on
-    stderr.
+    """Resolves and prepares each problem on `arch` (None: the current GPU, or else the CPU).
 
     Kernels are prepared for the current device of the arch's kind. For another arch than that of the machine
-    the provider must be able to compile without loading.
+    the provider must be able to compile without loading. progress: a bar on stderr.
 
     Raises WarmupError, after all problems have been tried, if any failed; ArgumentTypeError naming
     `problems`, before anything is prepared, where there is something else among them.
@@ -135,9 +136,9 @@ def _prepare(problem: Problem, arch: Arch, backend: str) -> WarmupRow:
 
 
 def load_problems(target: str) -> list[Problem]:
-    """The problems that `target` declares: a path that ends in .json, or module:attribute naming one or
-    several.
+    """The problems that `target` declares.
 
+    target: a path that ends in .json, or module:attribute naming a problem or several.
     Raises ArgumentError naming `target` for what cannot be found, read or understood.
     """
     found = _from_json(Path(target)) if target.endswith(".json") else _import(target)
