@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import nox
@@ -276,8 +277,8 @@ def build(session: nox.Session) -> None:
 def release_problems(tags: Iterable[str]) -> list[str]:
     """What disagrees between the tags of a commit (`<name>-v<version>`), the versions and the changelogs.
 
-    Every version needs a heading `## <version>` in its package's CHANGELOG.md; a tagged one may not be headed
-    "unreleased".
+    Every version needs a heading in CHANGELOG.md: `## 1.2.0 (unreleased)` before the release, the date in
+    place of the word, `## 1.2.0 (2024-02-29)`, once it is tagged.
     """
     tagged = {}
     problems = []
@@ -291,13 +292,27 @@ def release_problems(tags: Iterable[str]) -> list[str]:
         changelog = package.folder / "CHANGELOG.md"
         text = changelog.read_text(encoding="utf-8") if changelog.exists() else ""
         heading = re.search(rf"^## {re.escape(package.version)}(?![\w.])(.*)$", text, re.MULTILINE)
+        when = "" if heading is None else heading[1].strip()
         if heading is None:
             problems.append(f"{name}: CHANGELOG.md has no heading for version {package.version}")
+        elif tagged.get(name) == package.version and not is_date(when):
+            problems.append(
+                f"{name}: {package.version} is tagged but has no date in CHANGELOG.md, {heading[0]!r}"
+            )
+        elif when != "(unreleased)" and not is_date(when):
+            problems.append(f"{name}: CHANGELOG.md says {heading[0]!r}, expected (unreleased) or a date")
         if name in tagged and tagged[name] != package.version:
             problems.append(f"{name}: the tag says {tagged[name]}, __about__.py says {package.version}")
-        if name in tagged and heading is not None and "unreleased" in heading[1].lower():
-            problems.append(f"{name}: {package.version} is tagged but headed 'unreleased' in CHANGELOG.md")
     return problems
+
+
+def is_date(text: str) -> bool:
+    """Whether `text` is a day in parentheses, "(2024-02-29)"."""
+    match = re.fullmatch(r"\((\d{4}-\d{2}-\d{2})\)", text)
+    try:
+        return match is not None and bool(date.fromisoformat(match[1]))
+    except ValueError:  # no day of the calendar
+        return False
 
 
 @nox.session(venv_backend="none")

@@ -43,12 +43,16 @@ def test_tag_of_the_version_is_a_release(
 @pytest.mark.parametrize(
     ("heading", "tag", "problem"),
     [
-        ("## 1.2.0", "alpha-v1.3.0", "the tag says 1.3.0"),
-        ("## 1.2.0 (unreleased)", "alpha-v1.2.0", "headed 'unreleased'"),
+        ("## 1.2.0 (unreleased)", "alpha-v1.3.0", "the tag says 1.3.0"),
+        ("## 1.2.0 (unreleased)", "alpha-v1.2.0", "is tagged but has no date"),
+        ("## 1.2.0", "alpha-v1.2.0", "is tagged but has no date"),
+        ("## 1.2.0 (2024-02-30)", "alpha-v1.2.0", "is tagged but has no date"),
+        ("## 1.2.0", None, "expected (unreleased) or a date"),
+        ("## 1.2.0 2024-02-29", None, "expected (unreleased) or a date"),
         ("## 1.2.0.post1", None, "no heading for version 1.2.0"),
         ("## 1.1.0", None, "no heading for version 1.2.0"),
-        ("## 1.2.0", "beta-v1.2.0", "names no package"),
-        ("## 1.2.0", "v1.2.0", "names no package"),
+        ("## 1.2.0 (unreleased)", "beta-v1.2.0", "names no package"),
+        ("## 1.2.0 (unreleased)", "v1.2.0", "names no package"),
     ],
 )
 def test_release_check_says_what_disagrees(
