@@ -90,6 +90,8 @@ class FlashInfer(Variant):
     def __init__(self, cell: Cell) -> None:
         if cell.T == 1 and (cell.cache or not cell.update):
             raise Unsupported("takes one token only to update the state")
+        if cell.cache and cell.B * cell.T * cell.slot_nbytes // cell.state_dtype.itemsize >= 2**31:
+            raise Unsupported("has 32-bit offsets into the intermediate states, which are too many")
         module = import_peer("flashinfer.gdn_decode")
         self.error = PEER_ERROR[cell.state_dtype]
         self._cell = cell

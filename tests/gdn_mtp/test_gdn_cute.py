@@ -317,6 +317,25 @@ def test_offsets_beyond_two_to_the_31_elements():
 
 
 @needs_hopper
+def test_intermediate_offsets_beyond_two_to_the_31_elements():
+    case = Case(B=3, T=2, H=1, HV=2, K=128, V=128, state=BF16)
+    row = case.HV * 128 * 128
+    memory = torch.empty(2**31 + 2**20, dtype=BF16, device=DEVICE)
+    buffer = memory.as_strided((3, 2, case.HV, 128, 128), (2**30, row, 128 * 128, 128, 1))
+    inputs, state = case.inputs(), case.states(3)
+    expected = case.reference(inputs, state)
+    output, _ = gdn_mtp.gated_delta_rule_mtp(
+        **inputs,
+        initial_state=state,
+        initial_state_indices=slots_tensor(0, 1, 2),
+        intermediate_states_buffer=buffer,
+        disable_state_update=False,
+        backend="cute",
+    )
+    assert_result(case, expected, output, state, intermediate_states=buffer, q=inputs["q"])
+
+
+@needs_hopper
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_same_bits_alone_as_in_a_batch_and_again(tokens):
     case = Case(B=9, T=tokens, H=2, HV=4, K=128, V=128)

@@ -128,11 +128,18 @@ def _driver_version() -> str:
 
 
 def _git_commit() -> str:
+    """The tree's commit, "+changes" where it has been changed since; without git, the commit checked out."""
     here = Path(__file__).parent
     commit = _output("git", "-C", str(here), "rev-parse", "HEAD")
-    if not commit:
-        return "unknown"
-    return commit + ("+changes" if _output("git", "-C", str(here), "status", "--porcelain") else "")
+    if commit:
+        return commit + ("+changes" if _output("git", "-C", str(here), "status", "--porcelain") else "")
+    for folder in here.parents:
+        head = folder / ".git" / "HEAD"
+        if head.is_file():
+            name = head.read_text().strip()
+            branch = folder / ".git" / name.removeprefix("ref: ")
+            return branch.read_text().strip() if branch.is_file() else name
+    return "unknown"
 
 
 def _version(distribution: str) -> str:
