@@ -147,9 +147,14 @@ def test_tuning_checks_values_before_the_first_write() -> None:
     assert torch.equal(bits(out), before)
 
 
-def test_tuning_leaves_out_what_does_not_fit_the_callers_workspace() -> None:
+def test_tuning_keeps_no_choice_that_a_small_workspace_made() -> None:
     kernel = FakeKernel(nbytes=64, tactic_names=("fast",))
-    with registered(GROUP, kernel.provider()), autotune(progress=False):
-        with pytest.warns(RuntimeWarning, match="workspace: 8 bytes, expected at least 64"):
+    with registered(GROUP, kernel.provider()), autotune(progress=False) as tuner:
+        with (
+            pytest.warns(RuntimeWarning, match="workspace: 8 bytes, expected at least 64"),
+            pytest.raises(ArgumentError, match="workspace: 8 bytes, expected at least 64"),
+        ):
             decode_case(workspace=torch.empty(8, dtype=torch.uint8))
-        assert plan(PROBLEM, "cpu").provider == "torch"
+        assert kernel.runs == []
+        assert not tuner.choices
+        assert plan(PROBLEM, "cpu").provider == "fake"  # the heuristic's choice, whatever one call brought
