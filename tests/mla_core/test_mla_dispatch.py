@@ -54,6 +54,15 @@ def test_workspace_too_small_states_both_sizes(call: Callable[..., object]) -> N
     assert torch.equal(bits(out), before)
 
 
+@pytest.mark.parametrize("call", [decode_case, run_plan], ids=lambda call: call.__name__)
+def test_a_given_workspace_is_guarded_in_debug_mode(call: Callable[..., object]) -> None:
+    out, workspace = poisoned((3, 2, 4, 512), BF16), torch.zeros(1000, dtype=torch.uint8)
+    overrun = pytest.raises(RuntimeError, match="workspace of 1000 bytes: 1 bytes were written past its end")
+    with registered(GROUP, FakeKernel(nbytes=1000, overrun=1).provider()), debug(), overrun:
+        call(workspace=workspace, out=out)
+    assert not workspace.any()
+
+
 def test_workspace_is_allocated_where_none_is_given_and_guarded_in_debug_mode() -> None:
     with registered(GROUP, FakeKernel(nbytes=1000).provider()), debug():
         decode_case()

@@ -13,8 +13,6 @@ from kernel_dispatch import (
     as_arch,
     check_workspace,
     choose,
-    debug_mode,
-    guard_workspace,
     resolve,
     tensor_key,
 )
@@ -62,13 +60,10 @@ def execute(tensors: DecodeTensors, options: Options) -> None:
     device = tensors.query.device
     if tensors.workspace is not None or not plan.workspace_nbytes:
         check_workspace(tensors.workspace, plan.workspace_nbytes, device)
-        plan.launch(tensors)
-    elif debug_mode():
-        with guard_workspace(plan.workspace_nbytes, device) as workspace:
-            plan.launch(tensors._replace(workspace=workspace))
     else:
         workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device=device)
-        plan.launch(tensors._replace(workspace=workspace))
+        tensors = tensors._replace(workspace=workspace)
+    plan.launch(tensors)
 
 
 def bind_call(tensors: DecodeTensors, options: Options) -> dict[str, int]:

@@ -14,6 +14,7 @@ from kernel_dispatch import (
     as_arch,
     check_workspace,
     debug_mode,
+    launch_workspace,
     resolve,
 )
 from kernel_dispatch.devices import as_device
@@ -79,7 +80,12 @@ class Plan:
 
     def launch(self, tensors: DecodeTensors) -> None:
         """Launch on tensors that have been checked; without query tokens there is nothing to do."""
-        if tensors.query.shape[0]:
+        if not tensors.query.shape[0]:
+            return
+        if self.workspace_nbytes and debug_mode():
+            with launch_workspace(tensors.workspace, self.workspace_nbytes, self.device) as workspace:
+                self._launch(*tensors._replace(workspace=workspace).launch_arguments())
+        else:
             self._launch(*tensors.launch_arguments())
 
     def _check(self, tensors: DecodeTensors) -> None:
