@@ -3,15 +3,19 @@
 A package is a folder under `shared/` or `packages/` that holds a `pyproject.toml`; its tests are in
 `tests/<module name>`. Nothing here names one, so a new package needs no change to this file.
 
-Torch and the test runner are installed once, into `.nox/base-<key>`; a session that needs them sees that
-environment through a `.pth` file. Our own wheels, and whatever else they declare, are installed afresh into
-the session's environment. An import of something that is in the base but not declared is caught by
-`tests/repository/test_imports.py`.
+What our packages declare from others (torch, a kernel language) and the test runner are installed once, into
+`.nox/base-<key>`; a session that needs them sees that environment through a `.pth` file. Our own wheels are
+installed afresh into the session's environment. An import of something that is in the base but not declared
+is caught by `tests/repository/test_imports.py`.
+
+Code that a session runs keeps compiled kernels in a folder that one run of nox shares and removes, never in
+the user's cache.
 """
 
 from __future__ import annotations
 
 import ast
+import atexit
 import hashlib
 import os
 import re
@@ -21,6 +25,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import nox
@@ -32,9 +37,10 @@ ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 TESTS = ROOT / "tests"
 
-BASE_REQUIREMENTS = ("torch", "numpy", "pytest", "hypothesis", "hatchling")
+BASE_TOOLS = ("numpy", "pytest", "hypothesis", "hatchling")
 CLIENT_REQUIREMENTS = ("transformers", "matplotlib")
 TEST_HELPERS = "kernel-testing"
+CACHE_VARIABLE = "KERNEL_DISPATCH_CACHE_DIR"
 PRIVATE_CLASSIFIER = "Private :: Do Not Upload"
 
 nox.needs_version = ">=2024.4.15"
@@ -106,16 +112,23 @@ def closure(names: Iterable[str]) -> list[Package]:
     return [PACKAGES[name] for name in sorted(seen)]
 
 
+def third_party_requirements() -> list[str]:
+    """What the packages declare that is not ours, as written in their pyproject.toml."""
+    declared = (requirement for package in PACKAGES.values() for requirement in package.requirements)
+    return sorted({str(found) for found in declared if canonicalize_name(found.name) not in PACKAGES})
+
+
 def base_python(session: nox.Session) -> Path:
     """The interpreter of the shared base environment, which is built first where it is missing."""
-    key = "\n".join([CONSTRAINTS.read_text(encoding="utf-8"), *BASE_REQUIREMENTS, sys.version])
+    requirements = [*BASE_TOOLS, *third_party_requirements()]
+    key = "\n".join([CONSTRAINTS.read_text(encoding="utf-8"), *requirements, sys.version])
     folder = ROOT / ".nox" / f"base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     complete = folder / "complete"
     if not complete.exists():
         shutil.rmtree(folder, ignore_errors=True)
         session.run_install(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
-        pip_install = [str(python), "-m", "pip", "install", "-c", str(CONSTRAINTS), *BASE_REQUIREMENTS]
+        pip_install = [str(python), "-m", "pip", "install", "-c", str(CONSTRAINTS), *requirements]
         session.run_install(*pip_install, external=True, silent=True)
         complete.touch()
     return python
@@ -130,7 +143,23 @@ def site_packages(session: nox.Session, python: str) -> Path:
 def use_base(session: nox.Session) -> None:
     """Make the base environment importable in the session, behind what the session itself installs."""
     base = site_packages(session, str(base_python(session)))
-    (site_packages(session, "python") / "base.pth").write_text(f"{base}\n", encoding="utf-8")
+    # Not the bare path: .pth files of the base, such as the one of nvidia-cutlass-dsl, are to act as well.
+    line = f"import site; site.addsitedir({str(base)!r})\n"
+    (site_packages(session, "python") / "base.pth").write_text(line, encoding="utf-8")
+
+
+@cache
+def kernel_cache() -> Path:
+    """Where this run of nox keeps compiled kernels: empty at first, shared by its sessions, then removed."""
+    (ROOT / ".nox").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="kernels-", dir=ROOT / ".nox"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def run_code(session: nox.Session, *command: str, **env: str) -> None:
+    """Run a command that may compile kernels, with the variables `env`."""
+    session.run(*command, env={CACHE_VARIABLE: str(kernel_cache()), **env})
 
 
 def build_distributions(session: nox.Session, packages: Iterable[Package], into: Path, *targets: str) -> None:
@@ -164,7 +193,7 @@ def run_tests(session: nox.Session, folder: Path, *arguments: str) -> None:
     command = ["python", "-m", "pytest", "-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT)]
     command += ["-p", "no:cacheprovider", str(folder), *arguments]
     with tempfile.TemporaryDirectory() as outside, session.chdir(outside):
-        session.run(*command, env={"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
+        run_code(session, *command, PYTHONPATH="", PYTHONDONTWRITEBYTECODE="1")
 
 
 @nox.session
@@ -197,7 +226,7 @@ def demo(session: nox.Session) -> None:
     """Decode with small DeepSeek-V3 and Qwen3-Next models; arguments after -- go to the demo."""
     use_base(session)
     install_packages(session, list(PACKAGES.values()), *CLIENT_REQUIREMENTS)
-    session.run("python", str(ROOT / "examples" / "demo.py"), *session.posargs)
+    run_code(session, "python", str(ROOT / "examples" / "demo.py"), *session.posargs)
 
 
 @nox.session
@@ -212,7 +241,7 @@ def bench(session: nox.Session) -> None:
     use_base(session)
     install_packages(session, list(PACKAGES.values()))
     for name in session.posargs or found:
-        session.run("python", str(found[name]))
+        run_code(session, "python", str(found[name]))
 
 
 @nox.session(reuse_venv=True)
@@ -228,13 +257,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of every package with mypy --strict."""
     use_base(session)
-    third_party = {
-        str(requirement)
-        for package in PACKAGES.values()
-        for requirement in package.requirements
-        if canonicalize_name(requirement.name) not in PACKAGES
-    }
-    session.install("-c", str(CONSTRAINTS), "mypy", *sorted(third_party))
+    session.install("-c", str(CONSTRAINTS), "mypy")
     sources = [str(package.source) for package in PACKAGES.values()]
     search_path = {"MYPYPATH": os.pathsep.join(sources)}
     session.run("mypy", "--config-file", str(ROOT / "mypy.ini"), *sources, env=search_path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 PYPROJECT = """\
 [project]
@@ -47,6 +51,65 @@ def test_every_package_of_the_tree_has_a_session(root: Path, noxfile: ModuleType
 def test_closure_follows_the_declared_dependencies(noxfile: ModuleType) -> None:
     names = [package.name for package in noxfile.closure(["mla-core"])]
     assert names == ["kernel-dispatch", "mla-core"]
+
+
+def test_the_base_holds_what_packages_declare_so_that_it_is_installed_once(noxfile: ModuleType) -> None:
+    names = {re.split(r"[<>=]", text)[0] for text in noxfile.third_party_requirements()}
+    declared = {requirement.name for p in noxfile.PACKAGES.values() for requirement in p.requirements}
+    assert names == declared - set(noxfile.PACKAGES)
+    assert {"torch", "nvidia-cutlass-dsl", "apache-tvm-ffi"} <= names
+
+
+def test_sessions_see_the_base_and_what_its_pth_files_add(
+    noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, own = tmp_path / "base", tmp_path / "own"
+    (base / "inner").mkdir(parents=True)
+    own.mkdir()
+    (base / "language.pth").write_text("inner\n")
+    (base / "inner" / "kernel_language.py").touch()
+    monkeypatch.setattr(noxfile, "base_python", lambda session: base)
+    monkeypatch.setattr(noxfile, "site_packages", lambda session, python: own if python == "python" else base)
+    noxfile.use_base(None)
+    program = "import site, sys; site.addsitedir(sys.argv[1]); import kernel_language"
+    subprocess.run([sys.executable, "-c", program, str(own)], check=True, env={})
+
+
+class RecordingSession:
+    """Stands for a nox session; keeps the environments of the commands it is asked to run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.posargs: list[str] = []
+        self.environments: list[dict[str, str]] = []
+
+    def run(self, *command: str, env: dict[str, str] | None = None) -> None:
+        self.environments.append(env or {})
+
+    def chdir(self, folder: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def create_tmp(self) -> str:
+        return str(self._folder)
+
+
+@pytest.mark.parametrize("name", ["test", "repository", "integration", "demo", "bench", "lowest"])
+def test_sessions_keep_compiled_kernels_out_of_the_users_cache(
+    noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(noxfile, "ROOT", tmp_path)
+    monkeypatch.setattr(noxfile, "use_base", lambda session: None)
+    monkeypatch.setattr(noxfile, "install_packages", lambda *arguments, **options: None)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "bench_nothing.py").touch()
+    noxfile.kernel_cache.cache_clear()
+    session = RecordingSession(tmp_path)
+    function = getattr(noxfile, name).func
+    function(session, "mla-core") if name == "test" else function(session)
+    folders = {environment["KERNEL_DISPATCH_CACHE_DIR"] for environment in session.environments}
+    assert len(folders) == 1, "one folder for the run, so that nothing is compiled twice"
+    assert Path(folders.pop()).parent == tmp_path / ".nox"
+    noxfile.kernel_cache.cache_clear()
 
 
 def test_plain_nox_runs_every_kind_of_test(noxfile: ModuleType) -> None:
