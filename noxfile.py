@@ -244,6 +244,29 @@ def bench(session: nox.Session) -> None:
         run_code(session, "python", str(found[name]))
 
 
+# What compute-sanitizer looks at, as pytest selections of tests/gdn_mtp: every path of the kernels, small.
+SANITIZED = {
+    "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)",
+    "racecheck": "(every_tactic and (w2t1 or w4t1r or w4t2) and (1- or 8-)) or (k_major_states and 128)",
+}
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the GDN kernels under compute-sanitizer on this machine's GPU; reports in benchmarks/results/."""
+    if shutil.which("compute-sanitizer") is None:
+        session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
+    use_base(session)
+    install_packages(session, closure(["gdn-mtp", TEST_HELPERS]))
+    results = ROOT / "benchmarks" / "results"
+    for tool, selection in SANITIZED.items():
+        report = results / f"gdn_mtp-{tool}.txt"
+        sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--log-file", str(report))
+        tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
+        target = str(TESTS / "gdn_mtp" / "test_gdn_cute.py")
+        run_code(session, *sanitizer, *tests, target, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff; `-- --fix` mends what can be mended."""

@@ -57,12 +57,13 @@ class GatedDeltaRuleKMajor:
         first_column = v_block * cfg.columns
         if tid == 0:
             cute.arch.mbarrier_init(mbar, 1)
-            cute.arch.mbarrier_init_fence()
-            cute.arch.mbarrier_arrive_and_expect_tx(mbar, cfg.tile_bytes)
+        cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.pdl):
             cute.arch.griddepcontrol_wait()
         matrix = state[request, hv, None, None]
+        if tid == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(mbar, cfg.tile_bytes)
         for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
             row = tid + i * THREADS
             if row < cfg.K:

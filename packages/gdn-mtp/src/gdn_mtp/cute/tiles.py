@@ -116,8 +116,10 @@ class TileCopies:
 
     @cute.jit
     def stage_tile(self, s, shared, place, buffer, pending):
-        """Write s to a tile buffer for bulk stores, once at most `pending` (or None: not waited for) earlier
-        groups of stores still read their buffers."""
+        """Write s to a tile buffer for bulk stores.
+
+        First waits until at most `pending` earlier groups of stores still read their buffers (None: no wait).
+        """
         vec = self.config.vector_elements
         if cutlass.const_expr(pending is not None):
             cute.arch.cp_async_bulk_wait_group(pending, read=True)
