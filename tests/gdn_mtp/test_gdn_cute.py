@@ -75,10 +75,11 @@ def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
 
 def test_the_heuristic_reaches_every_row_of_its_table():
     problems = (PROBLEM, problem(T=8, state_dtype=BF16), problem(intermediate="buffer"))
-    problems += (problem(T=8, intermediate="buffer"),)
+    problems += (problem(T=8, intermediate="buffer"), problem(intermediate="scatter", state_dtype=BF16))
+    problems += (problem(T=8, intermediate="buffer", state_dtype=BF16),)
     assert {regime(asked) for asked in problems} == set(HEURISTIC)
     for asked in problems:
-        chosen = {KERNELS.tactics(replace(asked, B=b), HOPPER)[0] for b in (1, 4, 16, 64, 512)}
+        chosen = {KERNELS.tactics(replace(asked, B=b), HOPPER)[0] for b in (1, 4, 8, 16, 64, 512)}
         assert chosen == {name for _, name in HEURISTIC[regime(asked)]}
     chosen = {KERNELS.tactics(replace(KMAJOR, B=b), HOPPER)[0] for b in (1, 64)}
     assert chosen == {name for _, name in KMAJOR_HEURISTIC}

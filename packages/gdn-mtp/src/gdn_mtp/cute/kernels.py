@@ -32,24 +32,26 @@ TACTICS = {
 KMAJOR_COLUMNS = {"c32": 32, "c64": 64}
 MAX_KMAJOR_RUN = 64  # rows of the state that a thread of the K-major kernel holds in registers
 
-# (tiles of 16 rows per SM, at most, tactic), by regime
+# (tiles of 16 rows per SM, at most, tactic), by regime: the fastest in benchmarks/results/gdn_mtp-h100-tactics
+EVERY = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "final state": ((2, "w2t1e"), (24, "w2t1"), (float("inf"), "w4t1")),
-    "final bf16 state, many tokens": ((2, "w2t1e"), (float("inf"), "w4t2")),
-    "every state": ((2, "w1t1e"), (float("inf"), "w1t1")),
-    "every state, many tokens": ((2, "w2t1e"), (float("inf"), "w4t1r")),
+    "final state": ((2, "w2t1e"), (24, "w2t1"), (EVERY, "w4t1")),
+    "final bf16 state, many tokens": ((2, "w2t1e"), (EVERY, "w4t2")),
+    "every state": ((2, "w2t1e"), (8, "w1t1"), (48, "w4t2"), (EVERY, "w2t1e")),
+    "every state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (16, "w4t1"), (EVERY, "w4t1r")),
+    "every bf16 state": ((2, "w2t1e"), (16, "w2t1"), (EVERY, "w2t1e")),
+    "every bf16 state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (EVERY, "w4t1")),
 }
-KMAJOR_HEURISTIC: tuple[tuple[float, str], ...] = ((24.0, "c32"), (float("inf"), "c64"))
+KMAJOR_HEURISTIC: tuple[tuple[float, str], ...] = ((24, "c32"), (EVERY, "c64"))
 
 
 def regime(problem: GatedDeltaRuleProblem) -> str:
     """The key of a problem in `HEURISTIC`."""
-    many = problem.T > CHUNK_TOKENS // 2
+    many = ", many tokens" if problem.T > CHUNK_TOKENS // 2 else ""
+    bf16 = "bf16 " if problem.state_dtype == torch.bfloat16 else ""
     if problem.intermediate != "none":
-        return "every state, many tokens" if many else "every state"
-    if many and problem.state_dtype == torch.bfloat16:
-        return "final bf16 state, many tokens"
-    return "final state"
+        return f"every {bf16}state{many}"
+    return f"final {bf16}state{many}" if bf16 and many else "final state"
 
 
 class GatedDeltaRuleKernels:
