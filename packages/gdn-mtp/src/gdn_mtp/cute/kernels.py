@@ -32,17 +32,17 @@ TACTICS = {
 KMAJOR_COLUMNS = {"c32": 32, "c64": 64}
 MAX_KMAJOR_RUN = 64  # rows of the state that a thread of the K-major kernel holds in registers
 
-# (tiles of 16 rows per SM, at most, tactic), by regime: the fastest in benchmarks/results/gdn_mtp-h100-tactics
-EVERY = float("inf")
+# (tiles of 16 rows per SM, at most, tactic) by regime, from benchmarks/results/gdn_mtp-h100-tactics
+NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "final state": ((2, "w2t1e"), (24, "w2t1"), (EVERY, "w4t1")),
-    "final bf16 state, many tokens": ((2, "w2t1e"), (EVERY, "w4t2")),
-    "every state": ((2, "w2t1e"), (8, "w1t1"), (48, "w4t2"), (EVERY, "w2t1e")),
-    "every state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (16, "w4t1"), (EVERY, "w4t1r")),
-    "every bf16 state": ((2, "w2t1e"), (16, "w2t1"), (EVERY, "w2t1e")),
-    "every bf16 state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (EVERY, "w4t1")),
+    "final state": ((2, "w2t1e"), (24, "w2t1"), (NO_LIMIT, "w4t1")),
+    "final bf16 state, many tokens": ((2, "w2t1e"), (NO_LIMIT, "w4t2")),
+    "every state": ((2, "w2t1e"), (8, "w1t1"), (48, "w4t2"), (NO_LIMIT, "w2t1e")),
+    "every state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (16, "w4t1"), (NO_LIMIT, "w4t1r")),
+    "every bf16 state": ((2, "w2t1e"), (16, "w2t1"), (NO_LIMIT, "w2t1e")),
+    "every bf16 state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (NO_LIMIT, "w4t1")),
 }
-KMAJOR_HEURISTIC: tuple[tuple[float, str], ...] = ((24, "c32"), (EVERY, "c64"))
+KMAJOR_HEURISTIC: tuple[tuple[float, str], ...] = ((24, "c32"), (NO_LIMIT, "c64"))
 
 
 def regime(problem: GatedDeltaRuleProblem) -> str:
