@@ -117,6 +117,14 @@ COMPILED = {
 }
 
 
+@pytest.mark.parametrize("arch", ["sm_103a", "sm_110a", "sm_121a"])
+def test_the_other_architectures_compile(arch):
+    target = Arch.from_name(arch)
+    for asked in (PROBLEM, KMAJOR):
+        config = KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0])
+        assert cubin_resources((compiled(config, arch) / CUBIN).read_bytes()).stack_bytes == 0
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("asked", COMPILED.values(), ids=COMPILED)
 def test_compiled_code_keeps_everything_in_registers(arch, asked):

@@ -138,7 +138,9 @@ def _git_commit() -> str:
         if head.is_file():
             name = head.read_text().strip()
             branch = folder / ".git" / name.removeprefix("ref: ")
-            return branch.read_text().strip() if branch.is_file() else name
+            if branch.is_file():
+                return branch.read_text().strip()
+            return "unknown" if name.startswith("ref: ") else name
     return "unknown"
 
 

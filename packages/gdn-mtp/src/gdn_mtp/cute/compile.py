@@ -76,8 +76,9 @@ def _build(config: Config, arch: str, directory: Path) -> None:
         options = (*_options(arch), "--keep-ptx", "--keep-cubin", f"--dump-dir {scratch}")
         function = trace(config, " ".join(options))
         function.export_to_c(str(directory / OBJECT), function_name=FUNCTION)
-        (directory / PTX).write_text(function.__ptx__)
-        (directory / CUBIN).write_bytes(function.__cubin__)
+        for name in (PTX, CUBIN):  # the compiler names its files after the kernel and the target
+            (dumped,) = Path(scratch).glob(f"*{Path(name).suffix}")
+            shutil.copyfile(dumped, directory / name)
         linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
         if linker is not None:
             runtime = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
