@@ -45,5 +45,5 @@ class KMajorConfig(Config):
 
     @property
     def warps_per_sm(self) -> int:
-        """80 registers per thread."""
-        return 24
+        """80 registers per thread, 128 where a thread holds more than 32 rows."""
+        return 24 if self.K // self.groups <= 32 else 16
