@@ -1,5 +1,7 @@
 """The public functions against the oracle over sizes, dtypes and layouts; what is written and what is not."""
 
+from fractions import Fraction
+
 import gdn_mtp
 import pytest
 import torch
@@ -107,6 +109,21 @@ def test_scale_may_be_a_tensor(shape):
     by_tensor, _ = gdn_mtp.gated_delta_rule_decode_pretranspose(**inputs, state=other, scale=scale)
     assert_same_bits(by_tensor, by_number, "output")
     assert_same_bits(other, state, "state")
+
+
+@pytest.mark.parametrize("scale", [Fraction(1, 4), 1], ids=["fraction", "int"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_scale_may_be_any_real_number(scale, compiled):
+    case = Case(scale=float(scale))
+    inputs, state = case.inputs(), case.states(case.B)
+    other = state.clone()
+    by_float, _ = gdn_mtp.gated_delta_rule_decode_pretranspose(**inputs, state=state, scale=float(scale))
+
+    def call():
+        return gdn_mtp.gated_delta_rule_decode_pretranspose(**inputs, state=other, scale=scale)[0]
+
+    output = torch.compile(call, backend="eager")() if compiled else call()
+    assert_same_bits(output, by_float, "output")
 
 
 @pytest.mark.parametrize("layout", ["vk", "kv"])

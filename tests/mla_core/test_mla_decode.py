@@ -3,6 +3,7 @@
 import itertools
 import math
 import weakref
+from fractions import Fraction
 
 import kernel_dispatch
 import pytest
@@ -183,6 +184,14 @@ def test_each_scale_acts_as_float_and_as_tensor(name: str) -> None:
     default, default_lse = decode_and_check(case)
     assert not torch.equal(default, as_float)
     assert torch.equal(default_lse, lse) == (name == "output_scale")
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "output_scale"])
+def test_scales_may_be_any_real_number(name: str) -> None:
+    case = Case((30, 70), q_len=2, num_heads=4)
+    as_float, _ = decode_and_check(case, **{name: 0.25})
+    as_fraction, _ = decode_and_check(case, **{name: Fraction(1, 4)})
+    assert torch.equal(bits(as_float), bits(as_fraction))
 
 
 def test_negative_scale_and_zero_scale() -> None:

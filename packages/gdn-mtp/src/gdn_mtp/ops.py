@@ -68,6 +68,6 @@ def trace_call(
     if tensors.output is not None:
         output = tensors.output
     scale_tensor = scale if isinstance(scale, Tensor) else None
-    number = None if isinstance(scale, Tensor) else scale
+    number = None if scale is None or isinstance(scale, Tensor) else float(scale)
     _OP(form.name, *tensors._replace(output=output), number, scale_tensor, *flags)
     return output

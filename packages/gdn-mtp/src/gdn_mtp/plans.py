@@ -227,8 +227,10 @@ def _prepare(
 def _start(
     launcher: Callable[..., None], tensors: CallTensors, scale: float | Tensor, output: Tensor
 ) -> None:
-    """Call a launcher; index tensors reach it with the dtype of the first, a tensor scale as [1]."""
-    if isinstance(scale, Tensor) and scale.dim() != 1:
+    """Call a launcher; index tensors reach it with the dtype of the first, the scale as a float or [1]."""
+    if not isinstance(scale, Tensor):
+        scale = float(scale)
+    elif scale.dim() != 1:
         scale = scale.view(1)
     reads, writes = tensors.initial_state_indices, tensors.output_state_indices
     scatter = tensors.ssm_state_indices

@@ -109,7 +109,7 @@ def _packed(*arguments: Any) -> tuple[DecodeTensors, Options]:
 
 
 def _split_scale(scale: Scale) -> tuple[float, torch.Tensor | None]:
-    return (1.0, scale) if isinstance(scale, torch.Tensor) else (scale, None)
+    return (1.0, scale) if isinstance(scale, torch.Tensor) else (float(scale), None)
 
 
 _decode_op = register_op(

@@ -70,7 +70,7 @@ class DecodeTensors(NamedTuple):
         check_no_overlap(outputs, tensors)
 
     def launch_arguments(self) -> DecodeTensors:
-        """What a launcher takes: a dense query with its q_len dimension, the cache without its unit one."""
+        """What a launcher takes: dense queries with q_len, caches without the unit dimension, float scales."""
         canonical = self
         if not self.ragged and self.query.dim() == 3:
             assert self.out is not None
@@ -81,6 +81,10 @@ class DecodeTensors(NamedTuple):
             )
         if self.kv_cache.dim() == 4:
             canonical = canonical._replace(kv_cache=self.kv_cache.select(1, 0))
+        if not isinstance(self.softmax_scale, (float, torch.Tensor)):
+            canonical = canonical._replace(softmax_scale=float(self.softmax_scale))
+        if not isinstance(self.output_scale, (float, torch.Tensor)):
+            canonical = canonical._replace(output_scale=float(self.output_scale))
         return canonical
 
     def _by_name(self) -> dict[str, torch.Tensor | None]:
