@@ -70,7 +70,7 @@ class DecodeTensors(NamedTuple):
         check_no_overlap(outputs, tensors)
 
     def launch_arguments(self) -> DecodeTensors:
-        """What a launcher takes: dense queries with q_len, caches without the unit dimension, float scales."""
+        """What a launcher takes: queries with q_len, caches without a unit dimension, float scales."""
         canonical = self
         if not self.ragged and self.query.dim() == 3:
             assert self.out is not None
