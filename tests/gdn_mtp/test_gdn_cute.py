@@ -11,8 +11,7 @@ from gdn_mtp.cute.compile import CUBIN, LIBRARY, OBJECT, compiled, load
 from gdn_mtp.cute.kernels import (
     HEURISTIC,
     KERNELS,
-    KMAJOR_COLUMNS,
-    KMAJOR_HEURISTIC,
+    KMAJOR_TACTIC,
     TACTICS,
     regime,
 )
@@ -66,11 +65,10 @@ def test_the_kernels_are_preferred_where_they_apply(arch, asked):
 
 def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
     offered = set(KERNELS.tactics(PROBLEM, HOPPER)) | set(KERNELS.tactics(KMAJOR, HOPPER))
-    assert offered == set(TACTICS) | set(KMAJOR_COLUMNS)
+    assert offered == {*TACTICS, KMAJOR_TACTIC}
     for rows in HEURISTIC.values():
         assert {name for _, name in rows} <= set(TACTICS)
         assert rows[-1][0] == float("inf")
-    assert {name for _, name in KMAJOR_HEURISTIC} <= set(KMAJOR_COLUMNS)
 
 
 def test_the_heuristic_reaches_every_row_of_its_table():
@@ -81,8 +79,6 @@ def test_the_heuristic_reaches_every_row_of_its_table():
     for asked in problems:
         chosen = {KERNELS.tactics(replace(asked, B=b), HOPPER)[0] for b in (1, 4, 8, 16, 64, 512)}
         assert chosen == {name for _, name in HEURISTIC[regime(asked)]}
-    chosen = {KERNELS.tactics(replace(KMAJOR, B=b), HOPPER)[0] for b in (1, 64)}
-    assert chosen == {name for _, name in KMAJOR_HEURISTIC}
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])
@@ -397,17 +393,11 @@ def test_a_thousand_steps_stay_close(state):
 @needs_hopper
 @pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("head", [64, 128, 256])
-@pytest.mark.parametrize("columns", KMAJOR_COLUMNS)
-def test_k_major_states(columns, head, state):
-    if columns not in KERNELS.tactics(
-        replace(KMAJOR, K=head, V=head, state_dtype=state), Arch.from_device(DEVICE)
-    ):
-        pytest.skip("the columns do not fit this head size")
+def test_k_major_states(head, state):
     case = Case(B=5, T=1, H=2, HV=4, K=head, V=head, state=state)
     inputs, pool = case.inputs(), case.states(5, "kv")
     expected = case.reference(inputs, pool, state_layout="kv")
-    with only_tactic(columns):
-        output, _ = gdn_mtp.gated_delta_rule_decode(**inputs, state=pool, backend="cute")
+    output, _ = gdn_mtp.gated_delta_rule_decode(**inputs, state=pool, backend="cute")
     assert_result(case, expected, output, pool, q=inputs["q"], layout="kv")
 
 

@@ -29,8 +29,8 @@ TACTICS = {
         Tactic(4, 1, early=True),
     )
 }
-KMAJOR_COLUMNS = {"c32": 32, "c64": 64}
-MAX_KMAJOR_RUN = 64  # rows of the state that a thread of the K-major kernel holds in registers
+KMAJOR_TACTIC = "c32"
+KMAJOR_COLUMNS = 32
 
 # (tiles of 16 rows per SM, at most, tactic) by regime, from benchmarks/results/gdn_mtp-h100-tactics
 NO_LIMIT = float("inf")
@@ -42,7 +42,6 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "every bf16 state": ((2, "w2t1e"), (16, "w2t1"), (NO_LIMIT, "w2t1e")),
     "every bf16 state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (NO_LIMIT, "w4t1")),
 }
-KMAJOR_HEURISTIC: tuple[tuple[float, str], ...] = ((24, "c32"), (NO_LIMIT, "c64"))
 
 
 def regime(problem: GatedDeltaRuleProblem) -> str:
@@ -63,10 +62,11 @@ class GatedDeltaRuleKernels:
 
     def tactics(self, problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
         """The tactics that fit, the heuristic's choice first."""
-        fitting = [name for name in self._names(problem) if self._fits(problem, arch, name)]
+        if problem.state_layout == "kv":
+            return (KMAJOR_TACTIC,)
+        fitting = [name for name in TACTICS if self._fits(problem, arch, name)]
         tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
-        rows = KMAJOR_HEURISTIC if problem.state_layout == "kv" else HEURISTIC[regime(problem)]
-        preferred = next(name for limit, name in rows if tiles_per_sm <= limit)
+        preferred = next(name for limit, name in HEURISTIC[regime(problem)] if tiles_per_sm <= limit)
         if preferred not in fitting:
             preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
         return sorted(fitting, key=lambda name: name != preferred)
@@ -77,22 +77,16 @@ class GatedDeltaRuleKernels:
         """The launcher of one tactic, compiled first if it is not in the compile cache."""
         return load(self.config(problem, arch, tactic), arch.name)
 
-    def _names(self, problem: GatedDeltaRuleProblem) -> Sequence[str]:
-        return tuple(KMAJOR_COLUMNS if problem.state_layout == "kv" else TACTICS)
-
     def config(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str) -> Config:
         """What the kernel of one tactic is compiled for."""
         if problem.state_layout == "kv":
-            return KMajorConfig.of(problem, KMAJOR_COLUMNS[tactic], arch.supports_pdl)
+            return KMajorConfig.of(problem, KMAJOR_COLUMNS, arch.supports_pdl)
         return KernelConfig.of(problem, TACTICS[tactic], arch.supports_pdl)
 
     def _fits(self, problem: GatedDeltaRuleProblem, arch: Arch, name: str) -> bool:
-        config = self.config(problem, arch, name)
+        config = KernelConfig.of(problem, TACTICS[name], arch.supports_pdl)
         if config.smem_bytes > arch.smem_optin_bytes:
             return False
-        if isinstance(config, KMajorConfig):
-            return problem.V % config.columns == 0 and config.K // config.groups <= MAX_KMAJOR_RUN
-        assert isinstance(config, KernelConfig)
         if problem.state_rows != "contiguous" and not config.tactic.row_copies:
             return False
         return problem.V % config.tactic.rows == 0
