@@ -1,4 +1,4 @@
-"""Register fragments: tf32 tensor-core products of split float32 values, and 16-byte global accesses."""
+"""Register fragments: tf32 tensor-core products of split float32 values, shared-memory vectors, bulk copies."""
 
 from __future__ import annotations
 
