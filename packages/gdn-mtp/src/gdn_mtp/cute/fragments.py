@@ -1,4 +1,4 @@
-"""Register fragments: tf32 tensor-core products of split float32 values, shared-memory vectors, bulk copies."""
+"""Register fragments: tf32 products of split float32 values, vectors in shared memory, bulk copies."""
 
 from __future__ import annotations
 
