@@ -1,0 +1,84 @@
+"""Which function lowers which opcode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ptx_emulator.ptx.module import Instruction
+
+if TYPE_CHECKING:
+    from ptx_emulator.lower.context import Lowering
+
+LowerFunction = Callable[["Lowering", Instruction], None]
+
+GROUPS = (
+    "arithmetic",
+    "half",
+    "convert",
+    "move",
+    "memory",
+    "atomic",
+    "async_copy",
+    "matrix_fragments",
+    "warp",
+    "barrier",
+    "mbarrier",
+    "fence",
+    "grid",
+    "bulk",
+    "tensor_copy",
+    "mma",
+    "wgmma",
+    "tcgen05",
+    "control",
+)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """How an opcode is lowered, and the class its executions are counted under."""
+
+    lower: LowerFunction
+    op_class: str
+
+
+_TABLE: dict[str, Lowered] = {}
+
+
+def lowers(*opcodes: str, op_class: str) -> Callable[[LowerFunction], LowerFunction]:
+    """Registers a function for opcodes. An opcode may be the first words of a name (`cp.async.bulk.tensor`): the
+    longest that matches is taken."""
+
+    def register(function: LowerFunction) -> LowerFunction:
+        for opcode in opcodes:
+            assert opcode not in _TABLE, f"{opcode} is lowered twice"
+            _TABLE[opcode] = Lowered(function, op_class)
+        return function
+
+    return register
+
+
+def find(instruction: Instruction) -> Lowered | None:
+    """What lowers an instruction, or None if its opcode is unknown."""
+    load_groups()
+    words = (instruction.opcode, *instruction.modifiers)
+    for length in range(len(words), 0, -1):
+        found = _TABLE.get(".".join(words[:length]))
+        if found is not None:
+            return found
+    return None
+
+
+def opcodes() -> dict[str, str]:
+    """All opcodes that are lowered, with their class."""
+    load_groups()
+    return {opcode: lowered.op_class for opcode, lowered in sorted(_TABLE.items())}
+
+
+def load_groups() -> None:
+    """Imports the files of all instruction groups."""
+    for group in GROUPS:
+        import_module(f"ptx_emulator.lower.{group}")

@@ -1,0 +1,141 @@
+"""The syntax tree of a PTX module: what the parser makes and the lowering reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Register:
+    """A virtual register (`%r12`) or a special one (`%tid.x`); `_` is the sink of a result nobody wants."""
+
+    name: str
+    negated: bool = False  # `!%p1` where a predicate is read
+
+
+@dataclass(frozen=True)
+class Immediate:
+    """A literal: an integer, or a float. `bits` is set for `0f…` and `0d…`, which give the bits themselves."""
+
+    value: int | float
+    bits: int | None = None
+    bits_width: int = 0
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """The address of a variable or parameter, plus bytes; or a label."""
+
+    name: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Vector:
+    """`{a, b, …}`."""
+
+    elements: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Address:
+    """`[base + offset]`, or with coordinates `[base, {c0, c1, …}]`."""
+
+    base: Register | Symbol | Immediate
+    offset: int = 0
+    coordinates: tuple[Operand, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two results joined by a bar: `%p1|%p2`, `%r1|%p1`."""
+
+    first: Register
+    second: Register
+
+
+Operand = Register | Immediate | Symbol | Vector | Address | Pair
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in the source that the PTX was made from (`.loc`)."""
+
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`@!%p1 ld.global.v4.b32 {…}, [%rd1+16];`
+
+    `opcode` is the first word (`ld`), `modifiers` the rest (`("global", "v4", "b32")`).
+    """
+
+    opcode: str
+    modifiers: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    line: int
+    guard: Register | None = None
+    location: Location | None = None
+
+    @property
+    def name(self) -> str:
+        return ".".join((self.opcode, *self.modifiers))
+
+    def has(self, modifier: str) -> bool:
+        return modifier in self.modifiers
+
+
+@dataclass(frozen=True)
+class Label:
+    """A branch target; unique in its function (labels of inner scopes are renamed)."""
+
+    name: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel parameter; `bytes` long at `offset` of the parameter block."""
+
+    name: str
+    offset: int
+    bytes: int
+    align: int
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of `space` (`shared`, `global`, `const`, `local`); `bytes` is 0 for an `.extern .shared` array."""
+
+    name: str
+    space: str
+    bytes: int
+    align: int
+    extern: bool = False
+    data: bytes | None = None
+
+
+@dataclass
+class Function:
+    """A kernel. `registers` gives the type each virtual register was declared with, such as `b32` or `pred`."""
+
+    name: str
+    parameters: list[Parameter] = field(default_factory=list)
+    registers: dict[str, str] = field(default_factory=dict)
+    variables: list[Variable] = field(default_factory=list)
+    body: list[Instruction | Label] = field(default_factory=list)
+    branch_targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tables of brx.idx
+    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reqntid, maxntid, reqnctapercluster, …
+    line: int = 0
+
+
+@dataclass
+class Module:
+    """One PTX file."""
+
+    version: str
+    target: str
+    functions: dict[str, Function] = field(default_factory=dict)
+    variables: list[Variable] = field(default_factory=list)
