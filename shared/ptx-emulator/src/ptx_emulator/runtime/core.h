@@ -67,13 +67,21 @@ struct Group {
   bool waiting = false;  // the last step was Step::Wait
 };
 
+// A .sync operation whose lanes come one group after the other: executed once by the last, for all.
+struct Gathering {
+  uint32_t pc;
+  Lanes arrived = 0;
+  Lanes served = 0;  // executed on behalf of these, who have yet to go on
+};
+
 struct Program;  // program.h
 
 struct Warp {
   Cta* cta;
   Cluster* cluster;
   Grid* grid;
-  uint8_t* registers;  // register file, 64-byte aligned
+  uint8_t* registers;  // slots, 64-byte aligned, inside register_file
+  std::vector<uint8_t> register_file;
   Lanes lanes = 0;     // the lanes the current instruction executes for: active and guarded
   Lanes live = 0;      // lanes that have not exited
   uint32_t index = 0;  // warp in the CTA
@@ -84,10 +92,7 @@ struct Warp {
   const Instruction* at = nullptr;
   std::string waits_for;  // why the last Step::Wait: "mbarrier 0x400 of CTA 0, phase 1"
 
-  // Gathering of .sync operations whose lanes come one group after the other.
-  uint32_t gather_pc = ~0u;
-  Lanes gather_arrived = 0;
-  Lanes gather_served = 0;
+  std::vector<Gathering> gatherings;
 
   std::vector<uint8_t> local;  // .local memory of all lanes: lane * grid->program->local_bytes + offset
 
@@ -119,6 +124,8 @@ inline void each_lane(const Warp& w, F f) {
 // widened to all of them, so execute for w.lanes. Any other step is to be returned as it is. An aligned
 // instruction that not all live lanes reach together is reported here.
 Step gather(Warp& w, const Instruction& i, Lanes members);
+
+std::string lanes_text(Lanes lanes);  // "0-3,7"
 
 // ---------------------------------------------------------------------------------------------- reports, counts
 
@@ -190,7 +197,7 @@ struct Cta {
   std::vector<Warp> warps;
   StateTable state;
   std::unordered_map<const Warp*, StateTable> warp_state;
-  uint32_t live_threads = 0;
+  bool launched_dependents = false;  // griddepcontrol.launch_dependents, or all threads have exited
 };
 
 struct Cluster {
@@ -201,6 +208,10 @@ struct Cluster {
   std::unique_ptr<Checker> checker;  // null when nothing is checked
   StateTable state;
   uint64_t progress = 0;  // raised by everything another warp could be waiting for
+  uint32_t live_warps = 0;
+  bool parked = false;  // all CTAs have launched their dependents, which are to run first
+  std::vector<std::unique_ptr<AsyncOp>> in_flight;
+  uint64_t random_state = 0;
 };
 
 constexpr uint32_t kTmemLanes = 128;

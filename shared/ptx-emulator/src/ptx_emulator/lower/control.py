@@ -1,0 +1,49 @@
+"""Branches, exit, trap, calls."""
+
+from __future__ import annotations
+
+from ptx_emulator.lower.context import Lowering, Target
+from ptx_emulator.lower.registry import lowers
+from ptx_emulator.ptx.module import Instruction, Symbol
+
+MEETS = -1  # stands for the place where the lanes of a branch meet again, which flow.py fills in
+_IGNORED_CALLS = ("vprintf",)  # output of the kernel's own; it changes nothing
+_FAILING_CALLS = ("__assertfail",)
+
+
+@lowers("bra", op_class="control")
+def bra(ctx: Lowering, i: Instruction) -> None:
+    (label,) = i.operands
+    if not isinstance(label, Symbol):
+        raise ctx.unsupported("a label was expected")
+    ctx.emit("branch", Target(label.name), MEETS)
+
+
+@lowers("brx.idx", op_class="control")
+def brx(ctx: Lowering, i: Instruction) -> None:
+    index, table = i.operands
+    targets = ctx.function.branch_targets.get(table.name) if isinstance(table, Symbol) else None
+    if targets is None:
+        raise ctx.unsupported(f"{table} is not a table of branch targets")
+    ctx.emit("branch.indexed", ctx.src(index, "u32"), MEETS, *(Target(name) for name in targets))
+
+
+@lowers("ret", "exit", op_class="control")
+def leave(ctx: Lowering, i: Instruction) -> None:
+    ctx.emit("exit")
+
+
+@lowers("trap", "brkpt", op_class="control")
+def trap(ctx: Lowering, i: Instruction) -> None:
+    ctx.emit("trap")
+
+
+@lowers("call", op_class="control")
+def call(ctx: Lowering, i: Instruction) -> None:
+    names = [operand.name for operand in i.operands if isinstance(operand, Symbol)]
+    if any(name in _IGNORED_CALLS for name in names):
+        ctx.emit("nop")
+    elif any(name in _FAILING_CALLS for name in names):
+        ctx.emit("assertfail")
+    else:
+        raise ctx.unsupported("only calls of vprintf and __assertfail are known; compile with inlining")

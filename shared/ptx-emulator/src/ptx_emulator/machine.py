@@ -1,0 +1,377 @@
+"""The emulated GPU: loads PTX, takes launches, runs them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ptx_emulator.build import build
+from ptx_emulator.counts import COUNT_NAMES, LaunchCounts
+from ptx_emulator.errors import EmulatorError
+from ptx_emulator.program import Program, lower
+from ptx_emulator.ptx.module import Module
+from ptx_emulator.ptx.parser import parse
+from ptx_emulator.reports import EmulationError, Report, reports_from_json
+from ptx_emulator.targets import target as find_target
+
+_WARPS = {"fair": 0, "greedy": 1, "random": 2}
+_ASYNCS = {"prompt": 0, "eager": 1, "late": 2, "random": 3}
+SCHEDULES = {
+    "fair": ("fair", "prompt"),
+    "greedy": ("greedy", "eager"),
+    "late": ("fair", "late"),
+    "greedy-late": ("greedy", "late"),
+    "random": ("random", "random"),
+}
+READ_ONLY, UNINITIALISED = 1, 2  # MemoryMap flags of runtime/memory.h
+_GLOBAL_ALIGNMENT = 256
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("dynamic_shared_bytes", ctypes.c_uint32),
+        ("pdl", ctypes.c_uint32),
+        ("num_params_bytes", ctypes.c_uint32),
+        ("params", ctypes.c_char_p),
+    ]
+
+
+class _Special(ctypes.Structure):
+    _fields_ = [
+        ("slot", ctypes.c_uint32),
+        ("bits", ctypes.c_uint32),
+        ("name", ctypes.c_char_p),
+        ("number", ctypes.c_uint64),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("sm", ctypes.c_uint32),
+        ("max_shared_bytes", ctypes.c_uint32),
+        ("num_sms", ctypes.c_uint32),
+        ("warps", ctypes.c_uint32),
+        ("asyncs", ctypes.c_uint32),
+        ("workers", ctypes.c_uint32),
+        ("check", ctypes.c_uint32),
+        ("trace", ctypes.c_uint32),
+        ("early_dependents", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build()))
+    for name in ("ptxe_operations", "ptxe_error", "ptxe_findings", "ptxe_spans"):
+        getattr(library, name).restype = ctypes.c_char_p
+    for name in ("ptxe_program", "ptxe_machine"):
+        getattr(library, name).restype = ctypes.c_void_p
+    return library
+
+
+@cache
+def _operations() -> dict[str, int]:
+    names = _runtime().ptxe_operations().decode().split()
+    assert len(set(names)) == len(names), "an operation is registered twice"
+    return {name: index for index, name in enumerate(names)}
+
+
+class Kernel:
+    """A kernel in the runtime. `program` says what it was lowered to."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        specials = (_Special * len(program.specials))(
+            *(_Special(slot, bits, name.encode(), number) for slot, bits, name, number in program.specials)
+        )
+        self.handle = _runtime().ptxe_program(
+            program.name.encode(),
+            program.code.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(len(program.code)),
+            program.args.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(len(program.args)),
+            program.constants.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(len(program.constants)),
+            specials,
+            ctypes.c_uint64(len(program.specials)),
+            ctypes.c_uint32(program.register_bytes),
+            ctypes.c_uint32(program.local_bytes),
+            ctypes.c_uint32(program.static_shared_bytes),
+        )
+        if not self.handle:
+            name = _runtime().ptxe_error().decode()
+            raise EmulatorError(f"{program.name}: special register %{name} is not known to the emulator")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            _runtime().ptxe_free_program(ctypes.c_void_p(self.handle))
+
+
+class LoadedModule:
+    """A PTX module with its global variables in memory; kernels are lowered when they are first asked for."""
+
+    def __init__(self, text: str, arch: str | None = None) -> None:
+        self.module: Module = parse(text)
+        self.text = text
+        self.arch = arch or self.module.target
+        self._kernels: dict[str, Kernel] = {}
+        self.variables: dict[str, np.ndarray] = {}
+        for variable in self.module.variables:
+            if variable.space in ("global", "const"):
+                raw = np.zeros(max(variable.bytes, 1) + _GLOBAL_ALIGNMENT, dtype=np.uint8)
+                start = -raw.ctypes.data % _GLOBAL_ALIGNMENT
+                memory = raw[start : start + max(variable.bytes, 1)]
+                if variable.data:
+                    memory[: len(variable.data)] = np.frombuffer(variable.data, dtype=np.uint8)
+                self.variables[variable.name] = memory
+
+    def kernel(self, name: str | None = None) -> Kernel:
+        """The kernel of a name; without one, the only kernel of the module.
+
+        Raises:
+            EmulatorError: there is no such kernel, or more than one to choose from.
+            UnsupportedInstruction: it holds an instruction that the emulator does not know.
+        """
+        names = list(self.module.functions)
+        if name is None:
+            if len(names) != 1:
+                raise EmulatorError(f"kernel: the module has {names}, say which")
+            name = names[0]
+        if name not in self.module.functions:
+            raise EmulatorError(f"kernel: the module has {names}, not {name!r}")
+        if name not in self._kernels:
+            symbols = {variable: memory.ctypes.data for variable, memory in self.variables.items()}
+            function = self.module.functions[name]
+            self._kernels[name] = Kernel(lower(self.module, function, self.arch, symbols, _operations()))
+        return self._kernels[name]
+
+
+@dataclass
+class Result:
+    """What a run of the queue gave: findings, and per launch what was executed."""
+
+    reports: list[Report]
+    counts: list[LaunchCounts]
+    spans: list[dict[str, Any]] = field(default_factory=list)
+
+    def raise_reports(self) -> None:
+        """Raises EmulationError if something was found."""
+        if self.reports:
+            raise EmulationError(self.reports)
+
+
+class Machine:
+    """An emulated GPU with a stream of launches.
+
+    Args:
+        device: architecture, such as `sm_100a`.
+        checks: whether accesses are checked for races and for reads of what nobody wrote. Bounds, alignment,
+            barriers, divergence and deadlock are always checked.
+        schedule: one of `SCHEDULES`, or `(warps, asyncs)`.
+        seed: of the random schedules.
+        workers: OS threads over which clusters are spread; default one per core. The order within a cluster does
+            not depend on it.
+        trace: whether spans for a timeline are recorded.
+        early_dependents: whether a grid launched with programmatic stream serialization starts as early as its
+            predecessor allows, or only when that has completed.
+
+    Raises:
+        EmulatorError: an unknown device or schedule.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        checks: bool = True,
+        schedule: str | tuple[str, str] = "fair",
+        seed: int = 0,
+        workers: int | None = None,
+        trace: bool = False,
+        early_dependents: bool = True,
+    ) -> None:
+        self.device = device
+        self.target = find_target(device)
+        pair = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
+        if pair is None or pair[0] not in _WARPS or pair[1] not in _ASYNCS:
+            raise EmulatorError(
+                f"schedule: {schedule!r} is none of {', '.join(SCHEDULES)}, nor a pair of one of "
+                f"{', '.join(_WARPS)} and one of {', '.join(_ASYNCS)}"
+            )
+        self._options = _Options(
+            self.target.sm,
+            self.target.max_shared_bytes,
+            self.target.num_sms,
+            _WARPS[pair[0]],
+            _ASYNCS[pair[1]],
+            workers or os.cpu_count() or 1,
+            checks,
+            trace,
+            early_dependents,
+            seed,
+        )
+        self._handle: int | None = None
+        self._launches: list[tuple[Kernel, int]] = []  # kernel, warps per CTA
+        self._keep: list[Any] = []
+        self._ranges: dict[int, tuple[str, int, int]] = {}  # base -> name, bytes, flags
+        self._new_queue()
+
+    def add_range(
+        self, name: str, address: int, num_bytes: int, *, initialised: bool = True, read_only: bool = False
+    ) -> None:
+        """Makes memory accessible to kernels.
+
+        Args:
+            name: what reports call it.
+            initialised: False for an output or a workspace: a read of what no kernel wrote is reported.
+        """
+        flags = (READ_ONLY if read_only else 0) | (0 if initialised else UNINITIALISED)
+        if num_bytes and self._ranges.get(address) != (name, num_bytes, flags):
+            self._ranges[address] = (name, num_bytes, flags)
+            self._add_range(name, address, num_bytes, flags)
+
+    def load(self, text: str) -> LoadedModule:
+        """Parses a PTX module and places its variables in memory.
+
+        Raises:
+            PtxSyntaxError: what cannot be parsed.
+        """
+        module = LoadedModule(text, self.device)
+        self.attach(module)
+        return module
+
+    def attach(self, module: LoadedModule) -> None:
+        """Makes the variables of a module that is already loaded accessible here, too."""
+        for name, memory in module.variables.items():
+            self.add_range(name, memory.ctypes.data, len(memory))
+        self._keep.append(module)
+
+    def enqueue(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        cluster: tuple[int, int, int] = (1, 1, 1),
+        shared_bytes: int = 0,
+        params: bytes = b"",
+        pdl: bool = False,
+    ) -> None:
+        """Appends a launch to the stream; `shared_bytes` is the dynamic shared memory.
+
+        Raises:
+            EmulatorError: sizes that the target or the kernel does not allow.
+        """
+        program = kernel.program
+        self._check_launch(program, grid, block, cluster, shared_bytes, params)
+        launch = _Launch(
+            (ctypes.c_uint32 * 3)(*grid),
+            (ctypes.c_uint32 * 3)(*block),
+            (ctypes.c_uint32 * 3)(*cluster),
+            shared_bytes,
+            pdl,
+            len(params),
+            params,
+        )
+        _runtime().ptxe_enqueue(self._pointer(), ctypes.c_void_p(kernel.handle), ctypes.byref(launch))
+        self._launches.append((kernel, -(-block[0] * block[1] * block[2] // 32)))
+
+    def synchronize(self) -> Result:
+        """Runs the launches of the stream to the end and empties it."""
+        runtime = _runtime()
+        runtime.ptxe_synchronize(self._pointer())
+        locations = {kernel.program.name: kernel.program.locations for kernel, _ in self._launches}
+        findings = json.loads(runtime.ptxe_findings(self._pointer()).decode())
+        result = Result(
+            reports=reports_from_json(findings, locations),
+            counts=list(self._counts()),
+            spans=json.loads(runtime.ptxe_spans(self._pointer()).decode()),
+        )
+        self._new_queue()
+        return result
+
+    # ------------------------------------------------------------------ inside
+
+    def _pointer(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._handle)
+
+    def _new_queue(self) -> None:
+        self._free()
+        self._handle = _runtime().ptxe_machine(ctypes.byref(self._options))
+        self._launches = []
+        for base, (name, num_bytes, flags) in self._ranges.items():
+            self._add_range(name, base, num_bytes, flags)
+
+    def _add_range(self, name: str, base: int, num_bytes: int, flags: int) -> None:
+        _runtime().ptxe_add_range(
+            self._pointer(), name.encode(), ctypes.c_uint64(base), ctypes.c_uint64(num_bytes), flags
+        )
+
+    def _free(self) -> None:
+        if self._handle:
+            _runtime().ptxe_free_machine(self._pointer())
+            self._handle = None
+
+    def __del__(self) -> None:
+        self._free()
+
+    def _check_launch(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        cluster: tuple[int, int, int],
+        shared_bytes: int,
+        params: bytes,
+    ) -> None:
+        total = program.static_shared_bytes + shared_bytes
+        if total > self.target.max_shared_bytes:
+            raise EmulatorError(
+                f"shared_bytes: {program.name} asks for {total} bytes of shared memory "
+                f"({program.static_shared_bytes} static), {self.target.name} has {self.target.max_shared_bytes}"
+            )
+        threads = block[0] * block[1] * block[2]
+        if not 0 < threads <= 1024:
+            raise EmulatorError(f"block: {block} has {threads} threads, a CTA has 1 to 1024")
+        if min(grid) < 1 or min(cluster) < 1:
+            raise EmulatorError(f"grid: {grid} and cluster {cluster} need at least one CTA in every direction")
+        if any(g % c for g, c in zip(grid, cluster, strict=True)):
+            raise EmulatorError(f"grid: {grid} is not a multiple of the cluster {cluster}")
+        if cluster[0] * cluster[1] * cluster[2] > 16:
+            raise EmulatorError(f"cluster: {cluster} has more than 16 CTAs")
+        required = program.function.directives.get("reqntid")
+        if required and block != (*required, 1, 1)[:3]:
+            raise EmulatorError(f"block: {block}, the kernel requires {required}")
+        if len(params) != program.parameter_bytes:
+            raise EmulatorError(
+                f"params: {len(params)} bytes, {program.name} takes {program.parameter_bytes} bytes"
+            )
+
+    def _counts(self) -> Iterator[LaunchCounts]:
+        for index, (kernel, num_warps) in enumerate(self._launches):
+            executed = np.zeros((num_warps, len(kernel.program.code)), dtype=np.uint64)
+            counts = np.zeros((num_warps, len(COUNT_NAMES)), dtype=np.uint64)
+            _runtime().ptxe_counts(
+                self._pointer(),
+                index,
+                executed.ctypes.data_as(ctypes.c_void_p),
+                counts.ctypes.data_as(ctypes.c_void_p),
+            )
+            yield LaunchCounts(
+                kernel.program.name,
+                executed,
+                counts,
+                kernel.program.code["op_class"],
+                kernel.program.op_classes,
+                kernel.program.code["line"],
+            )

@@ -1,0 +1,506 @@
+"""Tokens to the syntax tree.
+
+Scopes: `{ … }` inside a body declares registers and labels of its own (inline assembly does so); they are renamed
+`name#scope`, so that every name is unique in its function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ptx_emulator.errors import PtxSyntaxError
+from ptx_emulator.ptx.lexer import Token, tokens
+from ptx_emulator.ptx.module import (
+    Address,
+    Function,
+    Immediate,
+    Instruction,
+    Label,
+    Location,
+    Module,
+    Operand,
+    Pair,
+    Parameter,
+    Register,
+    Symbol,
+    Variable,
+    Vector,
+)
+
+_SPACES = (".global", ".const", ".shared", ".local")
+_LINKAGE = (".visible", ".extern", ".weak", ".common")
+_BRANCHES = ("bra", "brx")
+_END = Token("mark", "", 0)
+
+Expression = Register | Immediate | Symbol
+
+
+def parse(text: str) -> Module:
+    """Parses a PTX module.
+
+    Raises:
+        PtxSyntaxError: what cannot be parsed, with its line.
+    """
+    return _Parser(text).module()
+
+
+class _Scope:
+    """Names that a pair of braces declares, with what they are called outside."""
+
+    def __init__(self, number: int, outer: _Scope | None) -> None:
+        self.number = number
+        self.outer = outer
+        self.registers: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
+
+    def rename(self, name: str) -> str:
+        return f"{name}#{self.number}" if self.number else name
+
+    def register(self, name: str) -> str | None:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.registers:
+                return scope.registers[name]
+            scope = scope.outer
+        return None
+
+    def label(self, name: str) -> str | None:
+        scope: _Scope | None = self
+        while scope is not None:
+            if name in scope.labels:
+                return scope.labels[name]
+            scope = scope.outer
+        return None
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._tokens = list(tokens(text))
+        self._at = 0
+        self._files: dict[int, str] = {}
+        self._location: Location | None = None
+        self._function: Function | None = None
+        self._scope = _Scope(0, None)
+        self._scopes = 0
+        self._branches: list[tuple[int, _Scope]] = []  # index in the body, scope: labels may come later
+        self._tables: list[tuple[str, tuple[str, ...], _Scope]] = []
+
+    # ------------------------------------------------------------------ tokens
+
+    def _peek(self) -> Token:
+        return self._tokens[self._at] if self._at < len(self._tokens) else _END
+
+    def _next(self) -> Token:
+        token = self._peek()
+        self._at += 1
+        return token
+
+    def _take(self, text: str) -> bool:
+        if self._peek().text == text:
+            self._at += 1
+            return True
+        return False
+
+    def _expect(self, text: str) -> Token:
+        token = self._next()
+        if token.text != text:
+            raise self._error(f"{text!r} was expected, not {token.text!r}", token)
+        return token
+
+    def _error(self, message: str, token: Token | None = None) -> PtxSyntaxError:
+        token = token or self._peek()
+        return PtxSyntaxError(f"PTX line {token.line}: {message}")
+
+    def _skip_statement(self) -> None:
+        while self._next().text not in (";", ""):
+            pass
+
+    def _integer(self) -> int:
+        sign = -1 if self._take("-") else 1
+        token = self._next()
+        if token.kind != "number":
+            raise self._error(f"a number was expected, not {token.text!r}", token)
+        return sign * _number(token.text)
+
+    def _integers(self) -> tuple[int, ...]:
+        values = [self._integer()]
+        while self._take(","):
+            values.append(self._integer())
+        return tuple(values)
+
+    # ------------------------------------------------------------------ module
+
+    def module(self) -> Module:
+        module = Module("", "")
+        while self._peek() is not _END:
+            word = self._peek().text
+            if word == ".version":
+                self._next()
+                module.version = self._next().text
+            elif word == ".target":
+                self._next()
+                module.target = self._next().text
+                while self._take(","):
+                    self._next()
+            elif word == ".address_size":
+                self._next()
+                self._expect("64")
+            elif word == ".file":
+                self._file()
+            elif word == ".section":
+                self._section()
+            elif word in (".pragma", ".alias"):
+                self._skip_statement()
+            else:
+                self._declaration(module)
+        return module
+
+    def _file(self) -> None:
+        self._expect(".file")
+        number = self._integer()
+        name = self._next().text.strip('"')
+        while self._take(","):
+            self._integer()
+        self._files[number] = name
+
+    def _section(self) -> None:
+        while self._next().text != "{":
+            pass
+        depth = 1
+        while depth:
+            text = self._next().text
+            depth += (text == "{") - (text == "}")
+
+    def _declaration(self, module: Module) -> None:
+        extern = False
+        while self._peek().text in _LINKAGE:
+            extern |= self._next().text == ".extern"
+        word = self._peek().text
+        if word in _SPACES:
+            module.variables.append(self._variable(extern))
+        elif word == ".entry":
+            self._next()
+            function = self._entry()
+            module.functions[function.name] = function
+        elif word == ".func":
+            self._device_function()
+        else:
+            raise self._error(f"{word!r} begins no declaration")
+
+    def _device_function(self) -> None:
+        """A `.func`: only declarations are read over; calls go to functions the lowering knows."""
+        start = self._next()
+        while self._peek().text not in (";", "{", ""):
+            self._next()
+        if not self._take(";"):
+            raise self._error("a .func with a body is not supported: compile with inlining", start)
+
+    def _variable(self, extern: bool) -> Variable:
+        space = self._next().text.removeprefix(".")
+        align, element_bytes = 1, 0
+        while self._peek().text.startswith("."):
+            word = self._next().text
+            if word == ".align":
+                align = self._integer()
+            elif word.startswith(".v") and word[2:].isdigit():
+                element_bytes = -int(word[2:])
+            elif word in (".attribute", ".unified", ".managed"):
+                if self._take("("):
+                    while not self._take(")"):
+                        self._next()
+            else:
+                size = _type_bytes(word)
+                element_bytes = size * -element_bytes if element_bytes < 0 else size
+        name = self._next().text
+        count = 1
+        while self._take("["):
+            count *= 0 if self._peek().text == "]" else self._integer()
+            self._expect("]")
+        data = self._initializer(element_bytes) if self._take("=") else None
+        if data is not None and count == 0:
+            count = len(data) // element_bytes
+        self._expect(";")
+        return Variable(name, space, element_bytes * count, max(align, 1), extern, data)
+
+    def _initializer(self, element_bytes: int) -> bytes:
+        if not self._take("{"):
+            return _literal_bytes(self._expression(), element_bytes)
+        data = b""
+        while not self._take("}"):
+            if self._peek().text == "{":
+                data += self._initializer(element_bytes)
+            else:
+                data += _literal_bytes(self._expression(), element_bytes)
+            self._take(",")
+        return data
+
+    # ------------------------------------------------------------------ kernels
+
+    def _entry(self) -> Function:
+        name = self._next()
+        function = Function(name.text, line=name.line)
+        if self._take("("):
+            self._parameters(function)
+        while self._peek().text.startswith("."):
+            directive = self._next().text.removeprefix(".")
+            if directive == "pragma":
+                self._skip_statement()
+            else:
+                number_follows = self._peek().kind == "number"
+                function.directives[directive] = self._integers() if number_follows else ()
+        if self._take(";"):
+            return function
+        self._function = function
+        self._scope, self._scopes = _Scope(0, None), 0
+        self._branches, self._tables, self._location = [], [], None
+        self._expect("{")
+        self._body(function)
+        self._resolve_labels(function)
+        return function
+
+    def _parameters(self, function: Function) -> None:
+        offset = 0
+        while not self._take(")"):
+            self._expect(".param")
+            align, size = 0, 0
+            while self._peek().text.startswith("."):
+                word = self._next().text
+                if word == ".align":
+                    align = self._integer()
+                elif word in (".ptr", ".global", ".const", ".shared", ".local"):
+                    continue
+                else:
+                    size = _type_bytes(word)
+                    if self._peek().text == ".ptr":
+                        self._pointer_attributes()
+            name = self._next().text
+            natural = size
+            if self._take("["):
+                size *= self._integer()
+                self._expect("]")
+            align = align or natural
+            offset = -(-offset // align) * align
+            function.parameters.append(Parameter(name, offset, size, align))
+            offset += size
+            self._take(",")
+
+    def _pointer_attributes(self) -> None:
+        self._expect(".ptr")
+        while self._peek().text.startswith("."):
+            if self._next().text == ".align":
+                self._integer()
+
+    def _body(self, function: Function) -> None:
+        while True:
+            token = self._peek()
+            if token is _END:
+                raise self._error("the body of a kernel is not closed")
+            if self._take("}"):
+                if self._scope.outer is None:
+                    return
+                self._scope = self._scope.outer
+            elif self._take("{"):
+                self._scopes += 1
+                self._scope = _Scope(self._scopes, self._scope)
+            elif self._take(";"):
+                continue
+            elif token.kind == "word" and self._tokens[self._at + 1].text == ":":
+                self._label(function)
+            elif token.text.startswith("."):
+                self._body_directive(function)
+            else:
+                self._instruction(function)
+
+    def _label(self, function: Function) -> None:
+        name = self._next()
+        self._expect(":")
+        unique = self._scope.rename(name.text)
+        self._scope.labels[name.text] = unique
+        if self._peek().text == ".branchtargets":
+            self._next()
+            targets = [self._next().text]
+            while self._take(","):
+                targets.append(self._next().text)
+            self._expect(";")
+            self._tables.append((unique, tuple(targets), self._scope))
+        elif self._peek().text == ".callprototype":
+            self._skip_statement()
+        else:
+            function.body.append(Label(unique, name.line))
+
+    def _body_directive(self, function: Function) -> None:
+        word = self._peek().text
+        if word == ".reg":
+            self._register_declaration(function)
+        elif word == ".loc":
+            self._source_location()
+        elif word in _SPACES:
+            function.variables.append(self._variable(extern=False))
+        elif word in (".pragma", ".param", ".callprototype"):
+            self._skip_statement()
+        elif word == ".file":
+            self._file()
+        else:
+            raise self._error(f"directive {word} is not known")
+
+    def _register_declaration(self, function: Function) -> None:
+        self._expect(".reg")
+        type_name = self._next().text.removeprefix(".")
+        if type_name.startswith("v") and type_name[1:].isdigit():
+            raise self._error("vector registers are not supported")
+        while True:
+            name = self._next().text
+            if self._take("<"):
+                count = self._integer()
+                self._expect(">")
+                names = [f"{name}{k}" for k in range(count)]
+            else:
+                names = [name]
+            for each in names:
+                unique = self._scope.rename(each)
+                self._scope.registers[each] = unique
+                function.registers[unique] = type_name
+            if not self._take(","):
+                break
+        self._expect(";")
+
+    def _source_location(self) -> None:
+        self._expect(".loc")
+        file, line = self._integer(), self._integer()
+        self._integer()
+        while self._take(","):  # function_name …, inlined_at file line column
+            while self._peek().text not in (",", ";") and not self._statement_begins():
+                self._next()
+        self._location = Location(self._files.get(file, f"file {file}"), line) if line else None
+
+    def _statement_begins(self) -> bool:
+        """Whether the token is on a later line than the one before: `.loc` has no semicolon."""
+        return self._peek().line > self._tokens[self._at - 1].line
+
+    def _instruction(self, function: Function) -> None:
+        line = self._peek().line
+        guard = None
+        if self._take("@"):
+            negated = self._take("!")
+            name = self._next().text
+            guard = Register(self._scope.register(name) or name, negated)
+        word = self._next()
+        if word.kind != "word":
+            raise self._error(f"{word.text!r} begins no instruction", word)
+        opcode, *modifiers = word.text.split(".")
+        operands: list[Operand] = []
+        while not self._take(";"):
+            operands.append(self._operand())
+            if not self._take(",") and self._peek().text != ";":
+                raise self._error(f"';' was expected after an operand, not {self._peek().text!r}")
+        if opcode in _BRANCHES:
+            self._branches.append((len(function.body), self._scope))
+        function.body.append(
+            Instruction(opcode, tuple(modifiers), tuple(operands), line, guard, self._location)
+        )
+
+    def _resolve_labels(self, function: Function) -> None:
+        for index, scope in self._branches:
+            instruction = function.body[index]
+            assert isinstance(instruction, Instruction)
+            operands = tuple(
+                Symbol(scope.label(o.name) or o.name) if isinstance(o, Symbol) else o
+                for o in instruction.operands
+            )
+            function.body[index] = replace(instruction, operands=operands)
+        for name, targets, scope in self._tables:
+            function.branch_targets[name] = tuple(scope.label(t) or t for t in targets)
+
+    # ------------------------------------------------------------------ operands
+
+    def _operand(self) -> Operand:
+        if self._take("{"):
+            return Vector(self._list("}"))
+        if self._take("("):
+            return Vector(self._list(")"))
+        if self._take("["):
+            return self._address()
+        if self._take("!"):
+            register = self._expression()
+            if not isinstance(register, Register):
+                raise self._error("a predicate was expected after '!'")
+            return replace(register, negated=True)
+        first = self._expression()
+        if self._take("|"):
+            second = self._expression()
+            if not isinstance(first, Register) or not isinstance(second, Register):
+                raise self._error("two registers were expected around '|'")
+            return Pair(first, second)
+        return first
+
+    def _list(self, end: str) -> tuple[Operand, ...]:
+        elements: list[Operand] = []
+        while not self._take(end):
+            elements.append(self._operand())
+            self._take(",")
+        return tuple(elements)
+
+    def _address(self) -> Address:
+        base = self._expression()
+        offset = 0
+        if isinstance(base, Symbol) and base.offset:
+            base, offset = Symbol(base.name), base.offset
+        while self._peek().text in ("+", "-"):
+            sign = -1 if self._next().text == "-" else 1
+            offset += sign * self._integer()
+        coordinates: list[Operand] = []
+        while self._take(","):
+            operand = self._operand()
+            coordinates += operand.elements if isinstance(operand, Vector) else (operand,)
+        self._expect("]")
+        return Address(base, offset, tuple(coordinates))
+
+    def _expression(self) -> Expression:
+        negative = self._take("-")
+        token = self._next()
+        if token.kind == "number":
+            immediate = _immediate(token.text)
+            return replace(immediate, value=-immediate.value) if negative else immediate
+        if token.kind != "word" or negative:
+            raise self._error(f"an operand was expected, not {token.text!r}", token)
+        unique = self._scope.register(token.text)
+        if unique is not None:
+            return Register(unique)
+        if token.text.startswith("%") or token.text == "_":
+            return Register(token.text)
+        if token.text == "WARP_SZ":
+            return Immediate(32)
+        offset = self._integer() if self._peek().text == "+" and self._take("+") else 0
+        return Symbol(token.text, offset)
+
+
+def _number(text: str) -> int:
+    text = text.rstrip("U")
+    if len(text) > 1 and text[0] == "0" and text.isdigit():
+        return int(text, 8)
+    return int(text, 0)
+
+
+def _immediate(text: str) -> Immediate:
+    if text[:2] in ("0f", "0F"):
+        return Immediate(0, bits=int(text[2:], 16), bits_width=32)
+    if text[:2] in ("0d", "0D"):
+        return Immediate(0, bits=int(text[2:], 16), bits_width=64)
+    if "." in text:
+        return Immediate(float(text))
+    return Immediate(_number(text))
+
+
+def _type_bytes(word: str) -> int:
+    digits = "".join(c for c in word if c.isdigit())
+    if not digits:
+        raise PtxSyntaxError(f"{word} is not a type with a size")
+    return int(digits) // 8 if "x2" not in word else 4
+
+
+def _literal_bytes(value: Expression, size: int) -> bytes:
+    if not isinstance(value, Immediate):
+        raise PtxSyntaxError("addresses in initializers are not supported")
+    if value.bits is not None:
+        return value.bits.to_bytes(size, "little")
+    return (int(value.value) & ((1 << (8 * size)) - 1)).to_bytes(size, "little")

@@ -1,0 +1,127 @@
+// Operations by name, gathering of lanes, reports, counts and spans.
+#include "core.h"
+
+#include <algorithm>
+
+#include "program.h"
+
+namespace ptxe {
+
+namespace {
+
+struct OperationTable {
+  std::vector<std::string> names;
+  std::vector<Operation> operations;
+};
+
+OperationTable& table() {
+  static OperationTable instance;
+  return instance;
+}
+
+constexpr size_t kMaxFindings = 1000;  // per machine; a broken loop would report without end
+
+}  // namespace
+
+Register::Register(const char* name, Operation run) {
+  table().names.push_back(name);
+  table().operations.push_back(run);
+}
+
+const std::vector<std::string>& operation_names() { return table().names; }
+Operation operation_at(uint32_t index) { return table().operations[index]; }
+
+Step gather(Warp& w, const Instruction& i, Lanes members) {
+  const Lanes wanted = members & w.live;
+  if ((wanted & ~w.lanes) == 0) return Step::Execute;
+  if (i.aligned) {
+    report(w, Report::Divergence, w.first_lane(),
+           "an .aligned instruction is executed by lanes " + lanes_text(w.lanes) + " while lanes " +
+               lanes_text(wanted & ~w.lanes) + " of the warp are elsewhere");
+    return Step::Execute;
+  }
+  const uint32_t pc = w.pc();
+  auto here = std::find_if(w.gatherings.begin(), w.gatherings.end(), [&](const Gathering& g) { return g.pc == pc; });
+  if (here == w.gatherings.end()) here = w.gatherings.insert(here, Gathering{pc});
+  if ((w.lanes & ~here->served) == 0) {
+    here->served &= ~w.lanes;
+    if (!here->served && !here->arrived) w.gatherings.erase(here);
+    return Step::Next;
+  }
+  here->arrived |= w.lanes;
+  if (wanted & ~here->arrived) {
+    w.waits_for = "lanes " + lanes_text(wanted & ~here->arrived) + " at a .sync instruction";
+    return Step::Wait;
+  }
+  here->served |= here->arrived & ~w.lanes;
+  w.lanes = here->arrived;
+  here->arrived = 0;
+  if (!here->served) w.gatherings.erase(here);
+  return Step::Execute;
+}
+
+std::string lanes_text(Lanes lanes) {
+  if (lanes == kAllLanes) return "0-31";
+  std::string text;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!(lanes >> lane & 1)) continue;
+    int last = lane;
+    while (last + 1 < kLanes && (lanes >> (last + 1) & 1)) ++last;
+    if (!text.empty()) text += ",";
+    text += std::to_string(lane);
+    if (last > lane) text += "-" + std::to_string(last);
+    lane = last;
+  }
+  return text.empty() ? "none" : text;
+}
+
+Site site_of(const Warp& w, int lane) { return Site{w.cta->linear, w.index, lane, w.pc()}; }
+
+void report(Grid& grid, Report kind, const Site& site, std::string message, const Site* other) {
+  Machine& machine = *grid.machine;
+  const std::lock_guard<std::mutex> hold(machine.lock);
+  if (machine.findings.size() >= kMaxFindings) return;
+  machine.findings.push_back(
+      Finding{kind, site, other ? *other : Site{}, other != nullptr, std::move(message), grid.program, grid.id});
+}
+
+void report(Warp& w, Report kind, int lane, std::string message) {
+  report(*w.grid, kind, site_of(w, lane), std::move(message));
+}
+
+void count(Warp& w, Count what, uint64_t n) {
+  Tally& tally = w.grid->tallies[worker_index];
+  tally.counts[w.index * static_cast<size_t>(Count::NumCounts) + static_cast<size_t>(what)] += n;
+}
+
+void trace_span(Warp& w, const char* name, uint64_t begin, uint64_t end) {
+  Machine& machine = *w.cluster->machine;
+  if (!machine.options.trace) return;
+  const std::lock_guard<std::mutex> hold(machine.lock);
+  machine.spans.push_back(Span{w.grid, w.cta->linear, static_cast<int32_t>(w.index), "", name, begin, end});
+}
+
+void trace_engine(Cta& cta, const char* engine, const char* name, uint64_t begin, uint64_t end) {
+  Machine& machine = *cta.cluster->machine;
+  if (!machine.options.trace) return;
+  const std::lock_guard<std::mutex> hold(machine.lock);
+  machine.spans.push_back(Span{cta.grid, cta.linear, -1, engine, name, begin, end});
+}
+
+void start_async(Warp& w, std::unique_ptr<AsyncOp> op) {
+  Cluster& cluster = *w.cluster;
+  ++cluster.progress;
+  if (cluster.machine->options.asyncs == AsyncPolicy::Eager) {
+    const bool held_back = std::any_of(cluster.in_flight.begin(), cluster.in_flight.end(), [&](const auto& earlier) {
+      return op->order != 0 && earlier->order == op->order;
+    });
+    if (!held_back) {
+      while (!op->step(cluster)) {
+      }
+      return;
+    }
+  }
+  cluster.in_flight.push_back(std::move(op));
+}
+
+}  // namespace ptxe

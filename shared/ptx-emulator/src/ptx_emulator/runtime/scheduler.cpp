@@ -1,0 +1,392 @@
+// Runs launches: which cluster, which warp, which asynchronous operation goes next.
+//
+// A worker (an OS thread) runs one cluster until it ends or cannot go on, then takes another. Within a cluster
+// the order is a function of the schedule and the seed alone.
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "program.h"
+
+namespace ptxe {
+
+namespace {
+
+constexpr uint32_t kFairQuantum = 64;        // instructions of a warp before the next one runs
+constexpr uint32_t kGreedyQuantum = 5000;    // until it waits, in practice
+constexpr uint32_t kRandomQuantum = 200;     // at most
+constexpr uint32_t kQuietPasses = 3;         // over all warps without progress before a late operation completes
+constexpr uint32_t kSpinPasses = 200;        // ... before other clusters get a turn
+constexpr uint64_t kHungSteps = 20000000;    // instructions of a cluster without progress that count as a deadlock
+constexpr auto kIdleSleep = std::chrono::microseconds(20);
+
+enum class Outcome : uint8_t { Finished, Stuck, Spinning, Parked };
+
+// One executed instruction of the current group. Returns what it did.
+Step execute(Warp& w, Tally& tally, size_t num_instructions) {
+  Group& group = w.groups[w.current];
+  const uint32_t pc = group.pc;
+  const Instruction& i = w.grid->program->code[pc];
+  Lanes lanes = group.lanes;
+  if (i.guard >= 0) {
+    const Lanes guard = w.predicate(static_cast<uint32_t>(i.guard));
+    lanes &= i.guard_negated ? ~guard : guard;
+  }
+  Step step = Step::Next;
+  if (lanes) {
+    w.lanes = lanes;
+    w.at = &i;
+    step = i.run(w, i);
+    if (step != Step::Wait) {
+      ++tally.executed[w.index * num_instructions + pc];
+      ++w.time;
+    }
+  }
+  if (step == Step::Next || step == Step::Yield) {
+    Group& same = w.groups[w.current];
+    ++same.pc;
+    if (same.meets && same.meets->pc == same.pc) settle_groups(w);
+  } else if (step == Step::Jump && !w.groups.empty()) {
+    settle_groups(w);
+  }
+  return step;
+}
+
+// The next group of the warp that can run; false if all have been tried and wait.
+bool next_group(Warp& w) {
+  const auto n = static_cast<uint32_t>(w.groups.size());
+  for (uint32_t k = 1; k <= n; ++k) {
+    const uint32_t g = (w.current + k) % n;
+    if (!w.groups[g].parked && !w.groups[g].waiting) {
+      w.current = g;
+      return true;
+    }
+  }
+  return false;
+}
+
+struct Ran {
+  uint32_t executed = 0;  // instructions
+  bool stopped = false;   // trap
+};
+
+Ran run_warp(Warp& w, uint32_t quantum) {
+  Ran ran;
+  Tally& tally = w.grid->tallies[worker_index];
+  const size_t num_instructions = w.grid->program->code.size();
+  for (Group& group : w.groups) group.waiting = false;
+  while (ran.executed < quantum && !w.groups.empty()) {
+    const Step step = execute(w, tally, num_instructions);
+    if (step == Step::Stop) {
+      ran.stopped = true;
+      return ran;
+    }
+    if (step == Step::Wait) {
+      w.groups[w.current].waiting = true;
+      if (!next_group(w)) break;
+      continue;
+    }
+    ++ran.executed;
+    if (step == Step::Yield) break;
+  }
+  if (w.groups.size() > 1) next_group(w);
+  return ran;
+}
+
+struct ClusterRun {
+  std::unique_ptr<Cluster> cluster;
+  std::vector<Warp*> warps;
+  Outcome last = Outcome::Spinning;
+  uint64_t quiet_steps = 0;  // instructions since something happened that another warp could wait for
+
+  explicit ClusterRun(std::unique_ptr<Cluster> c) : cluster(std::move(c)) {
+    for (Cta& cta : cluster->ctas) {
+      for (Warp& w : cta.warps) warps.push_back(&w);
+    }
+  }
+
+  Options& options() { return cluster->machine->options; }
+  uint32_t random(uint32_t bound) { return static_cast<uint32_t>(next_random(cluster->random_state) % bound); }
+
+  // One step of an operation in flight that no earlier one of the same order holds back. -1: the first, else chosen
+  // by `pick` among those that may go.
+  bool step_async(AsyncPolicy policy) {
+    auto& ops = cluster->in_flight;
+    std::vector<size_t> free;
+    for (size_t k = 0; k < ops.size(); ++k) {
+      bool held_back = false;
+      for (size_t e = 0; e < k && ops[k]->order != 0 && !held_back; ++e) held_back = ops[e]->order == ops[k]->order;
+      if (!held_back) free.push_back(k);
+      if (policy == AsyncPolicy::Prompt && !free.empty()) break;
+    }
+    if (free.empty()) return false;
+    size_t k = free.front();
+    if (policy == AsyncPolicy::Late) k = free.back();
+    if (policy == AsyncPolicy::Random) k = free[random(static_cast<uint32_t>(free.size()))];
+    ++cluster->progress;
+    cluster->machine->async_steps.fetch_add(1, std::memory_order_relaxed);
+    AsyncOp* op = ops[k].get();
+    if (op->step(*cluster)) {
+      const auto at = std::find_if(ops.begin(), ops.end(), [&](const auto& o) { return o.get() == op; });
+      ops.erase(at);
+    }
+    return true;
+  }
+
+  void drain_async() {
+    while (!cluster->in_flight.empty() && step_async(AsyncPolicy::Prompt)) {
+    }
+  }
+
+  uint32_t quantum() {
+    switch (options().warps) {
+      case WarpPolicy::Fair: return kFairQuantum;
+      case WarpPolicy::Greedy: return kGreedyQuantum;
+      case WarpPolicy::Random: return 1 + random(kRandomQuantum);
+    }
+    return kFairQuantum;
+  }
+
+  void after_warp() {
+    const AsyncPolicy policy = options().asyncs;
+    if (policy == AsyncPolicy::Prompt) step_async(policy);
+    if (policy == AsyncPolicy::Random && random(4) == 0) step_async(policy);
+  }
+
+  void retire_warp(Warp& w) {
+    Cta& cta = *w.cta;
+    --cluster->live_warps;
+    ++cluster->progress;
+    const bool last = std::all_of(cta.warps.begin(), cta.warps.end(), [](const Warp& o) { return !o.live; });
+    if (last) signal_cta(cta);
+  }
+
+  static void signal_cta(Cta& cta) {
+    if (cta.launched_dependents) return;
+    cta.launched_dependents = true;
+    cta.grid->signalled_ctas.fetch_add(1);
+  }
+
+  // One turn of every live warp. Returns false on a trap.
+  bool pass(uint64_t& executed) {
+    for (size_t n = 0; n < warps.size(); ++n) {
+      Warp& w = *warps[options().warps == WarpPolicy::Random ? random(static_cast<uint32_t>(warps.size())) : n];
+      if (!w.live) continue;
+      const Ran ran = run_warp(w, quantum());
+      executed += ran.executed;
+      if (ran.stopped) return false;
+      if (!w.live) retire_warp(w);
+      after_warp();
+      if (cluster->parked) return true;
+    }
+    return true;
+  }
+
+  void finish() {
+    drain_async();
+    for (Cta& cta : cluster->ctas) end_cta(cta);
+    cluster->grid->finished_clusters.fetch_add(1);
+    last = Outcome::Finished;
+  }
+
+  Outcome run() {
+    Machine& machine = *cluster->machine;
+    uint32_t quiet = 0;
+    uint64_t executed = 0;  // since the last progress, in this call
+    while (!machine.stopped.load(std::memory_order_relaxed)) {
+      const uint64_t before = cluster->progress;
+      const uint64_t executed_before = executed;
+      if (!pass(executed)) {
+        machine.stopped = true;
+        break;
+      }
+      if (!cluster->live_warps) {
+        finish();
+        return last;
+      }
+      if (cluster->parked) return last = Outcome::Parked;
+      if (cluster->progress == before) {
+        ++quiet;
+        quiet_steps += executed - executed_before;
+        const bool all_wait = executed == executed_before && options().warps != WarpPolicy::Random;
+        const bool stepped = (all_wait || quiet >= kQuietPasses) && step_async(options().asyncs);
+        if (!stepped && all_wait) return last = Outcome::Stuck;
+        if (!stepped && quiet >= kSpinPasses) return last = executed ? Outcome::Spinning : Outcome::Stuck;
+        if (!stepped) continue;
+      }
+      quiet = 0;
+      executed = 0;
+      quiet_steps = 0;
+      machine.epoch.fetch_add(1, std::memory_order_relaxed);
+    }
+    return last = Outcome::Finished;
+  }
+};
+
+// What waits for what, for every warp that has not exited.
+void report_deadlock(Machine& machine, const std::vector<ClusterRun*>& runs) {
+  for (ClusterRun* run : runs) {
+    Cluster& cluster = *run->cluster;
+    for (Warp* w : run->warps) {
+      if (!w->live) continue;
+      for (uint32_t g = 0; g < w->groups.size(); ++g) {
+        w->current = g;
+        w->lanes = w->groups[g].lanes;
+        const bool parked = w->groups[g].parked;
+        std::string what = w->waits_for.empty() ? "polling" : w->waits_for;
+        if (parked) what = "the other lanes of its warp";
+        report(*w, Report::Deadlock, -1, "lanes " + lanes_text(w->groups[g].lanes) + " wait for " + what);
+      }
+    }
+    for (const auto& op : cluster.in_flight) {
+      report(*cluster.grid, Report::Deadlock, Site{}, "still in flight: " + op->describe());
+    }
+  }
+  machine.stopped = true;
+}
+
+class Worker {
+ public:
+  Worker(Machine& machine, std::atomic<uint32_t>& idle, std::atomic<uint32_t>& ended)
+      : machine_(machine), idle_(idle), ended_(ended) {}
+
+  void run() {
+    while (!machine_.stopped) {
+      if (run_live() || start_next()) continue;
+      if (live_.empty() && all_started()) break;
+      if (unpark()) continue;
+      if (!wait_for_others()) break;
+    }
+    ended_.fetch_add(1);
+  }
+
+ private:
+  // Runs every live cluster once; true if one made progress.
+  bool run_live() {
+    bool progressed = false;
+    for (size_t k = 0; k < live_.size() && !machine_.stopped; ++k) {
+      ClusterRun& run = *live_[k];
+      if (run.cluster->parked) continue;
+      const uint64_t before = run.cluster->progress;
+      run.run();
+      progressed |= run.cluster->progress != before || run.last == Outcome::Finished;
+    }
+    live_.erase(std::remove_if(live_.begin(), live_.end(), [](const auto& r) { return r->last == Outcome::Finished; }),
+                live_.end());
+    if (progressed) machine_.epoch.fetch_add(1);
+    return progressed;
+  }
+
+  bool may_start(Grid& grid) const {
+    if (grid.id == 0) return true;
+    Grid& before = machine_.grids[grid.id - 1];
+    if (before.complete()) return true;
+    const uint32_t num_ctas = before.size[0] * before.size[1] * before.size[2];
+    return grid.pdl && machine_.options.early_dependents && before.signalled_ctas == num_ctas && may_start(before);
+  }
+
+  bool start_next() {
+    const std::lock_guard<std::mutex> hold(machine_.starting);
+    for (auto grid = machine_.grids.rbegin(); grid != machine_.grids.rend(); ++grid) {
+      if (grid->next_cluster >= grid->num_clusters || !may_start(*grid)) continue;
+      if (live_.size() * grid->cluster[0] * grid->cluster[1] * grid->cluster[2] >= machine_.target.num_sms) continue;
+      live_.push_back(std::make_unique<ClusterRun>(make_cluster(*grid, grid->next_cluster.fetch_add(1))));
+      machine_.epoch.fetch_add(1);
+      return true;
+    }
+    return false;
+  }
+
+  bool all_started() const {
+    return std::all_of(machine_.grids.begin(), machine_.grids.end(),
+                       [](const Grid& g) { return g.next_cluster >= g.num_clusters; });
+  }
+
+  bool unpark() {
+    bool any = false;
+    for (auto& run : live_) {
+      any |= run->cluster->parked;
+      run->cluster->parked = false;
+    }
+    return any;
+  }
+
+  // Sleeps until another worker has made progress; false if none can: then all is at an end, or deadlocked.
+  bool wait_for_others() {
+    const bool hung = std::all_of(live_.begin(), live_.end(), [](const auto& run) {
+      return run->last == Outcome::Stuck || run->quiet_steps > kHungSteps;
+    });
+    if (!hung) return true;
+    const uint64_t seen = machine_.epoch;
+    idle_.fetch_add(1);
+    while (machine_.epoch == seen && !machine_.stopped) {
+      if (idle_ + ended_ >= machine_.options.workers) {
+        const std::lock_guard<std::mutex> hold(machine_.starting);
+        std::this_thread::sleep_for(kIdleSleep);
+        if (machine_.epoch != seen || machine_.stopped) break;
+        idle_.fetch_sub(1);
+        std::vector<ClusterRun*> runs;
+        for (auto& run : live_) runs.push_back(run.get());
+        report_deadlock(machine_, runs);
+        return false;
+      }
+      std::this_thread::sleep_for(kIdleSleep);
+    }
+    idle_.fetch_sub(1);
+    return !machine_.stopped;
+  }
+
+  Machine& machine_;
+  std::atomic<uint32_t>& idle_;
+  std::atomic<uint32_t>& ended_;
+  std::vector<std::unique_ptr<ClusterRun>> live_;
+};
+
+}  // namespace
+
+bool grid_dependencies_done(const Grid& grid) {
+  return std::all_of(grid.machine->grids.begin(), grid.machine->grids.begin() + grid.id,
+                     [](const Grid& earlier) { return earlier.complete(); });
+}
+
+void launch_dependents(Warp& w) {
+  ClusterRun::signal_cta(*w.cta);
+  Cluster& cluster = *w.cluster;
+  ++cluster.progress;
+  const auto& grids = cluster.machine->grids;
+  const uint32_t next = w.grid->id + 1;
+  const bool dependent = next < grids.size() && grids[next].pdl && cluster.machine->options.early_dependents;
+  const bool all = std::all_of(cluster.ctas.begin(), cluster.ctas.end(),
+                               [](const Cta& cta) { return cta.launched_dependents; });
+  if (dependent && all && grids[next].next_cluster < grids[next].num_clusters) cluster.parked = true;
+}
+
+bool cancel_next_cluster(Warp& w, uint32_t first_cta[3]) {
+  Grid& grid = *w.grid;
+  const std::lock_guard<std::mutex> hold(grid.machine->starting);
+  if (grid.next_cluster >= grid.num_clusters) return false;
+  const uint32_t linear = grid.next_cluster.fetch_add(1);
+  grid.finished_clusters.fetch_add(1);
+  const uint32_t clusters_x = grid.size[0] / grid.cluster[0];
+  const uint32_t clusters_y = grid.size[1] / grid.cluster[1];
+  first_cta[0] = linear % clusters_x * grid.cluster[0];
+  first_cta[1] = linear / clusters_x % clusters_y * grid.cluster[1];
+  first_cta[2] = linear / clusters_x / clusters_y * grid.cluster[2];
+  grid.signalled_ctas.fetch_add(grid.cluster[0] * grid.cluster[1] * grid.cluster[2]);
+  return true;
+}
+
+void synchronize(Machine& machine) {
+  std::atomic<uint32_t> idle{0};
+  std::atomic<uint32_t> ended{0};
+  auto work = [&](uint32_t index) {
+    worker_index = index;
+    Worker(machine, idle, ended).run();
+  };
+  std::vector<std::thread> threads;
+  for (uint32_t index = 1; index < machine.options.workers; ++index) threads.emplace_back(work, index);
+  work(0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace ptxe

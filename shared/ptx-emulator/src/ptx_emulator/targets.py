@@ -1,0 +1,48 @@
+"""What the emulator has to know of a GPU: limits, and how many CTAs it can hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ptx_emulator.errors import EmulatorError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compute capability. `max_shared_bytes` is the opt-in limit of one CTA, `num_sms` that of the largest
+    product with it."""
+
+    name: str
+    sm: int
+    max_shared_bytes: int
+    num_sms: int
+
+
+_TARGETS = {
+    80: Target("sm_80", 80, 166912, 108),
+    86: Target("sm_86", 86, 101376, 84),
+    87: Target("sm_87", 87, 166912, 16),
+    89: Target("sm_89", 89, 101376, 142),
+    90: Target("sm_90", 90, 232448, 132),
+    100: Target("sm_100", 100, 232448, 148),
+    101: Target("sm_101", 101, 232448, 20),
+    103: Target("sm_103", 103, 232448, 148),
+    110: Target("sm_110", 110, 232448, 20),
+    120: Target("sm_120", 120, 101376, 188),
+    121: Target("sm_121", 121, 101376, 48),
+}
+
+
+def target(name: str) -> Target:
+    """The target of an architecture's name, such as `sm_100a` or `sm_120f`.
+
+    Raises:
+        EmulatorError: an architecture that the emulator does not know.
+    """
+    match = re.fullmatch(r"(?:sm|compute)_(\d+)[af]?", name)
+    found = _TARGETS.get(int(match[1])) if match else None
+    if found is None:
+        known = ", ".join(t.name for t in _TARGETS.values())
+        raise EmulatorError(f"device: {name!r} is not a target of the emulator, which has {known}")
+    return found

@@ -1,0 +1,89 @@
+"""Runs a few lines of PTX on arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from ptx_emulator.machine import LoadedModule, Machine, Result
+
+ADDRESSES = 16  # arrays at most
+
+_PRELUDE = """.version 8.8
+.target {target}
+.address_size 64
+.extern .shared .align 1024 .b8 smem[];
+{globals}
+.visible .entry kernel({parameters})
+{{
+.reg .pred %p<64>;
+.reg .b16 %rs<64>;
+.reg .b32 %r<512>;
+.reg .f32 %f<512>;
+.reg .b64 %rd<64>;
+.reg .f64 %fd<64>;
+.reg .b128 %rq<8>;
+{loads}
+mov.u32 %r1, %tid.x;
+mul.wide.u32 %rd0, %r1, 4;
+{body}
+ret;
+}}
+"""
+
+
+def kernel_text(body: str, num_arrays: int, target: str = "sm_90a", module_scope: str = "") -> str:
+    """A module with one kernel: `%rd1`, `%rd2`, … hold the arrays' addresses, `%r1` is %tid.x, `%rd0` 4 * %tid.x."""
+    names = [f"array{n}" for n in range(1, num_arrays + 1)]
+    return _PRELUDE.format(
+        target=target,
+        globals=module_scope,
+        parameters=", ".join(f".param .u64 {name}" for name in names),
+        loads="\n".join(f"ld.param.u64 %rd{n}, [{name}];" for n, name in enumerate(names, 1)),
+        body=body,
+    )
+
+
+def run_kernel(
+    body: str,
+    *arrays: np.ndarray | torch.Tensor,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    block: tuple[int, int, int] = (32, 1, 1),
+    cluster: tuple[int, int, int] = (1, 1, 1),
+    target: str = "sm_90a",
+    shared_bytes: int = 0,
+    globals: str = "",  # noqa: A002: what PTX calls it
+    checks: bool = True,
+    expect_reports: bool = False,
+    initialised: bool = True,
+    **options: Any,
+) -> Result:
+    """Runs a kernel body on arrays, which it changes in place.
+
+    Args:
+        expect_reports: return findings in `Result.reports` instead of raising them.
+        initialised: False: reading of the arrays what the kernel has not written is a finding.
+        options: of `Machine`.
+    """
+    machine = Machine(target, checks=checks, **options)
+    module = LoadedModule(kernel_text(body, len(arrays), target, globals), target)
+    machine.attach(module)
+    params = b""
+    for number, array in enumerate(arrays, 1):
+        address, num_bytes = _memory(array)
+        machine.add_range(f"array{number}", address, num_bytes, initialised=initialised)
+        params += address.to_bytes(8, "little")
+    machine.enqueue(module.kernel(), grid, block, cluster, shared_bytes, params)
+    result = machine.synchronize()
+    if not expect_reports:
+        result.raise_reports()
+    return result
+
+
+def _memory(array: np.ndarray | torch.Tensor) -> tuple[int, int]:
+    if isinstance(array, torch.Tensor):
+        assert array.is_contiguous()
+        return array.data_ptr(), array.numel() * array.element_size()
+    assert array.flags.c_contiguous
+    return array.ctypes.data, array.nbytes
