@@ -1,7 +1,7 @@
 """Compiles the runtime once and keeps it in the user's cache folder.
 
-Objects are keyed by the source, the headers, the compiler and the processor, so a change of one file compiles that
-file alone. Compilers in order: `$CXX`, g++, clang++, and the `ziglang` wheel.
+Objects are keyed by the source, the headers, the compiler and the processor, so a change of one file compiles
+that file alone. Compilers in order: `$CXX`, g++, clang++, and the `ziglang` wheel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from ptx_emulator.errors import BuildError
 
 CACHE_VARIABLE = "PTX_EMULATOR_CACHE_DIR"
 _RUNTIME = Path(__file__).parent / "runtime"
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra")
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+)
 
 
 def cache_folder() -> Path:

@@ -15,7 +15,9 @@ class UnsupportedInstruction(EmulatorError):
     """An instruction, or a form of it, that the emulator does not know. It never guesses."""
 
     def __init__(self, name: str, line: int, function: str, why: str = "") -> None:
-        super().__init__(f"PTX line {line} of {function}: {name} is not supported" + (f": {why}" if why else ""))
+        super().__init__(
+            f"PTX line {line} of {function}: {name} is not supported" + (f": {why}" if why else "")
+        )
         self.name = name
         self.line = line
 

@@ -180,11 +180,11 @@ class Machine:
             barriers, divergence and deadlock are always checked.
         schedule: one of `SCHEDULES`, or `(warps, asyncs)`.
         seed: of the random schedules.
-        workers: OS threads over which clusters are spread; default one per core. The order within a cluster does
-            not depend on it.
+        workers: OS threads over which clusters are spread; default one per core. The order within a cluster
+            does not depend on it.
         trace: whether spans for a timeline are recorded.
-        early_dependents: whether a grid launched with programmatic stream serialization starts as early as its
-            predecessor allows, or only when that has completed.
+        early_dependents: whether a grid launched with programmatic stream serialization starts as early as
+            its predecessor allows, or only when that has completed.
 
     Raises:
         EmulatorError: an unknown device or schedule.
@@ -337,14 +337,14 @@ class Machine:
         total = program.static_shared_bytes + shared_bytes
         if total > self.target.max_shared_bytes:
             raise EmulatorError(
-                f"shared_bytes: {program.name} asks for {total} bytes of shared memory "
-                f"({program.static_shared_bytes} static), {self.target.name} has {self.target.max_shared_bytes}"
+                f"shared_bytes: {program.name} asks for {total} bytes of shared memory, "
+                f"{program.static_shared_bytes} of them static; {self.target.name} has {self.target.max_shared_bytes}"
             )
         threads = block[0] * block[1] * block[2]
         if not 0 < threads <= 1024:
             raise EmulatorError(f"block: {block} has {threads} threads, a CTA has 1 to 1024")
         if min(grid) < 1 or min(cluster) < 1:
-            raise EmulatorError(f"grid: {grid} and cluster {cluster} need at least one CTA in every direction")
+            raise EmulatorError(f"grid: {grid} and cluster {cluster} need a CTA in every direction")
         if any(g % c for g, c in zip(grid, cluster, strict=True)):
             raise EmulatorError(f"grid: {grid} is not a multiple of the cluster {cluster}")
         if cluster[0] * cluster[1] * cluster[2] > 16:

@@ -32,8 +32,8 @@ CONSTANT = np.dtype([("slot", "<u4"), ("bits", "<u4"), ("value", "<u8"), ("high"
 class Program:
     """A lowered kernel.
 
-    `specials` are (slot, bits, name of the special register, number after its colon). `op_classes` are the names
-    that the classes of `code` count in, `locations` the source of a PTX line where the PTX says it.
+    `specials` are (slot, bits, name of the special register, number after its colon). `op_classes` are the
+    names that the classes of `code` count in, `locations` the source of a PTX line where the PTX says it.
     """
 
     name: str
@@ -121,7 +121,7 @@ def _special(slot: int, value: Value, name: str) -> tuple[int, int, str, int]:
 
 
 def _lay_out(variables: list[Variable]) -> tuple[dict[str, int], int]:
-    """Offsets of variables, and the bytes of those with a size; an `.extern` array begins after the others."""
+    """Offsets of variables, and the bytes of those with a size; an `.extern` array comes last."""
     offsets, at = {}, 0
     for variable in sorted(variables, key=lambda v: v.extern):
         start = -(-at // variable.align) * variable.align

@@ -75,9 +75,9 @@ class Op:
 class Lowering:
     """The lowering of one kernel.
 
-    `constants` and `specials` are values that the warp finds in its registers when it starts: a constant by its
-    bits, a special register by the name the runtime knows (`tid.x`, or `shared:<offset>` for the address of a
-    shared variable in the CTA's own window).
+    `constants` and `specials` are values that the warp finds in its registers when it starts: a constant by
+    its bits, a special register by the name the runtime knows (`tid.x`, or `shared:<offset>` for the address
+    of a shared variable in the CTA's own window).
     """
 
     function: Function
@@ -100,7 +100,7 @@ class Lowering:
         return Use(self._register(operand, bits_of(type_name)), reads=False, writes=True)
 
     def src(self, operand: Operand, type_name: str) -> Use:
-        """A register, literal, special register or address that is read; a literal is spread over all lanes."""
+        """A register, literal, special register or address that is read; a literal fills all lanes."""
         bits = bits_of(type_name)
         if isinstance(operand, Immediate):
             return self.constant(immediate_bits(operand, type_name), bits)

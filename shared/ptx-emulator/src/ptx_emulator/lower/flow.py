@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ptx_emulator.lower.context import Op, Target
 from ptx_emulator.lower.control import MEETS
@@ -43,8 +44,8 @@ def blocks_of(ops: list[Op]) -> list[Block]:
     for index, op in enumerate(ops):
         if op.name in _ENDS_BLOCK:
             starts.update((index + 1, *branch_targets(op)))
-    bounds = sorted(s for s in starts if s < len(ops)) + [len(ops)]
-    blocks = [Block(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    bounds = [*sorted(s for s in starts if s < len(ops)), len(ops)]
+    blocks = [Block(start, end) for start, end in pairwise(bounds)]
     number = {block.start: n for n, block in enumerate(blocks)}
     for block in blocks:
         last = ops[block.end - 1]
@@ -68,8 +69,11 @@ def fill_meeting_points(ops: list[Op], blocks: list[Block]) -> None:
 
 
 def _post_dominators(blocks: list[Block]) -> list[int | None]:
-    """Immediate post-dominators (Cooper, Harvey, Kennedy: "A Simple, Fast Dominance Algorithm", on the reversed
-    graph). The exit is block `len(blocks)`; None for blocks from which no exit is reached."""
+    """Immediate post-dominators, by block.
+
+    Cooper, Harvey, Kennedy: "A Simple, Fast Dominance Algorithm", on the reversed graph. The exit is block
+    `len(blocks)`; None for blocks from which no exit is reached.
+    """
     leave = len(blocks)
     successors = [block.successors or [leave] for block in blocks]
     predecessors: list[list[int]] = [[] for _ in range(leave + 1)]

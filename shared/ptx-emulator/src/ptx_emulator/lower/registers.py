@@ -1,7 +1,7 @@
 """Slots of the register file: values that are never live together share one.
 
-Only values of the same width share, so that a lane's part of a slot is the same bytes for all of them: lanes that
-diverged keep their values while others write theirs.
+Only values of the same width share, so that a lane's part of a slot is the same bytes for all of them: lanes
+that diverged keep their values while others write theirs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Allocation:
 
 
 def allocate(ops: list[Op], blocks: list[Block], fixed: list[Value]) -> Allocation:
-    """Assigns slots by linear scan over live intervals; `fixed` values (constants, special registers) keep theirs."""
+    """Assigns slots by linear scan over live intervals; `fixed` values keep theirs to the end."""
     intervals = _intervals(ops, blocks, set(fixed))
     place: dict[Value, tuple[int, int]] = {}  # value -> (width, index within the slots of the width)
     used: dict[int, int] = {}

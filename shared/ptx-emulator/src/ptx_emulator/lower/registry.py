@@ -49,8 +49,10 @@ _TABLE: dict[str, Lowered] = {}
 
 
 def lowers(*opcodes: str, op_class: str) -> Callable[[LowerFunction], LowerFunction]:
-    """Registers a function for opcodes. An opcode may be the first words of a name (`cp.async.bulk.tensor`): the
-    longest that matches is taken."""
+    """Registers a function for opcodes.
+
+    An opcode may be the first words of a name (`cp.async.bulk.tensor`): the longest that matches is taken.
+    """
 
     def register(function: LowerFunction) -> LowerFunction:
         for opcode in opcodes:

@@ -15,7 +15,7 @@ class Register:
 
 @dataclass(frozen=True)
 class Immediate:
-    """A literal: an integer, or a float. `bits` is set for `0f…` and `0d…`, which give the bits themselves."""
+    """A literal: an integer, or a float. `bits` is set for `0f…` and `0d…`, which give the bits."""
 
     value: int | float
     bits: int | None = None
@@ -107,7 +107,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of `space` (`shared`, `global`, `const`, `local`); `bytes` is 0 for an `.extern .shared` array."""
+    """A variable of `space` (`shared`, `global`, `const`, `local`); `bytes` is 0 for an `.extern` array."""
 
     name: str
     space: str
@@ -119,7 +119,7 @@ class Variable:
 
 @dataclass
 class Function:
-    """A kernel. `registers` gives the type each virtual register was declared with, such as `b32` or `pred`."""
+    """A kernel. `registers` gives the type each virtual register was declared with: `b32`, `pred`, …"""
 
     name: str
     parameters: list[Parameter] = field(default_factory=list)
@@ -127,7 +127,7 @@ class Function:
     variables: list[Variable] = field(default_factory=list)
     body: list[Instruction | Label] = field(default_factory=list)
     branch_targets: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tables of brx.idx
-    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reqntid, maxntid, reqnctapercluster, …
+    directives: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reqntid, maxntid, …
     line: int = 0
 
 

@@ -1,7 +1,7 @@
 """Tokens to the syntax tree.
 
-Scopes: `{ … }` inside a body declares registers and labels of its own (inline assembly does so); they are renamed
-`name#scope`, so that every name is unique in its function.
+Scopes: `{ … }` inside a body declares registers and labels of its own (inline assembly does so); they are
+renamed `name#scope`, so that every name is unique in its function.
 """
 
 from __future__ import annotations
