@@ -10,7 +10,9 @@
 namespace ptxe {
 
 enum class Space : uint8_t { Generic, Global, Shared, SharedCluster, Local, Param, Const };
-enum class AccessKind : uint8_t { Read, Write, Atomic };
+// Strong: ld/st with .volatile, .relaxed, .acquire or .release. They race with weak accesses, not with each other
+// and not with atomics.
+enum class AccessKind : uint8_t { Read, Write, Atomic, StrongRead, StrongWrite };
 
 constexpr uint64_t kSharedWindow = 0x5348ull << 48;
 constexpr uint64_t kLocalWindow = 0x4c4full << 48;
