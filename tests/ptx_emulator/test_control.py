@@ -1,0 +1,146 @@
+"""Divergence, reconvergence, switches, exits, traps, spinning and deadlock."""
+
+import numpy as np
+import pytest
+from harness import run_kernel
+from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.reports import EmulationError
+
+STORE = "add.u64 %rd2, %rd1, %rd0; st.global.u32 [%rd2], %r2;"
+
+
+def lanes(body: str, num_threads: int = 32, **options: object) -> np.ndarray:
+    out = np.zeros(num_threads, dtype=np.uint32)
+    run_kernel(body + STORE, out, block=(num_threads, 1, 1), **options)
+    return out
+
+
+def test_if_else():
+    body = """
+    setp.lt.u32 %p1, %r1, 10;
+    @%p1 bra SMALL;
+    mov.u32 %r2, 7;
+    bra END;
+    SMALL: mov.u32 %r2, 3;
+    END:
+    """
+    np.testing.assert_array_equal(lanes(body), np.where(np.arange(32) < 10, 3, 7))
+
+
+def test_a_loop_with_a_trip_count_per_lane():
+    body = """
+    mov.u32 %r2, 0; mov.u32 %r3, 0;
+    LOOP: setp.ge.u32 %p1, %r3, %r1; @%p1 bra END;
+    add.u32 %r3, %r3, 1; add.u32 %r2, %r2, %r3; bra LOOP;
+    END:
+    """
+    n = np.arange(32)
+    np.testing.assert_array_equal(lanes(body), n * (n + 1) // 2)
+
+
+def test_nested_divergence():
+    body = """
+    and.b32 %r3, %r1, 1; and.b32 %r4, %r1, 2;
+    setp.ne.u32 %p1, %r3, 0; setp.ne.u32 %p2, %r4, 0;
+    mov.u32 %r2, 0;
+    @!%p1 bra EVEN;
+    @!%p2 bra ODD_LOW;
+    add.u32 %r2, %r2, 100;
+    ODD_LOW: add.u32 %r2, %r2, 10;
+    bra END;
+    EVEN: @%p2 bra END; add.u32 %r2, %r2, 1;
+    END: bar.warp.sync -1;
+    """
+    n = np.arange(32)
+    expected = np.where(n & 1, 10 + np.where(n & 2, 100, 0), np.where(n & 2, 0, 1))
+    np.testing.assert_array_equal(lanes(body), expected)
+
+
+def test_a_switch():
+    body = """
+    and.b32 %r3, %r1, 3;
+    TABLE: .branchtargets A, B, C, A;
+    brx.idx %r3, TABLE;
+    A: mov.u32 %r2, 1; bra END;
+    B: mov.u32 %r2, 2; bra END;
+    C: mov.u32 %r2, 3;
+    END:
+    """
+    np.testing.assert_array_equal(lanes(body), np.array([1, 2, 3, 1])[np.arange(32) % 4])
+
+
+def test_lanes_that_exit_early_leave_the_others_alone():
+    out = np.full(48, 9, dtype=np.uint32)
+    body = "setp.gt.u32 %p1, %r1, 40; @%p1 exit; mov.u32 %r2, 5; bar.warp.sync -1;" + STORE
+    run_kernel(body, out, block=(48, 1, 1))
+    np.testing.assert_array_equal(out, np.where(np.arange(48) > 40, 9, 5))
+
+
+def test_a_lane_waits_for_another_lane_of_its_warp():
+    """Independent thread scheduling: lane 0 spins on what lane 1 writes later in the program."""
+    out = np.zeros(32, dtype=np.uint32)
+    body = """
+    setp.ne.u32 %p1, %r1, 0;
+    @%p1 bra OTHERS;
+    SPIN: ld.volatile.global.u32 %r3, [%rd1+4]; setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;
+    bra END;
+    OTHERS: setp.ne.u32 %p3, %r1, 1; mov.u32 %r4, 1; @!%p3 st.volatile.global.u32 [%rd1+4], %r4;
+    END:
+    """
+    run_kernel(body, out)
+    assert out[1] == 1
+
+
+@pytest.mark.parametrize("schedule", ["fair", "greedy", "late", "random"])
+def test_a_cta_waits_for_another(schedule: str):
+    """The CTA that starts first spins on a flag of the last."""
+    flags = np.zeros(4, dtype=np.uint32)
+    body = """
+    mov.u32 %r2, %ctaid.x; setp.ne.u32 %p1, %r2, 0; @%p1 bra RELEASE;
+    SPIN: ld.acquire.gpu.global.u32 %r3, [%rd1+12]; setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;
+    bra END;
+    RELEASE: mul.wide.u32 %rd3, %r2, 4; add.u64 %rd4, %rd1, %rd3; mov.u32 %r4, 1;
+    st.release.gpu.global.u32 [%rd4], %r4;
+    END:
+    """
+    run_kernel(body, flags, grid=(4, 1, 1), block=(1, 1, 1), schedule=schedule)
+    np.testing.assert_array_equal(flags, [0, 1, 1, 1])
+
+
+def test_deadlock_says_who_waits():
+    out = np.zeros(1, dtype=np.uint32)
+    body = "setp.gt.u32 %p1, %r1, 31; @%p1 bra END; bar.sync 1, 64; END:"
+    result = run_kernel(body, out, block=(64, 1, 1), expect_reports=True)
+    assert {r.kind for r in result.reports} == {"deadlock"}
+    assert any(r.warp == 0 and "barrier 1" in r.message for r in result.reports)
+
+
+def test_an_endless_poll_is_a_deadlock():
+    out = np.zeros(1, dtype=np.uint32)
+    body = "SPIN: ld.volatile.global.u32 %r3, [%rd1]; setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;"
+    result = run_kernel(body, out, expect_reports=True)
+    assert {r.kind for r in result.reports} == {"deadlock"}
+
+
+def test_divergence_at_an_aligned_instruction():
+    out = np.zeros(32, dtype=np.uint32)
+    body = "setp.lt.u32 %p1, %r1, 4;\n@%p1 bra END;\nbarrier.sync.aligned 0;\nEND:"
+    result = run_kernel(body, out, expect_reports=True)
+    report = next(r for r in result.reports if r.kind == "divergence")
+    assert "0-3" in report.message
+
+
+def test_trap_stops_the_grid():
+    out = np.zeros(1, dtype=np.uint32)
+    with pytest.raises(EmulationError, match="trap"):
+        run_kernel("setp.eq.u32 %p1, %r1, 3; @%p1 trap;", out)
+
+
+def test_an_unknown_instruction_names_itself_and_its_line():
+    with pytest.raises(UnsupportedInstruction, match=r"PTX line \d+ of kernel: frobnicate.u32"):
+        run_kernel("frobnicate.u32 %r2, %r1;", np.zeros(1, dtype=np.uint32))
+
+
+def test_an_unknown_form_names_itself():
+    with pytest.raises(UnsupportedInstruction, match=r"add.sideways.u32"):
+        run_kernel("add.sideways.u32 %r2, %r1, %r1;", np.zeros(1, dtype=np.uint32))
