@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from ptx_emulator.machine import LoadedModule, Machine, Result
 
-ADDRESSES = 16  # arrays at most
+from recording import Recording
 
 _PRELUDE = """.version 8.8
 .target {target}
@@ -34,7 +34,10 @@ ret;
 
 
 def kernel_text(body: str, num_arrays: int, target: str = "sm_90a", module_scope: str = "") -> str:
-    """A module with one kernel: `%rd1`, `%rd2`, … hold the arrays' addresses, `%r1` is %tid.x, `%rd0` 4 * %tid.x."""
+    """A module with one kernel.
+
+    `%rd1`, `%rd2`, … hold the arrays' addresses, `%r1` is %tid.x, `%rd0` is 4 * %tid.x.
+    """
     names = [f"array{n}" for n in range(1, num_arrays + 1)]
     return _PRELUDE.format(
         target=target,
@@ -53,7 +56,7 @@ def run_kernel(
     cluster: tuple[int, int, int] = (1, 1, 1),
     target: str = "sm_90a",
     shared_bytes: int = 0,
-    globals: str = "",  # noqa: A002: what PTX calls it
+    globals: str = "",
     checks: bool = True,
     expect_reports: bool = False,
     initialised: bool = True,
@@ -67,23 +70,34 @@ def run_kernel(
         options: of `Machine`.
     """
     machine = Machine(target, checks=checks, **options)
-    module = LoadedModule(kernel_text(body, len(arrays), target, globals), target)
+    text = kernel_text(body, len(arrays), target, globals)
+    module = LoadedModule(text, target)
     machine.attach(module)
+    launch = {
+        "grid": grid,
+        "block": block,
+        "cluster": cluster,
+        "shared_bytes": shared_bytes,
+        "target": target,
+    }
+    recording = Recording(text, [_bytes(array) for array in arrays], launch)
     params = b""
-    for number, array in enumerate(arrays, 1):
-        address, num_bytes = _memory(array)
-        machine.add_range(f"array{number}", address, num_bytes, initialised=initialised)
-        params += address.to_bytes(8, "little")
+    for number, memory in enumerate(recording.arrays, 1):
+        machine.add_range(f"array{number}", memory.ctypes.data, memory.nbytes, initialised=initialised)
+        params += memory.ctypes.data.to_bytes(8, "little")
     machine.enqueue(module.kernel(), grid, block, cluster, shared_bytes, params)
     result = machine.synchronize()
     if not expect_reports:
         result.raise_reports()
+    if not result.reports:
+        recording.finish()
     return result
 
 
-def _memory(array: np.ndarray | torch.Tensor) -> tuple[int, int]:
+def _bytes(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """The memory of an array as bytes, not a copy."""
     if isinstance(array, torch.Tensor):
         assert array.is_contiguous()
-        return array.data_ptr(), array.numel() * array.element_size()
+        return array.reshape(-1).view(torch.uint8).numpy()
     assert array.flags.c_contiguous
-    return array.ctypes.data, array.nbytes
+    return array.reshape(-1).view(np.uint8)

@@ -1,0 +1,278 @@
+"""Runs on a GPU what the emulator's tests ran on the emulator, and compares the memory they leave.
+
+    python benchmarks/emulator_on_hopper.py record cases/    # anywhere: runs the tests, keeps the kernels
+    python benchmarks/emulator_on_hopper.py replay cases/ --out result.json   # on a GPU: numpy and a driver
+
+`replay` lets the driver compile each kernel's PTX, launches it on the same inputs and compares every byte.
+Kernels with approximate instructions or matrix products may differ by rounding: for them the largest difference
+is given, relative to the largest value of the array. Kernels for another architecture are counted, not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+APPROXIMATE = re.compile(
+    r"\.approx|\bdiv\.full|\btanh\.|\bex2\.|\blg2\.|\bmma\.sync|\bwgmma|red\.\S*add\S*f(16|32)|atom\.\S*add\S*f(16|32)"
+)
+LARGEST_DIFFERENCE = 2e-3  # of approximate kernels, relative to the largest value of the array
+DEADLINE_S = 10.0  # for one kernel
+CHUNK = 40  # kernels in one process
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NOT_READY = 600
+
+
+class CudaError(Exception):
+    """A driver call failed."""
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_uint32), ("pad", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint32),
+    ]
+
+
+class Gpu:
+    """The driver's device 0, through libcuda."""
+
+    def __init__(self) -> None:
+        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._modules: dict[str, ctypes.c_void_p] = {}
+        self._call("cuInit", 0)
+        context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self._call("cuCtxSetCurrent", context)
+
+    def _call(self, name: str, *args: Any) -> None:
+        status = getattr(self._cuda, name)(*args)
+        if status:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorName(status, ctypes.byref(text))
+            raise CudaError(f"{name}: {(text.value or b'?').decode()}")
+
+    def _function(self, ptx: str) -> ctypes.c_void_p:
+        if ptx not in self._modules:
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            self._call("cuModuleLoadData", ctypes.byref(module), ptx.encode())
+            self._call("cuModuleGetFunction", ctypes.byref(function), module, b"kernel")
+            self._modules[ptx] = function
+        return self._modules[ptx]
+
+    def run(self, header: dict[str, Any], arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Launches a kernel on copies of the arrays and returns what it left in them."""
+        pointers = []
+        for array in arrays:
+            pointer = ctypes.c_uint64()
+            self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(array.nbytes, 16)))
+            pointers.append(pointer)
+        try:
+            return self._run(header, arrays, pointers)
+        finally:
+            for pointer in pointers:
+                self._call("cuMemFree_v2", pointer)
+
+    def _run(
+        self, header: dict[str, Any], arrays: list[np.ndarray], pointers: list[ctypes.c_uint64]
+    ) -> list[np.ndarray]:
+        arrays = [a.copy() for a in arrays]
+        for array, at, target, offset in header["addresses"]:
+            arrays[array][at : at + 8].view(np.uint64)[0] = pointers[target].value + offset
+        for array, pointer in zip(arrays, pointers, strict=True):
+            self._call(
+                "cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+            )
+        function = self._function(header["ptx"])
+        shared = header["shared_bytes"]
+        self._call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
+        attribute = LaunchAttribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint32 * 16)(*header["cluster"]))
+        config = LaunchConfig(
+            (ctypes.c_uint32 * 3)(*header["grid"]),
+            (ctypes.c_uint32 * 3)(*header["block"]),
+            shared,
+            None,
+            ctypes.pointer(attribute),
+            1 if header["cluster"] != [1, 1, 1] else 0,
+        )
+        arguments = (ctypes.c_void_p * max(1, len(pointers)))(
+            *(ctypes.cast(ctypes.byref(p), ctypes.c_void_p) for p in pointers)
+        )
+        self._call("cuLaunchKernelEx", ctypes.byref(config), function, arguments, None)
+        self._wait()
+        for array, pointer in zip(arrays, pointers, strict=True):
+            self._call(
+                "cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), pointer, ctypes.c_size_t(array.nbytes)
+            )
+        for array, at, target, offset in header["addresses"]:
+            word = arrays[array][at : at + 8].view(np.uint64)
+            if word[0] == pointers[target].value + offset:
+                word[0] = 0
+        return arrays
+
+    def _wait(self) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while self._cuda.cuStreamQuery(None) == _NOT_READY:
+            if time.monotonic() > end:
+                raise CudaError("the kernel does not end")
+        self._call("cuCtxSynchronize")
+
+
+def largest_difference(expected: np.ndarray, got: np.ndarray, dtype: str) -> float:
+    """Largest difference of two arrays of a dtype, relative to the largest finite value; infinite if NaNs or
+    infinities are not in the same places, or if the type is not a float."""
+    floats = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+    if dtype not in floats:
+        return float("inf")
+    a, b = (x.view(floats[dtype]).astype(np.float64) for x in (expected, got))
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(
+        a[~finite], b[~finite], equal_nan=True
+    ):
+        return float("inf")
+    largest = max(np.abs(a[finite]).max(initial=0.0), 1e-30)
+    return float(np.abs(a[finite] - b[finite]).max(initial=0.0) / largest)
+
+
+def compare(path: Path, gpu: Gpu) -> dict[str, Any]:
+    """Runs one kept kernel and says how the memory it leaves compares."""
+    with np.load(path) as content:
+        header = json.loads(str(content["header"]))
+        count = len(header["dtypes"])
+        before = [content[f"before{k}"] for k in range(count)]
+        after = [content[f"after{k}"].copy() for k in range(count)]
+    for array, at, target, offset in header["addresses"]:
+        del target, offset
+        after[array][at : at + 8] = 0
+    result = {"case": path.stem, "test": header["test"]}
+    got = gpu.run(header, before)
+    worst = 0.0
+    for expected, actual, dtype in zip(after, got, header["dtypes"], strict=True):
+        if not np.array_equal(expected, actual):
+            worst = max(worst, largest_difference(expected, actual, dtype))
+    approximate = bool(APPROXIMATE.search(header["ptx"]))
+    if worst == 0.0:
+        outcome = "equal"
+    else:
+        outcome = "rounding" if approximate and worst <= LARGEST_DIFFERENCE else "different"
+    return {**result, "outcome": outcome, "difference": worst, "approximate": approximate}
+
+
+def replay_chunk(paths: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Results of some kernels, and those that are left: after a fault the process has to end."""
+    gpu = Gpu()
+    results: list[dict[str, Any]] = []
+    for k, path in enumerate(paths):
+        try:
+            results.append(compare(path, gpu))
+        except CudaError as error:
+            with np.load(path) as content:
+                header = json.loads(str(content["header"]))
+            results.append(
+                {"case": path.stem, "test": header["test"], "outcome": "failed", "why": str(error)}
+            )
+            if "cuModuleLoadData" not in str(error):
+                return results, paths[k + 1 :]
+    return results, []
+
+
+def targets_of(path: Path) -> str:
+    """The architecture a kept kernel was made for."""
+    with np.load(path) as content:
+        return str(json.loads(str(content["header"]))["target"])
+
+
+def replay(folder: Path, out: Path, jobs: int) -> int:
+    """Runs all kept kernels for sm_90 and older on device 0; the exit status is 1 if one differs."""
+    paths = sorted(folder.glob("*.npz"))
+    here = [p for p in paths if int(re.sub(r"\D", "", targets_of(p))) <= 90]
+    pending = [here[k : k + CHUNK] for k in range(0, len(here), CHUNK)]
+    results: list[dict[str, Any]] = []
+    while pending:
+        with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:
+            done = [pool.submit(replay_chunk, chunk) for chunk in pending]
+            pending = []
+            for future in as_completed(done):
+                some, left = future.result()
+                results += some
+                if left:
+                    pending.append(left)
+    counts = Counter(r["outcome"] for r in results)
+    summary = {
+        "cases": len(results),
+        "not_run_other_architecture": len(paths) - len(here),
+        "outcomes": dict(counts),
+        "largest_rounding_difference": max(
+            (r["difference"] for r in results if r["outcome"] == "rounding"), default=0
+        ),
+        "tests": len({r["test"] for r in results}),
+        "not_equal": [r for r in results if r["outcome"] in ("different", "failed")],
+        "rounding_by_test": _worst_by_test(results),
+    }
+    out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in summary.items() if k not in ("not_equal", "rounding_by_test")}))
+    for r in summary["not_equal"][:20]:
+        print(r)
+    return 1 if summary["not_equal"] else 0
+
+
+def _worst_by_test(results: list[dict[str, Any]]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for r in results:
+        if r["outcome"] == "rounding":
+            name = r["test"].split("[")[0]
+            worst[name] = max(worst.get(name, 0.0), r["difference"])
+    return dict(sorted(worst.items()))
+
+
+def record(folder: Path) -> int:
+    """Runs the emulator's tests and keeps every kernel they run."""
+    environment = {**os.environ, "PTX_EMULATOR_RECORD": str(folder.resolve())}
+    tests = Path(__file__).resolve().parent.parent / "tests" / "ptx_emulator"
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tests)], env=environment, check=False
+    ).returncode
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("record", "replay"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("emulator_on_hopper.json"))
+    parser.add_argument("--jobs", type=int, default=12)
+    arguments = parser.parse_args()
+    if arguments.action == "record":
+        return record(arguments.folder)
+    return replay(arguments.folder, arguments.out, arguments.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
