@@ -1,0 +1,3 @@
+"""Bulk asynchronous copies."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Tensor copies (TMA) and tensor maps."""
+
+from __future__ import annotations
