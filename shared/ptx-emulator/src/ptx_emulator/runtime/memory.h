@@ -1,5 +1,5 @@
-// Address spaces, and the one way to reach memory: resolve(), which checks bounds, alignment and (when checking is
-// on) initialisation and races, and returns a host pointer.
+// Address spaces, and the ways to reach memory: resolve() for one piece of it and resolve_lanes() for a warp. Both
+// check bounds, alignment and (when checking is on) initialisation and races, and give host pointers.
 //
 // Addresses: global = host address. Shared = (cta rank << 24) | offset, so mapa and `& 0xFEFFFFFF` work unchanged.
 // Generic addresses of shared and local memory carry a window in the top 16 bits.
@@ -10,9 +10,13 @@
 namespace ptxe {
 
 enum class Space : uint8_t { Generic, Global, Shared, SharedCluster, Local, Param, Const };
-// Strong: ld/st with .volatile, .relaxed, .acquire or .release. They race with weak accesses, not with each other
-// and not with atomics.
+
+// Strong accesses (.relaxed, .acquire, .release, .volatile, .mmio; Atomic reads and writes) do not race with each
+// other.
 enum class AccessKind : uint8_t { Read, Write, Atomic, StrongRead, StrongWrite };
+inline bool reads(AccessKind kind) { return kind != AccessKind::Write && kind != AccessKind::StrongWrite; }
+inline bool writes(AccessKind kind) { return kind != AccessKind::Read && kind != AccessKind::StrongRead; }
+inline bool is_strong(AccessKind kind) { return kind >= AccessKind::Atomic; }
 
 constexpr uint64_t kSharedWindow = 0x5348ull << 48;
 constexpr uint64_t kLocalWindow = 0x4c4full << 48;
@@ -24,8 +28,37 @@ inline bool in_local_window(uint64_t a) { return (a >> 48) == (kLocalWindow >> 4
 
 struct Actor;  // checker.h
 
+// The global memory that kernels may touch. Filled before a launch, only read while kernels run.
+class MemoryMap {
+ public:
+  static constexpr uint32_t kReadOnly = 1;
+  static constexpr uint32_t kUninitialised = 2;  // holds nothing until a kernel writes it
+  static constexpr uint32_t kConstant = 4;       // .const memory
+
+  struct Range {
+    std::string name;
+    uint64_t base, bytes;
+    uint32_t flags;
+    uint64_t end() const { return base + bytes; }
+  };
+
+  // A range with the base and size of an earlier one replaces it; ranges may overlap.
+  void add(const std::string& name, uint64_t base, uint64_t bytes, uint32_t flags);
+  // A range that holds all `bytes` at `address`, or nullptr.
+  const Range* find(uint64_t address, uint64_t bytes) const;
+  // The range with the least distance to the access, or nullptr if there is none at all.
+  const Range* nearest(uint64_t address, uint64_t bytes) const;
+  const std::vector<Range>& ranges() const { return ranges_; }
+
+ private:
+  std::vector<Range> ranges_;        // by base
+  std::vector<uint64_t> bases_;      // of ranges_
+  std::vector<uint64_t> furthest_;   // largest end of ranges_[0..k]
+};
+
 // `[base+offset]` as Lowering.address() passes it: slot, bits of the slot, offset low word, offset high word.
 struct AddressArgs {
+  static constexpr uint32_t kNumArgs = 4;
   uint32_t slot, bits;
   uint64_t offset;
   AddressArgs(const Instruction& i, uint32_t first)
@@ -43,6 +76,7 @@ struct Place {
   uint8_t* data = nullptr;  // host pointer; null: refused and reported
   Cta* cta = nullptr;       // home of shared memory
   uint32_t offset = 0;      // in shared memory
+  const MemoryMap::Range* range = nullptr;  // of global memory
   explicit operator bool() const { return data != nullptr; }
 };
 
@@ -60,5 +94,30 @@ Place locate(Warp& w, Space space, uint64_t address, uint32_t bytes, uint32_t al
 // The CTA a shared address is in; `w` is the warp that uses it. nullptr if the cluster has no such rank.
 Cta* cta_of(Cluster& cluster, uint32_t shared_address);
 inline uint32_t own_shared_address(const Cta& cta, uint32_t offset) { return (cta.rank << kCtaShift) | offset; }
+
+// An access by several lanes of the executing warp, each to its own address.
+struct LaneAddresses {
+  uint64_t address[kLanes];  // of `lanes`; the others hold the address of a lane in `lanes`
+  Lanes lanes;
+  LaneAddresses(Warp& w, const AddressArgs& args, Lanes lanes);
+};
+struct LanePlaces {
+  uint8_t* data[kLanes];  // null: refused and reported; meaningless for lanes that were not asked for
+  Lanes granted;          // lanes whose access may be done
+  Place::Home home;       // of the first lane
+};
+// resolve() for all lanes of `from`, with one report for all that are refused for the same reason; counts traffic.
+LanePlaces resolve_lanes(Warp& w, Space space, const LaneAddresses& from, uint32_t bytes, uint32_t alignment,
+                         AccessKind kind);
+
+// Why an access is not possible.
+struct Refusal {
+  Report kind = Report::OutOfBounds;
+  std::string message;
+};
+// Where an access goes, or null with the reason in `refusal`. Local memory needs `w`, otherwise it may be null;
+// `own` is the CTA that .shared::cta and generic shared addresses are checked against, or null.
+Place find_place(Cluster& cluster, Warp* w, const Cta* own, Space space, uint64_t address, uint32_t bytes,
+                 uint32_t alignment, AccessKind kind, int lane, Refusal& refusal);
 
 }  // namespace ptxe

@@ -1,0 +1,1 @@
+"""Asynchronous copies of single threads."""

@@ -1,0 +1,1 @@
+"""Matrix fragments between shared memory and registers."""

@@ -1,0 +1,104 @@
+#include "traffic.h"
+
+#include <algorithm>
+
+namespace ptxe {
+
+namespace {
+
+constexpr uint32_t kSectorShift = 5;
+constexpr uint32_t kBanks = 32;
+constexpr uint32_t kBankBytes = 4;
+constexpr uint32_t kPassBytes = kBanks * kBankBytes;
+
+// Whether lane k accesses address 0 + k * bytes: by far the most frequent pattern.
+bool is_contiguous(const uint64_t* address, uint32_t bytes) {
+  uint64_t difference = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    difference |= address[lane] - (address[0] + static_cast<uint64_t>(lane) * bytes);
+  }
+  return difference == 0;
+}
+
+// Passes for lanes that go together: the largest number of distinct words in one bank.
+uint32_t passes(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
+  uint64_t words[kBanks][kLanes];
+  uint8_t depth[kBanks] = {};
+  uint32_t most = 0;
+  for (Lanes rest = lanes; rest; rest &= rest - 1) {
+    const uint64_t begin = from.address[__builtin_ctz(rest)];
+    const uint64_t last = (begin + bytes - 1) / kBankBytes;
+    for (uint64_t word = begin / kBankBytes; word <= last; ++word) {
+      const uint32_t bank = word % kBanks;
+      const uint64_t* end = words[bank] + depth[bank];
+      if (std::find(static_cast<const uint64_t*>(words[bank]), end, word) != end) continue;
+      words[bank][depth[bank]++] = word;
+      most = std::max<uint32_t>(most, depth[bank]);
+    }
+  }
+  return most;
+}
+
+}  // namespace
+
+uint32_t distinct_sectors(const LanePlaces& to, uint32_t bytes) {
+  uint64_t sectors[kLanes * 2];
+  uint32_t n = 0;
+  bool ascending = true;
+  for (Lanes rest = to.granted; rest; rest &= rest - 1) {
+    const auto begin = reinterpret_cast<uint64_t>(to.data[__builtin_ctz(rest)]);
+    const uint64_t last = (begin + bytes - 1) >> kSectorShift;
+    for (uint64_t sector = begin >> kSectorShift; sector <= last; ++sector) {
+      if (n && sectors[n - 1] == sector) continue;
+      ascending = ascending && (!n || sectors[n - 1] < sector);
+      sectors[n++] = sector;
+    }
+  }
+  if (ascending) return n;
+  std::sort(sectors, sectors + n);
+  return static_cast<uint32_t>(std::unique(sectors, sectors + n) - sectors);
+}
+
+Wavefronts shared_wavefronts(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
+  const uint32_t together = std::clamp<uint32_t>(kPassBytes / bytes, 1, kLanes);
+  const Lanes part = together == kLanes ? kAllLanes : (1u << together) - 1;
+  if (lanes == kAllLanes && bytes >= kBankBytes && is_contiguous(from.address, bytes)) {
+    return {kLanes / together, kLanes / together};
+  }
+  Wavefronts total;
+  for (uint32_t first = 0; first < kLanes; first += together) {
+    const Lanes here = lanes & (part << first);
+    if (!here) continue;
+    total.needed += passes(from, here, bytes);
+    ++total.least;
+  }
+  return total;
+}
+
+void count_traffic(Warp& w, const LanePlaces& to, const LaneAddresses& from, uint32_t bytes, AccessKind kind) {
+  if (!to.granted || to.home == Place::Local) return;
+  const uint64_t moved = static_cast<uint64_t>(__builtin_popcount(to.granted)) * bytes;
+  if (to.home == Place::Shared) {
+    if (reads(kind)) count(w, Count::SharedLoadBytes, moved);
+    if (writes(kind)) count(w, Count::SharedStoreBytes, moved);
+    const Wavefronts wavefronts = shared_wavefronts(from, to.granted, bytes);
+    count(w, Count::SharedWavefronts, wavefronts.needed);
+    count(w, Count::SharedBankConflicts, wavefronts.needed - wavefronts.least);
+    return;
+  }
+  const bool contiguous = to.granted == kAllLanes && is_contiguous(from.address, bytes);
+  const auto begin = reinterpret_cast<uint64_t>(to.data[0]);
+  const uint64_t sectors = contiguous
+                               ? ((begin + bytes * kLanes - 1) >> kSectorShift) - (begin >> kSectorShift) + 1
+                               : distinct_sectors(to, bytes);
+  if (reads(kind)) {
+    count(w, Count::GlobalLoadBytes, moved);
+    count(w, Count::GlobalLoadSectors, sectors);
+  }
+  if (writes(kind)) {
+    count(w, Count::GlobalStoreBytes, moved);
+    count(w, Count::GlobalStoreSectors, sectors);
+  }
+}
+
+}  // namespace ptxe
