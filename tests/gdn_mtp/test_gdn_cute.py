@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import gdn_mtp
@@ -72,9 +73,11 @@ def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
 
 
 def test_the_heuristic_reaches_every_row_of_its_table():
-    problems = (PROBLEM, problem(T=8, state_dtype=BF16), problem(intermediate="buffer"))
-    problems += (problem(T=8, intermediate="buffer"), problem(intermediate="scatter", state_dtype=BF16))
-    problems += (problem(T=8, intermediate="buffer", state_dtype=BF16),)
+    stored = ("none", "buffer", "scatter")
+    problems = [
+        problem(T=t, state_dtype=dtype, intermediate=intermediate)
+        for t, dtype, intermediate in itertools.product((1, 4, 8), (torch.float32, BF16), stored)
+    ]
     assert {regime(asked) for asked in problems} == set(HEURISTIC)
     for asked in problems:
         chosen = {KERNELS.tactics(replace(asked, B=b), HOPPER)[0] for b in (1, 4, 8, 16, 64, 512)}
@@ -141,7 +144,7 @@ def test_without_a_c_compiler_the_object_file_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CC", "no-such-compiler")
-    config = KERNELS.config(PROBLEM, HOPPER, "w2t1")
+    config = KERNELS.config(PROBLEM, HOPPER, "w4t1")
     assert callable(load(config, HOPPER.name))
     directory = compiled(config, HOPPER.name)
     assert not (directory / LIBRARY).exists()

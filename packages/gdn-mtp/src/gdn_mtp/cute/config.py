@@ -13,12 +13,15 @@ WARP_LANES = 32
 VECTOR_BYTES = 16
 L2_LINE_BYTES = 128
 MMA_ROWS = 16
+PART_ROWS = 8
+PART_SKEW_BYTES = 64  # between the two parts of a tile in shared memory: 16 of the 32 banks
 CHUNK_TOKENS = 8
 SMEM_PER_SM_BYTES = 228 * 1024
 SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
 GATE_COLUMNS = 8
 MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
 MATRICES_PER_CHUNK = 4
+TRIGGER_SUFFIX = {"late": "", "early": "e", "start": "s"}
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,23 @@ class Tactic:
     """How thread blocks divide a head's state: each warp owns `tiles_per_warp` tiles of 16 rows (V index).
 
     row_copies: a tile moves as 16 copies of one row instead of one copy; the rows may then lie apart.
-    early: a dependent grid may start once this one has its state in registers, rather than as the last
-    stores are issued. That overlaps more, but its blocks crowd multiprocessors that have few of this grid.
+    trigger: when a dependent grid may start, as far as a block of this one is concerned: at its "start",
+    "early", once it has its state in registers, or "late", as its last stores are issued. The sooner, the
+    more overlaps, but then its blocks crowd multiprocessors that have few of this grid.
+    evict_first: states pass through L2 as what is to leave it first.
     """
 
     warps: int
     tiles_per_warp: int
     row_copies: bool = False
-    early: bool = False
+    trigger: str = "late"
+    evict_first: bool = False
 
     @property
     def name(self) -> str:
-        """`w4t1`, with the suffixes `r` for row copies and `e` for early."""
-        return f"w{self.warps}t{self.tiles_per_warp}" + "r" * self.row_copies + "e" * self.early
+        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first."""
+        suffixes = "r" * self.row_copies + TRIGGER_SUFFIX[self.trigger] + "f" * self.evict_first
+        return f"w{self.warps}t{self.tiles_per_warp}{suffixes}"
 
     @property
     def rows(self) -> int:
@@ -139,7 +146,7 @@ class KernelConfig(Config):
     @property
     def prefetch(self) -> bool:
         """Whether to bring the state to L2 before the previous grid ends; not while stores keep L2 busy."""
-        return self.tactic.early or not self.stores_every_state
+        return self.tactic.trigger != "late" or not self.stores_every_state
 
     @property
     def vector_elements(self) -> int:
@@ -154,6 +161,16 @@ class KernelConfig(Config):
     def tile_bytes(self) -> int:
         """Bytes of one tile: 16 rows of the state."""
         return MMA_ROWS * self.row_bytes
+
+    @property
+    def part_stride(self) -> int:
+        """State elements from one part of a tile to the next in shared memory."""
+        return PART_ROWS * self.K + PART_SKEW_BYTES // self.state_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Shared memory of a tile."""
+        return MMA_ROWS // PART_ROWS * self.part_stride * self.state_bytes
 
     @property
     def buffers_per_warp(self) -> int:
@@ -178,7 +195,9 @@ class KernelConfig(Config):
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a block: tile buffers and their barriers, k and q, chunk matrices, gates."""
-        tiles = self.tactic.warps * (self.buffers_per_warp * self.tile_bytes + 8 * self.tactic.tiles_per_warp)
+        tiles = self.tactic.warps * (
+            self.buffers_per_warp * self.buffer_bytes + 8 * self.tactic.tiles_per_warp
+        )
         floats = 2 * self.T * self.token_stride + self.T * GATE_COLUMNS
         floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
         return tiles + 4 * floats

@@ -20,6 +20,7 @@ NUMERIC = {
 }
 
 _TF32_MASK = 0xFFFFE000 - (1 << 32)  # sign, exponent and the ten mantissa bits that tf32 keeps, as int32
+_EVICT_FIRST = 0x12F0000000000000  # what createpolicy.fractional.L2::evict_first gives for all of an access
 _MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
 
 
@@ -67,9 +68,7 @@ def parts(values: Sequence, exact: bool) -> list[list]:
 def load_vector(pointer, dtype) -> list:
     """The 16 bytes of shared memory at `pointer` as float32 values."""
     fragment = cute.make_rmem_tensor((VECTOR_BYTES * 8 // dtype.width,), dtype)
-    cute.autovec_copy(
-        cute.make_tensor(pointer.align(VECTOR_BYTES), cute.make_layout(fragment.shape)), fragment
-    )
+    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(fragment.shape)), fragment)
     return [fragment[i].to(Float32) for i in range(cute.size(fragment))]
 
 
@@ -78,16 +77,16 @@ def store_vector(pointer, values: Sequence, dtype) -> None:
     fragment = cute.make_rmem_tensor((len(values),), dtype)
     for i, value in enumerate(values):
         fragment[i] = value.to(dtype)
-    cute.autovec_copy(
-        fragment, cute.make_tensor(pointer.align(VECTOR_BYTES), cute.make_layout(fragment.shape))
-    )
+    cute.autovec_copy(fragment, cute.make_tensor(pointer, cute.make_layout(fragment.shape)))
 
 
-def bulk_load(shared, source, num_bytes: int, mbar) -> None:
+def bulk_load(shared, source, num_bytes: int, mbar, evict_first: bool = False) -> None:
     """Start copying `num_bytes` of global memory at `source` to `shared`; they are counted on `mbar`."""
+    hint, policy = _cache_hint(evict_first)
     cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[shared, source, Int32(num_bytes), mbar],
+        f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{hint}"
+        f" [{{$r0}}], [{{$r1}}], {{$r2}}, [{{$r3}}]{', {$r4}' if policy else ''};",
+        read_only_args=[shared, source, Int32(num_bytes), mbar, *policy],
     )
 
 
@@ -109,20 +108,26 @@ def read_index(indices, i):
     return Int64(cute.arch.load(pointer, indices.element_type, cop="cg"))
 
 
-def bulk_store(destination, shared, num_bytes: int) -> None:
+def bulk_store(destination, shared, num_bytes: int, evict_first: bool = False) -> None:
     """Start copying `num_bytes` at `shared` to global memory, in the thread's current bulk group."""
+    hint, policy = _cache_hint(evict_first)
     cute.arch.inline_ptx(
-        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[destination, shared, Int32(num_bytes)],
+        f"cp.async.bulk.global.shared::cta.bulk_group{hint}"
+        f" [{{$r0}}], [{{$r1}}], {{$r2}}{', {$r3}' if policy else ''};",
+        read_only_args=[destination, shared, Int32(num_bytes), *policy],
     )
+
+
+def _cache_hint(evict_first: bool) -> tuple[str, list[Int64]]:
+    """Qualifier and operand of a bulk copy."""
+    return (".L2::cache_hint", [Int64(_EVICT_FIRST)]) if evict_first else ("", [])
 
 
 def load_shared(tensor, row_offset, column, count: int) -> list:
     """`count` consecutive floats of a 1-D shared tensor, as one access."""
     fragment = cute.make_rmem_tensor((count,), Float32)
-    source = cute.make_tensor(tensor.iterator + (row_offset + column), cute.make_layout((count,)))
-    source = cute.make_tensor(source.iterator.align(4 * count), source.layout)
-    cute.autovec_copy(source, fragment)
+    pointer = tensor.iterator + cute.assume(row_offset + column, divby=count)
+    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout((count,))), fragment)
     return [fragment[i] for i in range(count)]
 
 

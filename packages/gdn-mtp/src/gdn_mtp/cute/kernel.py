@@ -10,7 +10,8 @@ rule: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over S
 
 Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which keeps float32 accuracy. Every
 warp owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back, and lane (g, t) =
-(lane / 4, lane % 4) holds rows g and g + 8 in registers, of each row every fourth 16-byte vector from t on.
+(lane / 4, lane % 4) holds two rows in registers, of each every fourth 16-byte vector from t on. They are rows
+g and g + 8 of a product; which of the tile's they are, `Place.tile_row` says.
 Grid: (V / rows per block, HV, B); a block whose request is padding writes zeros to its output.
 A non-finite value in a request's inputs may reach all of that request's outputs, earlier tokens included.
 """
@@ -34,6 +35,7 @@ from .config import (
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
+    PART_ROWS,
     WARP_LANES,
     KernelConfig,
 )
@@ -117,10 +119,15 @@ class GatedDeltaRule(TileCopies):
         shared = self.allocate()
         row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
         head = hv // (v.shape[2] // q.shape[2])
+        self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
+            here = Place(request, hv, request, row, warp, lane)
+            if warp == 0:
+                self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
             if cutlass.const_expr(cfg.prefetch):
-                self.prefetch(tensors, state_indices, Place(request, hv, request, row, warp, lane), head)
+                self.prefetch_state(tensors.state, state_indices, here)
             cute.arch.griddepcontrol_wait()
+            self.launch_dependents("start")
         slot = Int64(request)
         if cutlass.const_expr(state_indices is not None):
             slot = read_index(state_indices, request)
@@ -149,19 +156,23 @@ class GatedDeltaRule(TileCopies):
                         self.chunk_matrices(shared, place, c)
                 for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
                     self.tile(tensors, shared, place, tile)
-            self.launch_dependents(early=False)
+            self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def launch_dependents(self, early):
-        """Let the next grid be scheduled, at the one of two places in the kernel that the tactic names."""
-        if self.config.pdl and self.config.tactic.early == early:
+    def launch_dependents(self, here):
+        """Let the next grid be scheduled, if `here` is where in the kernel the tactic has it."""
+        if self.config.pdl and self.config.tactic.trigger == here:
             cute.arch.griddepcontrol_launch_dependents()
 
     def allocate(self) -> Shared:
         cfg = self.config
         tactic = cfg.tactic
         smem = SmemAllocator()
-        tiles = cute.make_layout((cfg.K, MMA_ROWS, cfg.buffers_per_warp, tactic.warps))
+        parts, buffers = MMA_ROWS // PART_ROWS, cfg.buffers_per_warp
+        tiles = cute.make_layout(
+            (cfg.K, (PART_ROWS, parts), buffers, tactic.warps),
+            stride=(1, (cfg.K, cfg.part_stride), parts * cfg.part_stride, buffers * parts * cfg.part_stride),
+        )
         matrices = len(cfg.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
         return Shared(
             tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
@@ -173,13 +184,12 @@ class GatedDeltaRule(TileCopies):
 
     # Global memory
 
-    @cute.jit
-    def prefetch(self, tensors, state_indices, place, head):
-        """Bring what this warp will read to L2 while the previous grid still runs.
+    # What is prefetched to L2 while the previous grid still runs will be read as that grid leaves it: L2 is
+    # coherent.
 
-        L2 is coherent, so what the previous grid has yet to write will be read as written. A state index may
-        still change: it is used where it is a slot at all, and read again.
-        """
+    @cute.jit
+    def prefetch_tokens(self, tensors, token_gates, head_gates, place, head):
+        """Bring k, q, v and the gates of this block's tokens to L2; for one warp."""
         cfg = self.config
         if place.lane < cfg.T:
             for x in (tensors.k, tensors.q):
@@ -187,11 +197,24 @@ class GatedDeltaRule(TileCopies):
                     column = line * L2_LINE_BYTES * 8 // x.element_type.width
                     prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
             prefetch_l2(tensors.v[place.request, place.lane, place.hv, None].iterator + place.row)
+            for x in token_gates:
+                prefetch_l2(x[place.request, place.lane, None].iterator + place.hv)
+        if place.lane == 0:
+            for x in head_gates:
+                prefetch_l2(x.iterator + place.hv)
+
+    @cute.jit
+    def prefetch_state(self, state, state_indices, place):
+        """Bring this warp's rows of the state to L2.
+
+        A state index may still change: it is used where it is a slot at all, and read again.
+        """
+        cfg = self.config
         slot = Int64(place.request)
         if cutlass.const_expr(state_indices is not None):
             slot = read_index(state_indices, place.request)
-        if slot >= 0 and slot < tensors.state.shape[0]:
-            matrix = tensors.state[slot, place.hv, None, None]
+        if slot >= 0 and slot < state.shape[0]:
+            matrix = state[slot, place.hv, None, None]
             rows = cfg.tactic.tiles_per_warp * MMA_ROWS
             if cutlass.const_expr(not cfg.tactic.row_copies):
                 if place.lane == 0:
@@ -239,7 +262,7 @@ class GatedDeltaRule(TileCopies):
     def load_v(self, tensors, place, row, c):
         """v of chunk c as an accumulator: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
         tokens = self.lane_tokens(place, c)
-        rows = [row + place.g, row + 8 + place.g]
+        rows = [row + place.tile_row(half) for half in range(2)]
         return [tensors.v[place.request, t, place.hv, r].to(Float32) for r in rows for t in tokens]
 
     @cute.jit
@@ -253,7 +276,8 @@ class GatedDeltaRule(TileCopies):
             if first + e < n:
                 for half in cutlass.range_constexpr(2):
                     value = o[2 * half + e].to(tensors.output.element_type)
-                    tensors.output[place.request, t0 + first + e, place.hv, row + 8 * half + place.g] = value
+                    at = row + place.tile_row(half)
+                    tensors.output[place.request, t0 + first + e, place.hv, at] = value
 
     @cute.jit
     def zero_output(self, tensors, place):
@@ -309,11 +333,11 @@ class GatedDeltaRule(TileCopies):
         """The only token of the call on one tile, with plain arithmetic: every lane of a row has its sums."""
         cfg = self.config
         row = place.row + tile * MMA_ROWS
-        rows = [row + place.g, row + 8 + place.g]
+        rows = [row + place.tile_row(half) for half in range(2)]
         v = [tensors.v[place.request, 0, place.hv, r].to(Float32) for r in rows]
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
-        self.launch_dependents(early=True)
+        self.launch_dependents("early")
         p, r = (self.row_sums(s, shared, place, is_q) for is_q in (False, True))
         beta, decay, k_scale, q_scale, qk = (
             self.gate(shared, 0, x) for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK)
@@ -433,7 +457,7 @@ class GatedDeltaRule(TileCopies):
         v = [self.load_v(tensors, place, row, c) for c in range(len(cfg.chunks))]
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
-        self.launch_dependents(early=True)
+        self.launch_dependents("early")
         for c in cutlass.range_constexpr(len(cfg.chunks)):
             products = self.state_products(s, shared, place, c)
             if cutlass.const_expr(tile == 0 and c == 0):

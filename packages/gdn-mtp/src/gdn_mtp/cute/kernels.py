@@ -17,16 +17,18 @@ from .config_kmajor import KMajorConfig
 TACTICS = {
     tactic.name: tactic
     for tactic in (
-        Tactic(1, 1),
-        Tactic(2, 1),
         Tactic(4, 1),
         Tactic(4, 2),
         Tactic(1, 1, row_copies=True),
         Tactic(2, 1, row_copies=True),
         Tactic(4, 1, row_copies=True),
-        Tactic(1, 1, early=True),
-        Tactic(2, 1, early=True),
-        Tactic(4, 1, early=True),
+        Tactic(4, 1, trigger="early"),
+        Tactic(2, 1, trigger="start"),
+        Tactic(4, 1, trigger="start"),
+        Tactic(4, 2, trigger="start"),
+        Tactic(2, 1, evict_first=True),
+        Tactic(4, 1, evict_first=True),
+        Tactic(4, 2, evict_first=True),
     )
 }
 KMAJOR_TACTIC = "c32"
@@ -35,22 +37,27 @@ KMAJOR_COLUMNS = 32
 # (tiles of 16 rows per SM, at most, tactic) by regime, from benchmarks/results/gdn_mtp-h100-tactics
 NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "final state": ((2, "w2t1e"), (24, "w2t1"), (NO_LIMIT, "w4t1")),
-    "final bf16 state, many tokens": ((2, "w2t1e"), (NO_LIMIT, "w4t2")),
-    "every state": ((2, "w2t1e"), (8, "w1t1"), (48, "w4t2"), (NO_LIMIT, "w2t1e")),
-    "every state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (16, "w4t1"), (NO_LIMIT, "w4t1r")),
-    "every bf16 state": ((2, "w2t1e"), (16, "w2t1"), (NO_LIMIT, "w2t1e")),
-    "every bf16 state, many tokens": ((2, "w2t1e"), (8, "w2t1"), (NO_LIMIT, "w4t1")),
+    "final state, one token": ((8, "w2t1s"), (NO_LIMIT, "w4t1e")),
+    "final state, few tokens": ((8, "w4t1s"), (16, "w4t1"), (NO_LIMIT, "w4t1e")),
+    "final state, many tokens": ((4, "w4t1s"), (8, "w4t1"), (16, "w4t2"), (NO_LIMIT, "w4t1e")),
+    "final bf16 state, one token": ((16, "w2t1s"), (NO_LIMIT, "w4t1s")),
+    "final bf16 state, few tokens": ((8, "w4t1s"), (40, "w4t2s"), (NO_LIMIT, "w4t1e")),
+    "final bf16 state, many tokens": ((8, "w4t1s"), (40, "w4t2s"), (NO_LIMIT, "w4t1e")),
+    "every state, few tokens": ((4, "w2t1s"), (8, "w2t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
+    "every state, many tokens": ((4, "w4t1s"), (8, "w4t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
+    "every bf16 state, few tokens": ((8, "w4t1s"), (16, "w2t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
+    "every bf16 state, many tokens": ((4, "w4t1s"), (8, "w4t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
 }
 
 
 def regime(problem: GatedDeltaRuleProblem) -> str:
     """The key of a problem in `HEURISTIC`."""
-    many = ", many tokens" if problem.T > CHUNK_TOKENS // 2 else ""
+    stored = "final" if problem.intermediate == "none" else "every"
     bf16 = "bf16 " if problem.state_dtype == torch.bfloat16 else ""
-    if problem.intermediate != "none":
-        return f"every {bf16}state{many}"
-    return f"final {bf16}state{many}" if bf16 and many else "final state"
+    tokens = "many tokens" if problem.T > CHUNK_TOKENS // 2 else "few tokens"
+    if problem.T == 1 and stored == "final":
+        tokens = "one token"
+    return f"{stored} {bf16}state, {tokens}"
 
 
 class GatedDeltaRuleKernels:

@@ -8,7 +8,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 
-from .config import MMA_ROWS, KernelConfig
+from .config import MMA_ROWS, PART_ROWS, KernelConfig
 from .fragments import bulk_load, bulk_store, load_vector, store_vector
 
 
@@ -16,7 +16,7 @@ from .fragments import bulk_load, bulk_store, load_vector, store_vector
 class Shared:
     """A block's shared memory."""
 
-    tiles: Any  # [K, 16, buffers per warp, warps], the state's dtype
+    tiles: Any  # [K, (8, 2), buffers per warp, warps], the state's dtype
     mbars: Any  # one per tile, warp-major
     kq: Any  # k then q of every token, unscaled float32, `token_stride` apart
     matrices: Any  # [chunks, 4, 8, 8]
@@ -42,17 +42,32 @@ class Place:
     def t(self):
         return self.lane % 4
 
+    def tile_row(self, half):
+        """The row of a tile that stands in row g + 8 * half of a product."""
+        return PART_ROWS * (self.g % 2) + self.g // 2 + PART_ROWS // 2 * half
+
 
 class TileCopies:
     """Moves tiles for one `KernelConfig`.
 
-    Owns the tile buffers and their barriers. Lane (g, t) of a warp holds rows g and g + 8 of a tile, of each
-    row every fourth 16-byte vector from t on. Waits for its loads and, before it reuses a buffer, for the
-    stores that read it; the kernel waits for the last stores.
+    Owns the tile buffers and their barriers. Lane (g, t) of a warp holds two rows of a tile, of each every
+    fourth 16-byte vector from t on. A buffer is two parts of 8 rows that start in other banks: lanes of even
+    g have their rows in one, those of odd g in the other. Waits for its loads and, before it reuses a buffer,
+    for the stores that read it; the kernel waits for the last stores.
     """
 
     def __init__(self, config: KernelConfig):
         self.config = config
+
+    @cute.jit
+    def init_barriers(self, shared, warp, lane):
+        """Make this warp's barriers ready, one per tile."""
+        count = self.config.tactic.tiles_per_warp
+        if lane == 0:
+            for tile in cutlass.range_constexpr(count):
+                cute.arch.mbarrier_init(shared.mbars + warp * count + tile, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_warp()
 
     @cute.jit
     def start_loads(self, matrix, shared, place):
@@ -62,23 +77,21 @@ class TileCopies:
         mbars = shared.mbars + place.warp * count
         if place.lane == 0:
             for tile in cutlass.range_constexpr(count):
-                cute.arch.mbarrier_init(mbars + tile, 1)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_warp()
-        if place.lane == 0:
-            for tile in cutlass.range_constexpr(count):
                 cute.arch.mbarrier_arrive_and_expect_tx(mbars + tile, cfg.tile_bytes)
                 if cutlass.const_expr(not cfg.tactic.row_copies):
-                    source = matrix[place.row + tile * MMA_ROWS, None].iterator
-                    bulk_load(self.row_pointer(shared, place, tile, 0), source, cfg.tile_bytes, mbars + tile)
+                    for part in cutlass.range_constexpr(0, MMA_ROWS, PART_ROWS):
+                        self.load_rows(matrix, part, PART_ROWS, shared, place, tile, mbars + tile)
         if cutlass.const_expr(cfg.tactic.row_copies):
             cute.arch.sync_warp()
             if place.lane < MMA_ROWS:
                 for tile in cutlass.range_constexpr(count):
-                    source = matrix[place.row + tile * MMA_ROWS + place.lane, None].iterator
-                    bulk_load(
-                        self.row_pointer(shared, place, tile, place.lane), source, cfg.row_bytes, mbars + tile
-                    )
+                    self.load_rows(matrix, place.lane, 1, shared, place, tile, mbars + tile)
+
+    def load_rows(self, matrix, first, count, shared, place, tile, mbar):
+        """Start one copy of `count` rows of a tile from row `first` of it on."""
+        source = matrix[place.row + tile * MMA_ROWS + first, None].iterator
+        target = self.row_pointer(shared, place, tile, first)
+        bulk_load(target, source, count * self.config.row_bytes, mbar, self.config.tactic.evict_first)
 
     def row_pointer(self, shared, place, buffer, row):
         return shared.tiles[None, row, buffer, place.warp].iterator
@@ -87,15 +100,16 @@ class TileCopies:
     def store_rows(self, matrix, row, shared, place, buffer):
         """Start copying a tile buffer to rows `row` to `row` + 15 of `matrix` [V, K]."""
         cfg = self.config
+        to_evict = cfg.tactic.evict_first
         if cutlass.const_expr(cfg.tactic.row_copies):
             if place.lane < MMA_ROWS:
                 source = self.row_pointer(shared, place, buffer, place.lane)
-                bulk_store(matrix[row + place.lane, None].iterator, source, cfg.row_bytes)
+                bulk_store(matrix[row + place.lane, None].iterator, source, cfg.row_bytes, to_evict)
         else:
             if place.lane == 0:
-                bulk_store(
-                    matrix[row, None].iterator, self.row_pointer(shared, place, buffer, 0), cfg.tile_bytes
-                )
+                for part in cutlass.range_constexpr(0, MMA_ROWS, PART_ROWS):
+                    source = self.row_pointer(shared, place, buffer, part)
+                    bulk_store(matrix[row + part, None].iterator, source, PART_ROWS * cfg.row_bytes, to_evict)
 
     def vectors(self):
         """(row half, vector index) of each 16-byte vector of a lane."""
@@ -103,8 +117,9 @@ class TileCopies:
         return [(half, i) for i in range(cfg.K // (4 * cfg.vector_elements)) for half in range(2)]
 
     def vector_pointer(self, shared, place, buffer, half, i):
-        offset = (4 * i + place.t) * self.config.vector_elements
-        return self.row_pointer(shared, place, buffer, 8 * half + place.g) + offset
+        vec = self.config.vector_elements
+        row = self.row_pointer(shared, place, buffer, place.tile_row(half))
+        return row + cute.assume((4 * i + place.t) * vec, divby=vec)
 
     def load_tile(self, shared, place, buffer):
         """s[half][column of the lane] as float32: rows g and g + 8 of a tile."""
