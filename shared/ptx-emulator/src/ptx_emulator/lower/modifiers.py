@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ptx_emulator.lower.context import Lowering
+from collections.abc import Sequence
+
+from ptx_emulator.lower.context import Lowering, bits_of
 from ptx_emulator.ptx.module import Instruction, Operand
 
 ROUNDINGS = {"rn": 0, "rz": 1, "rm": 2, "rp": 3}  # as Rounding in numeric.h
@@ -50,3 +52,20 @@ def operands(ctx: Lowering, instruction: Instruction, *counts: int) -> tuple[Ope
         expected = " or ".join(str(count) for count in counts)
         raise ctx.unsupported(f"{expected} operands were expected, not {len(instruction.operands)}")
     return instruction.operands
+
+
+def emit_lanewise(
+    ctx: Lowering,
+    name: str,
+    destination: tuple[Operand, str],
+    sources: Sequence[tuple[Operand, str]],
+    *numbers: int,
+) -> None:
+    """Emits an operation on lane vectors of exactly the given types: destination, sources, plain numbers."""
+    uses = [ctx.dst(*destination), *(ctx.src(*source) for source in sources)]
+    for use, (_, type_name) in zip(uses, [destination, *sources], strict=True):
+        if use.value.bits != bits_of(type_name):
+            raise ctx.unsupported(
+                f"{use.value.name} has {use.value.bits} bits, .{type_name} needs {bits_of(type_name)}"
+            )
+    ctx.emit(name, *uses, *numbers)

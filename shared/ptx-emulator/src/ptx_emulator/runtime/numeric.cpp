@@ -41,32 +41,4 @@ double round_to(double value, const FloatFormat& format, Rounding mode) {
   return std::copysign(rounded, value);
 }
 
-// `rounded` plus an error that was lost, with the last bit as a memory of it.
-static double with_sticky(double rounded, double error) {
-  if (error == 0 || !std::isfinite(rounded)) return rounded;
-  uint64_t bits = as_bits(rounded);
-  if (bits & 1) return rounded;
-  const bool outwards = (error > 0) == (rounded > 0);
-  return as_double(outwards ? bits + 1 : bits - 1);
-}
-
-double fma_to_odd(double a, double b, double c) {
-  const double product = a * b;  // exact: 48 bits at most
-  const double sum = product + c;
-  const double part = sum - product;
-  const double error = (product - (sum - part)) + (c - part);
-  return with_sticky(sum, error);
-}
-
-float to_odd_float(double value) {
-  const float rounded = static_cast<float>(value);
-  const double error = value - static_cast<double>(rounded);
-  if (error == 0 || !std::isfinite(rounded)) return rounded;
-  const uint32_t bits = as_bits(rounded);
-  if (bits & 1) return rounded;
-  if ((bits & 0x7fffffff) == 0) return as_float((value < 0 ? 0x80000000u : 0u) | 1u);
-  const bool outwards = (error > 0) == (rounded > 0);
-  return as_float(outwards ? bits + 1 : bits - 1);
-}
-
 }  // namespace ptxe

@@ -137,12 +137,31 @@ constexpr FloatFormat kFp32{23, -126, 0x1.fffffep127};
 // The value of the format next to `value` in the rounding mode, infinity on overflow where the mode says so.
 double round_to(double value, const FloatFormat& format, Rounding mode);
 
-// A double that rounds to any narrower format as `a * b + c` would without the rounding to double: the last bit is
-// set if the exact value is not a double. `a`, `b`, `c` have at most 24 bits.
-double fma_to_odd(double a, double b, double c);
+// Rounding to odd: the last bit is set if the exact value lies beside `rounded`, on the side of the sign of `error`.
+// What is rounded once more to a format with at least two bits less is then as if it had been rounded once.
+inline double to_odd(double rounded, double error) {
+  const uint64_t bits = as_bits(rounded);
+  const bool inexact = error < 0 || error > 0;
+  const bool outwards = (error > 0) == (rounded > 0);
+  return as_double(inexact && (bits & 1) == 0 ? (outwards ? bits + 1 : bits - 1) : bits);
+}
+inline float to_odd_float(double value) {
+  const float rounded = static_cast<float>(value);
+  const double error = value - static_cast<double>(rounded);
+  const uint32_t bits = as_bits(rounded);
+  const bool inexact = error < 0 || error > 0;
+  const bool outwards = (error > 0) == (value > 0);
+  return as_float(inexact && (bits & 1) == 0 ? (outwards ? bits + 1 : bits - 1) : bits);
+}
 
-// The float between `value` and its neighbours, last bit set if inexact: float_to_bf16 of it rounds once.
-float to_odd_float(double value);
+// a * b + c rounded to odd; the product must be exact as a double.
+inline float fma_to_odd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double sum = product + static_cast<double>(c);
+  const double part = sum - product;
+  const double error = (product - (sum - part)) + (static_cast<double>(c) - part);
+  return to_odd_float(to_odd(sum, error));
+}
 
 // 2^x to within one unit of the last place of a float.
 inline float exp2_float(float x) {
