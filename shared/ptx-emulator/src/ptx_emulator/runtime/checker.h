@@ -36,6 +36,7 @@ using ForeignTable = std::shared_ptr<const std::vector<Foreign>>;
 
 struct Views {
   Clock generic, async, tcgen05;
+  Clock fenced;                  // what a memory fence of gpu or system scope has ordered before later strong accesses
   ForeignTable foreign;          // null: nothing known
   bool grid_dependency = false;  // griddepcontrol.wait happened before
   void join(const Views& other);
@@ -68,6 +69,8 @@ struct Actor {
 // --- synchronisation, called by the instruction that synchronises (always moves virtual time, too)
 void release(Warp& w, Sync& sync);        // what w did so far happens before whoever acquires from sync
 void acquire(Warp& w, const Sync& sync);  // and w.time = max(w.time, sync.time), counted and traced as a wait
+void release_relaxed(Warp& w, Sync& sync);        // .relaxed forms: what fences have covered, see publish()
+void acquire_relaxed(Warp& w, const Sync& sync);  // ... from the next fence or barrier on
 void fence_proxy_async(Warp& w);          // fence.proxy.async in any form: generic accesses become visible to async
 void tcgen05_fence_before(Warp& w);       // tcgen05.fence::before_thread_sync
 void tcgen05_fence_after(Warp& w);        // tcgen05.fence::after_thread_sync
@@ -76,8 +79,10 @@ void grid_dependency_wait(Warp& w);       // griddepcontrol.wait, after it has w
 // --- synchronisation through memory: ld.acquire, st.release, atom and red of any order, volatile accesses.
 // publish() before the access becomes visible to others, observe() after it: a store publishes, a load observes, an
 // atomic does both (a `red` only publishes). The access itself is told as usual, as Atomic, StrongRead or StrongWrite.
-// A relaxed (or volatile) access publishes what was known at the last memory fence of its warp, and what it observes
-// counts from the next fence or barrier on.
+// A relaxed (or volatile) access publishes what a memory fence has covered, by this warp or by one it has synchronised
+// with since; what it observes counts from the next fence or barrier on. (The memory model asks for the fence in the
+// same thread. Kernels that fence before bar.sync and let one thread count, or count and read behind bar.sync, are
+// common, and work.)
 enum class Order : uint8_t { Relaxed, Acquire, Release, AcquireRelease };
 enum class Scope : uint8_t { Cta, Cluster, Gpu, System };
 void publish(Warp& w, const Place& place, Order order, Scope scope);

@@ -1,0 +1,174 @@
+// What the checker says about conflicting accesses, and what clusters share.
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+
+#include "checker_state.h"
+
+namespace ptxe {
+
+namespace {
+
+template <class... T>
+std::string format(const char* pattern, T... values) {
+  char text[256];
+  std::snprintf(text, sizeof text, pattern, values...);
+  return text;
+}
+
+const char* verb(AccessKind kind) {
+  if (kind == AccessKind::Atomic) return "update";
+  return writes(kind) ? "write" : "read";
+}
+
+std::string deed(const Access& access, const char* what, bool tmem) {
+  std::string text = access.strong && !access.read_modify ? "strong " : "";
+  if (access.component != access.issuer && !tmem) text += access.async_proxy ? "async-proxy " : "asynchronous ";
+  return text + what;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------- shared by clusters
+
+GlobalPage& SharedChecks::page(uint64_t number) {
+  {
+    const std::shared_lock<std::shared_mutex> hold(pages_lock_);
+    const auto found = pages_.find(number);
+    if (found != pages_.end()) return *found->second;
+  }
+  const std::lock_guard<std::shared_mutex> hold(pages_lock_);
+  auto& page = pages_[number];
+  if (!page) page = std::make_unique<GlobalPage>();
+  return *page;
+}
+
+WrittenBytes& SharedChecks::written(const MemoryMap::Range& range) {
+  const std::lock_guard<std::mutex> hold(written_lock_);
+  auto& entry = written_[{range.base, range.bytes}];
+  if (!entry) entry = std::make_unique<WrittenBytes>(range.bytes);
+  return *entry;
+}
+
+bool SharedChecks::is_new(uint32_t grid, Report kind, uint32_t pc, uint32_t other_pc) {
+  const std::lock_guard<std::mutex> hold(findings_lock_);
+  auto& seen = findings_[{grid, kind}].seen;
+  return seen.size() < kMaxPerKind && seen.emplace(pc, other_pc).second;
+}
+
+namespace {
+
+uint64_t mask_of(uint64_t word, uint64_t begin, uint64_t end) {  // bits of the word inside [begin, end)
+  const uint64_t first = word * 64;
+  uint64_t mask = ~0ull;
+  if (begin > first) mask &= ~0ull << (begin - first);
+  if (end < first + 64) mask &= ~0ull >> (first + 64 - end);
+  return mask;
+}
+
+}  // namespace
+
+void WrittenBytes::set(uint64_t begin, uint64_t end) {
+  for (uint64_t word = begin / 64; word * 64 < end; ++word) {
+    const uint64_t mask = mask_of(word, begin, end);
+    if ((words_[word].load(std::memory_order_relaxed) & mask) != mask) words_[word].fetch_or(mask, std::memory_order_relaxed);
+  }
+}
+
+uint64_t WrittenBytes::first_unset(uint64_t begin, uint64_t end) const {
+  for (uint64_t word = begin / 64; word * 64 < end; ++word) {
+    const uint64_t missing = ~words_[word].load(std::memory_order_relaxed) & mask_of(word, begin, end);
+    if (missing) return word * 64 + static_cast<uint64_t>(__builtin_ctzll(missing));
+  }
+  return end;
+}
+
+// ---------------------------------------------------------------------------------------------- texts
+
+Site ClusterChecker::site_of_access(const Access& access) const {
+  const Grid& grid = cluster_.machine->grids[access.grid];
+  const uint32_t* c = grid.cluster;
+  const uint32_t across[2] = {grid.size[0] / c[0], grid.size[1] / c[1]};
+  const uint32_t rank = access.issuer / grid.num_warps;
+  const uint32_t x = access.cluster % across[0] * c[0] + rank % c[0];
+  const uint32_t y = access.cluster / across[0] % across[1] * c[1] + rank / c[0] % c[1];
+  const uint32_t z = access.cluster / across[0] / across[1] * c[2] + rank / c[0] / c[1];
+  return Site{x + grid.size[0] * (y + grid.size[1] * z), access.issuer % grid.num_warps, -1, access.pc};
+}
+
+std::string ClusterChecker::actor_text(const Access& access) const {
+  const Site site = site_of_access(access);
+  const Program& program = *cluster_.machine->grids[access.grid].program;
+  std::string text = format("warp %u of CTA %u", site.warp, site.cta);
+  if (site.pc < program.code.size()) text += format(" at PTX line %u", program.code[site.pc].line);
+  if (access.grid != cluster_.grid->id) text += " of " + program.name + format(" (launch %u)", access.grid);
+  return text;
+}
+
+std::string ClusterChecker::memory_text(const Place& place, uint64_t at) {
+  if (place.home == Place::Shared) {
+    return format("shared memory 0x%" PRIx64 " of CTA %u", at, place.cta->linear);
+  }
+  if (place.range) return place.range->name + format(" + %" PRIu64 " bytes", at - place.range->base);
+  return format("global memory 0x%" PRIx64, at);
+}
+
+std::string ClusterChecker::tmem_text(const Cta& cta, uint64_t unit) {
+  return format("TMEM lane %u, column %u of CTA %u", static_cast<unsigned>(unit % kTmemLanes),
+                static_cast<unsigned>(unit / kTmemLanes), cta.linear);
+}
+
+// ---------------------------------------------------------------------------------------------- reports
+
+namespace {
+
+Report kind_of(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::ProxyRace: return Report::ProxyRace;
+    case Verdict::Tcgen05Order: return Report::Tcgen05Order;
+    case Verdict::GridDependency: return Report::GridDependency;
+    default: return Report::Race;
+  }
+}
+
+}  // namespace
+
+std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access& self, bool tmem) const {
+  const Access& other = conflict.other;
+  const bool same_warp = other.issuer == self.issuer && other.cluster == self.cluster;
+  switch (conflict.verdict) {
+    case Verdict::ProxyRace:
+      return "The write was made through the generic proxy, and no fence.proxy.async lies between the two.";
+    case Verdict::Tcgen05Order:
+      return "The warps have synchronised, but without tcgen05.fence::before_thread_sync before and "
+             "tcgen05.fence::after_thread_sync behind it.";
+    case Verdict::GridDependency:
+      return other.grid > self.grid ? "That launch has not executed griddepcontrol.wait at that point."
+                                    : "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
+    default: break;
+  }
+  if (same_warp && tmem) return "The earlier one may not have finished: its tcgen05.wait or commit has not been waited for.";
+  if (other.component != other.issuer) return "Nothing waits for the earlier, asynchronous one to finish.";
+  if (other.cluster != self.cluster) return "The two are of different clusters, and nothing orders them.";
+  return "Nothing orders the two.";
+}
+
+void ClusterChecker::report_conflict(const Conflict& conflict, const Access& self, AccessKind kind, const Site& site,
+                                     const std::string& place, bool tmem) {
+  const Access& other = conflict.other;
+  const Report what = kind_of(conflict.verdict);
+  if (!shared_->is_new(cluster_.grid->id, what, self.pc, other.pc)) return;
+  const char* other_verb = !conflict.other_writes ? "read" : other.read_modify ? "update" : "write";
+  std::string message = "The " + deed(self, verb(kind), tmem) + " of " + place + " follows a " +
+                        deed(other, other_verb, tmem) + " by " + actor_text(other) + ". " +
+                        conflict_text(conflict, self, tmem);
+  const Site other_site = site_of_access(other);
+  report(*cluster_.grid, what, site, std::move(message), other.grid == cluster_.grid->id ? &other_site : nullptr);
+}
+
+void ClusterChecker::report_uninitialised(const Access& self, const Site& site, const std::string& place) {
+  if (!shared_->is_new(cluster_.grid->id, Report::Uninitialised, self.pc, ~0u)) return;
+  report(*cluster_.grid, Report::Uninitialised, site, "The read of " + place + " finds nothing: it has not been written.");
+}
+
+}  // namespace ptxe
