@@ -7,6 +7,7 @@ from functools import partial
 import gdn_mtp
 import pytest
 import torch
+from gdn_mtp.ops import trace_call
 from gdn_mtp.torch_kernel import KERNEL, launch, requests_per_chunk
 from gdn_support import BF16, DEVICE, FP32, Case, assert_same_bits, slots_tensor
 from kernel_dispatch import Arch, NoKernelError, Provider, autotune, clear_tuning, debug, explain, registered
@@ -152,6 +153,21 @@ def test_the_second_call_of_a_kind_reuses_the_plan():
         mtp(CASE.states(12)[::2], slots_tensor(1, 2, 3), backend="spy")
     assert kernel.prepared == ["only"] * 3
     assert len(kernel.launched) == 5
+
+
+def test_what_autograd_tracks_goes_through_the_operation_every_time(monkeypatch):
+    traced = []
+    monkeypatch.setattr(
+        gdn_mtp.api, "trace_call", lambda *call: traced.append(torch.is_grad_enabled()) or trace_call(*call)
+    )
+    inputs = CASE.inputs()
+    inputs["A_log"].requires_grad_()
+    call = partial(gdn_mtp.gated_delta_rule_mtp, **inputs, disable_state_update=False)
+    for _ in range(3):
+        call(initial_state=CASE.states(6), initial_state_indices=slots_tensor(4, -1, 0))
+        with torch.no_grad():
+            call(initial_state=CASE.states(6), initial_state_indices=slots_tensor(4, -1, 0))
+    assert traced == [True] * 3
 
 
 def test_a_strict_backend_never_falls_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kernel_dispatch import (
     reload_providers,
     tensor_key,
 )
+from kernel_dispatch.plan_cache import ALIKE_LIMIT
 from kernel_dispatch.tuning import invalidate_plans
 
 
@@ -41,6 +43,62 @@ def test_get_returns_what_was_put() -> None:
 )
 def test_tensor_key_tells_tensors_apart(other: torch.Tensor) -> None:
     assert tensor_key(other) != tensor_key(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(3, 2),
+        torch.zeros(3, 2).T,
+        torch.zeros(2, 3, dtype=torch.float16),
+        torch.zeros(2, 3, device="meta"),
+        torch.zeros(2, 3, 1),
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.zeros(2, 3, requires_grad=True),
+        None,
+        3,
+    ],
+    ids=["shape", "stride", "dtype", "device", "rank", "type", "requires_grad", "None", "number"],
+)
+def test_tensors_beside_the_key_are_told_apart_by_their_looks(other: torch.Tensor) -> None:
+    plans: PlanCache[str] = PlanCache()
+    first = torch.zeros(2, 3)
+    plans.put("key", "plan", [first, first])
+    assert plans.get("key", [torch.ones(2, 3), torch.ones(2, 3)]) == "plan"
+    assert plans.get("key", [first, other]) is None
+    assert plans.get("key", [first]) is None
+    assert plans.get("key") is None
+    assert plans.get("other", [first, first]) is None
+
+
+def test_plans_under_one_key_replace_each_other_only_for_equal_looks() -> None:
+    plans: PlanCache[int] = PlanCache()
+    tensors = [torch.zeros(size) for size in range(ALIKE_LIMIT + 1)]
+    for _ in range(2):
+        for size in range(ALIKE_LIMIT):
+            plans.put("key", size, [tensors[size]])
+    assert [plans.get("key", [tensor]) for tensor in tensors] == [*range(ALIKE_LIMIT), None]
+    plans.put("key", ALIKE_LIMIT, [tensors[-1]])
+    assert [plans.get("key", [tensor]) for tensor in tensors] == [None, *range(1, ALIKE_LIMIT + 1)]
+    assert len(plans) == ALIKE_LIMIT
+
+
+def test_the_size_counts_plans_under_one_key() -> None:
+    plans: PlanCache[int] = PlanCache(maxsize=2)
+    tensors = [torch.zeros(size) for size in range(3)]
+    for size, tensor in enumerate(tensors):
+        plans.put("key", size, [tensor])
+    assert [plans.get("key", [tensor]) for tensor in tensors] == [None, 1, 2]
+    assert len(plans) == 2
+
+
+def test_a_plan_keeps_no_tensor_alive() -> None:
+    plans: PlanCache[str] = PlanCache()
+    tensor = torch.zeros(2)
+    alive = ref(tensor)
+    plans.put("key", "plan", [tensor])
+    del tensor
+    assert alive() is None
 
 
 def test_oldest_plan_leaves_first() -> None:

@@ -26,12 +26,22 @@ twice in a call, and none may be read by one request and written by another. Slo
 their bits.
 """
 
-from kernel_dispatch import ArgumentError, ArgumentTypeError, needs_op
+from kernel_dispatch import ArgumentError, ArgumentTypeError, is_watched, needs_op
 from torch import Tensor
 
 from gdn_mtp.ops import trace_call
-from gdn_mtp.plans import run_call
-from gdn_mtp.specs import DECODE, MTP, PRETRANSPOSE, PRETRANSPOSE_POOL, CallFlags, CallForm, CallTensors
+from gdn_mtp.plans import run_known, run_new
+from gdn_mtp.specs import (
+    DECODE,
+    MTP,
+    PRETRANSPOSE,
+    PRETRANSPOSE_POOL,
+    CallFlags,
+    CallForm,
+    CallTensors,
+    FlagTuple,
+    TensorTuple,
+)
 
 
 def gated_delta_rule_decode_pretranspose(
@@ -77,8 +87,8 @@ def gated_delta_rule_decode_pretranspose(
                 raise ArgumentError(name, "given without initial_state")
     if pool is None:
         raise ArgumentTypeError("state", "None, expected a tensor [B, HV, V, K], or initial_state instead")
-    flags = CallFlags(use_qk_l2norm, disable_state_update, backend)
-    tensors = CallTensors(
+    flags = (use_qk_l2norm, disable_state_update, backend)
+    tensors = (
         q,
         k,
         v,
@@ -116,8 +126,8 @@ def gated_delta_rule_decode(
 
     Returns (output, state). Writes the state, and `output` if given.
     """
-    tensors = CallTensors(q, k, v, A_log, a, dt_bias, b, state, None, None, None, None, output)
-    return _call(DECODE, tensors, scale, CallFlags(use_qk_l2norm, False, backend)), state
+    tensors = (q, k, v, A_log, a, dt_bias, b, state, None, None, None, None, output)
+    return _call(DECODE, tensors, scale, (use_qk_l2norm, False, backend)), state
 
 
 def gated_delta_rule_mtp(
@@ -155,8 +165,8 @@ def gated_delta_rule_mtp(
 
     Returns (output, initial_state). Writes the pool unless disabled, the buffer and `output` if given.
     """
-    flags = CallFlags(use_qk_l2norm, disable_state_update, backend)
-    tensors = CallTensors(
+    flags = (use_qk_l2norm, disable_state_update, backend)
+    tensors = (
         q,
         k,
         v,
@@ -174,7 +184,16 @@ def gated_delta_rule_mtp(
     return _call(MTP, tensors, scale, flags), initial_state
 
 
-def _call(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
-    if needs_op(*tensors):
-        return trace_call(form, tensors, scale, flags)
-    return run_call(form, tensors, scale, flags)
+def _call(
+    form: CallForm,
+    tensors: TensorTuple,
+    scale: float | Tensor | None,
+    flags: FlagTuple,
+) -> Tensor:
+    if not is_watched():
+        output = run_known(form, tensors, scale, flags)
+        if output is not None:
+            return output
+    named, named_flags = CallTensors._make(tensors), CallFlags._make(flags)
+    run = trace_call if needs_op(*tensors) else run_new
+    return run(form, named, scale, named_flags)

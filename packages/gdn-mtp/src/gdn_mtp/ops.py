@@ -4,7 +4,7 @@ import torch
 from kernel_dispatch import ArgumentTypeError, register_op
 from torch import Tensor
 
-from gdn_mtp.plans import run_call
+from gdn_mtp.plans import run_known, run_new
 from gdn_mtp.specs import FORMS, CallFlags, CallForm, CallTensors, check_flags
 
 
@@ -46,7 +46,9 @@ def gated_delta_rule(
         output,
     )
     flags = CallFlags(use_qk_l2norm, disable_state_update, backend)
-    run_call(FORMS[form], tensors, scale if scale_tensor is None else scale_tensor, flags)
+    chosen_scale = scale if scale_tensor is None else scale_tensor
+    if run_known(FORMS[form], tensors, chosen_scale, flags) is None:
+        run_new(FORMS[form], tensors, chosen_scale, flags)
 
 
 _OP = register_op(

@@ -1,6 +1,6 @@
 """Plans: a problem resolved to a prepared kernel, and the functional calls' cache of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import get_args
 
@@ -25,6 +25,8 @@ from gdn_mtp.specs import (
     CallFlags,
     CallForm,
     CallTensors,
+    FlagTuple,
+    TensorTuple,
     check_backend,
     check_call,
     misalignment,
@@ -57,6 +59,8 @@ class Plan:
         self.tactic = selection.tactic
         self.reason = selection.reason
         self._launcher = _prepare(problem, device, selection)
+        self._default_scale = problem.K**-0.5
+        self.always_checked = device.type == "cpu"
 
     def __repr__(self) -> str:
         return f"Plan({self.problem.describe()} on {self.device}: {self.provider}, tactic {self.tactic})"
@@ -86,7 +90,7 @@ class Plan:
         captured in a CUDA graph; on the CPU and in debug mode the arguments are checked as a functional
         call's are.
         """
-        tensors = CallTensors(
+        tensors = (
             q,
             k,
             v,
@@ -101,13 +105,13 @@ class Plan:
             ssm_state_indices,
             output,
         )
-        if self.device.type == "cpu" or debug_mode():
-            self._check(tensors, scale)
-        self.launch(tensors, q.shape[-1] ** -0.5 if scale is None else scale, output)
+        if self.always_checked or debug_mode():
+            self._check(CallTensors._make(tensors), scale)
+        self.launch(tensors, scale, output)
 
-    def launch(self, tensors: CallTensors, scale: float | Tensor, output: Tensor) -> None:
-        """Launch on tensors that were checked; `output` stands in for `tensors.output`."""
-        _start(self._launcher, tensors, scale, output)
+    def launch(self, tensors: TensorTuple, scale: float | Tensor | None, output: Tensor) -> None:
+        """Launch on checked tensors in the order of `CallTensors`; `output` stands in for the last."""
+        _start(self._launcher, self._default_scale if scale is None else scale, tensors, output)
 
     def _check(self, tensors: CallTensors, scale: float | Tensor | None) -> None:
         """Raises, naming the argument, unless the tensors pose exactly the plan's problem."""
@@ -162,33 +166,74 @@ def plan(
 _PLANS: PlanCache[Plan] = PlanCache()
 
 
-def run_call(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
-    """Run one functional call, reusing the plan of an earlier call that looked the same; returns the output.
+def run_known(
+    form: CallForm,
+    tensors: TensorTuple,
+    scale: float | Tensor | None,
+    flags: FlagTuple,
+) -> Tensor | None:
+    """Run a call that looks like an earlier one by the plan of that one; returns the output, None if new.
 
-    On a GPU, shapes, strides, dtypes, devices and flags are checked when their combination is new, the scale
-    always; on the CPU and in debug mode every call is checked in full, memory overlap and values included.
+    tensors, flags: the values of `CallTensors` and `CallFlags`, not yet checked. On a GPU the scale alone is
+    checked again; on the CPU and in debug mode the whole call, memory overlap and values included.
     """
     try:
-        tensor_keys = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-        aligned = (misalignment(tensors.state), misalignment(tensors.intermediate_states_buffer))
-        key = (form.name, flags, isinstance(scale, Tensor), aligned, *tensor_keys)
-        known = _PLANS.get(key)
+        known = _PLANS.get(_key(form, tensors, scale, flags), _given(tensors))
     except (AttributeError, TypeError):  # an argument is no tensor, or no flag; check_call says which
-        key, known = (), None
-    problem = None
-    if known is None or tensors.q.device.type == "cpu" or debug_mode():
-        problem = check_call(form, tensors, 1.0 if scale is None else scale, flags)
-    elif scale is not None:
-        check_scale("scale", scale, tensors.q.device)
-    scale = tensors.q.shape[-1] ** -0.5 if scale is None else scale
-    output = tensors.v.new_empty(tensors.v.shape) if tensors.output is None else tensors.output
+        return None
     if known is None:
-        if problem is None:  # no requests
-            return output
-        known = Plan(problem, tensors.q.device, _select(problem, tensors, scale, output, flags))
-        _PLANS.put(key, known)
+        return None
+    if known.always_checked or debug_mode():
+        check_call(form, CallTensors._make(tensors), 1.0 if scale is None else scale, CallFlags._make(flags))
+    elif scale is not None:
+        check_scale("scale", scale, known.device)
+    output = _output_of(tensors)
     known.launch(tensors, scale, output)
     return output
+
+
+def run_new(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
+    """Check a call in full, plan it, run it, and keep the plan for calls like it; returns the output."""
+    problem = check_call(form, tensors, 1.0 if scale is None else scale, flags)
+    output = _output_of(tensors)
+    if problem is None:  # no requests
+        return output
+    selection = _select(problem, tensors, problem.K**-0.5 if scale is None else scale, output, flags)
+    plan = Plan(problem, tensors.q.device, selection)
+    _PLANS.put(_key(form, tensors, scale, flags), plan, _given(tensors))
+    plan.launch(tensors, scale, output)
+    return output
+
+
+def _key(
+    form: CallForm,
+    tensors: TensorTuple,
+    scale: float | Tensor | None,
+    flags: FlagTuple,
+) -> Hashable:
+    """What the plan of a call depends on, short of what the cache compares itself: how its tensors look."""
+    q, _, _, _, _, _, _, state, reads, writes, buffer, scatter, output = tensors
+    return (
+        form.name,
+        flags,
+        q.shape,
+        misalignment(state),
+        misalignment(buffer),
+        (reads is None, writes is None, buffer is None, scatter is None, output is None),
+        isinstance(scale, Tensor),
+        torch.is_grad_enabled(),
+    )
+
+
+def _given(tensors: TensorTuple) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _output_of(tensors: TensorTuple) -> Tensor:
+    """The output that the caller gave, or a new one like v."""
+    v: Tensor = tensors[2]
+    output: Tensor | None = tensors[-1]
+    return v.new_empty(v.shape) if output is None else output
 
 
 def _select(
@@ -205,7 +250,7 @@ def _select(
         return resolve(problem, arch, flags.backend)
 
     def make_run(selection: Selection) -> Callable[[], None]:
-        return partial(_start, _prepare(problem, device, selection), tensors, scale, output)
+        return partial(_start, _prepare(problem, device, selection), scale, tensors, output)
 
     return choose(problem, arch, device, make_run, partial(_snapshot, problem, tensors))
 
@@ -225,35 +270,19 @@ def _prepare(
 
 
 def _start(
-    launcher: Callable[..., None], tensors: CallTensors, scale: float | Tensor, output: Tensor
+    launcher: Callable[..., None], scale: float | Tensor, tensors: TensorTuple, output: Tensor
 ) -> None:
     """Call a launcher; index tensors reach it with the dtype of the first, the scale as a float or [1]."""
+    q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, _ = tensors
     if not isinstance(scale, Tensor):
         scale = float(scale)
     elif scale.dim() != 1:
         scale = scale.view(1)
-    reads, writes = tensors.initial_state_indices, tensors.output_state_indices
-    scatter = tensors.ssm_state_indices
     if writes is not None and reads is not None:
         writes = writes.to(reads.dtype)
     if scatter is not None and reads is not None:
         scatter = scatter.to(reads.dtype)
-    launcher(
-        tensors.q,
-        tensors.k,
-        tensors.v,
-        tensors.a,
-        tensors.b,
-        tensors.A_log,
-        tensors.dt_bias,
-        scale,
-        tensors.state,
-        reads,
-        writes,
-        tensors.intermediate_states_buffer,
-        scatter,
-        output,
-    )
+    launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
 
 
 def _snapshot(problem: GatedDeltaRuleProblem, tensors: CallTensors) -> Callable[[], None]:

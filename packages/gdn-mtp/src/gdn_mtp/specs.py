@@ -1,7 +1,7 @@
 """What the public functions accept: tensor specs, rules between arguments, and the use of pool slots."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from kernel_dispatch import (
@@ -82,6 +82,10 @@ class CallFlags(NamedTuple):
     use_qk_l2norm: bool
     disable_state_update: bool
     backend: str
+
+
+TensorTuple: TypeAlias = tuple[Any, ...]  # the values of CallTensors, plain and not yet checked
+FlagTuple: TypeAlias = tuple[bool, bool, str]  # those of CallFlags
 
 
 def tensor_specs(form: CallForm, writes_pool: bool) -> tuple[TensorSpec, ...]:

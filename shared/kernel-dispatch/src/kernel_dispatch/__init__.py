@@ -25,7 +25,7 @@ from .errors import (
     NoKernelError,
     ProviderError,
 )
-from .ops import needs_op, register_op
+from .ops import is_watched, needs_op, register_op
 from .plan_cache import PlanCache, clear_plans, tensor_key
 from .providers import (
     Kernel,
@@ -88,6 +88,7 @@ __all__ = [
     "forbid_compilation",
     "generation",
     "guard_workspace",
+    "is_watched",
     "launch_workspace",
     "load_problems",
     "load_tuning",

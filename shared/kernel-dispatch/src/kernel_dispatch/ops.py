@@ -36,17 +36,22 @@ def register_op(
     return op
 
 
-def needs_op(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call on `tensors` must go through the dispatcher rather than straight to the kernel.
-
-    True while torch.compile or torch.export traces, under a dispatch mode or a functorch transform, for a
-    tensor subclass (FakeTensor among them), and for a tensor that autograd tracks.
-    """
-    if (
+def is_watched() -> bool:
+    """Whether torch.compile or torch.export traces, or a dispatch mode or functorch transform is active."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    )
+
+
+def needs_op(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on `tensors` must go through the dispatcher rather than straight to the kernel.
+
+    True where `is_watched()`, for a tensor subclass (FakeTensor among them), and for a tensor that autograd
+    tracks.
+    """
+    if is_watched():
         return True
     grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:
