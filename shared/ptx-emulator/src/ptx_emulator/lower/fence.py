@@ -15,7 +15,7 @@ SIDES = {
     "acquire": ACQUIRE,
     "release": RELEASE,
 }
-SCOPES = ("cta", "cluster", "gpu", "sys")
+SCOPES = ("cta", "cluster", "gpu", "sys")  # as Scope in checker.h
 TENSOR_MAP_BYTES = 128
 
 
@@ -38,7 +38,7 @@ def lower_fence(ctx: Lowering, instruction: Instruction) -> None:
     check_restriction(ctx, restriction, semantics, scope)
     modifiers.done()
     operands(ctx, instruction, 0)
-    ctx.emit("fence", SIDES[semantics])
+    ctx.emit("fence", SIDES[semantics], SCOPES.index(scope))
 
 
 def check_restriction(
@@ -54,11 +54,12 @@ def check_restriction(
 @lowers("membar", op_class="fence")
 def lower_membar(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    if modifiers.take("cta", "gl", "sys") is None:
+    level = modifiers.take("cta", "gl", "sys")
+    if level is None:
         raise ctx.unsupported("the level must be .cta, .gl or .sys")
     modifiers.done()
     operands(ctx, instruction, 0)
-    ctx.emit("fence", ACQUIRE | RELEASE)
+    ctx.emit("fence", ACQUIRE | RELEASE, SCOPES.index("gpu" if level == "gl" else level))
 
 
 @lowers("fence.proxy", "membar.proxy", op_class="fence")
@@ -71,16 +72,17 @@ def lower_proxy_fence(ctx: Lowering, instruction: Instruction) -> None:
     if modifiers.has("async::generic"):
         semantics = modifiers.take("acquire", "release")
         restriction = modifiers.take("sync_restrict::shared::cta", "sync_restrict::shared::cluster")
-        check_restriction(ctx, restriction, semantics, modifiers.take(*SCOPES))
-        if restriction is None:
+        scope = modifiers.take(*SCOPES)
+        check_restriction(ctx, restriction, semantics, scope)
+        if restriction is None or scope is None:
             raise ctx.unsupported(".sync_restrict is missing")
         modifiers.done()
         operands(ctx, instruction, 0)
         if semantics == "acquire":
-            ctx.emit("fence", ACQUIRE)
+            ctx.emit("fence", ACQUIRE, SCOPES.index(scope))
         ctx.emit("fence.proxy.async")
         if semantics == "release":
-            ctx.emit("fence", RELEASE)
+            ctx.emit("fence", RELEASE, SCOPES.index(scope))
         return
     operands(ctx, instruction, 0)
     if modifiers.has("async"):
@@ -99,14 +101,15 @@ def lower_proxy_fence(ctx: Lowering, instruction: Instruction) -> None:
 def lower_tensormap_fence(ctx: Lowering, instruction: Instruction, modifiers: Modifiers) -> None:
     """`fence.proxy.tensormap::generic.release.scope` or `….acquire.scope [addr], 128`."""
     semantics = modifiers.take("acquire", "release")
-    if semantics is None or modifiers.take(*SCOPES) is None:
+    scope = modifiers.take(*SCOPES)
+    if semantics is None or scope is None:
         raise ctx.unsupported(".acquire or .release, and a scope, are needed")
     modifiers.done()
     if semantics == "release":
         operands(ctx, instruction, 0)
-        ctx.emit("fence.proxy.tensormap", RELEASE)
+        ctx.emit("fence.proxy.tensormap", RELEASE, SCOPES.index(scope))
         return
     address, size = operands(ctx, instruction, 2)
     if not isinstance(size, Immediate) or size.value != TENSOR_MAP_BYTES:
         raise ctx.unsupported(f"the size must be {TENSOR_MAP_BYTES}")
-    ctx.emit("fence.proxy.tensormap", ACQUIRE, *ctx.address(address))
+    ctx.emit("fence.proxy.tensormap", ACQUIRE, SCOPES.index(scope), *ctx.address(address))

@@ -6,7 +6,6 @@
 
 #include <array>
 
-#include "fence.h"
 #include "memory.h"
 
 namespace ptxe {

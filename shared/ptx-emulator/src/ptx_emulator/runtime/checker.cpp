@@ -43,10 +43,7 @@ bool acquires(Order order) { return order == Order::Acquire || order == Order::A
 bool releases(Order order) { return order == Order::Release || order == Order::AcquireRelease; }
 bool is_wide(Scope scope) { return scope >= Scope::Gpu; }
 
-uint64_t local_key(const Place& place) {
-  if (place.home == Place::Shared) return static_cast<uint64_t>(place.cta->rank) << kCtaShift | place.offset;
-  return reinterpret_cast<uint64_t>(place.data);
-}
+uint64_t address_of(const Place& place) { return reinterpret_cast<uint64_t>(place.data); }
 
 }  // namespace
 
@@ -200,7 +197,7 @@ void acquire(Warp& w, const Sync& sync) {
   join_acquired(c->state(w), sync.views);
 }
 
-void release_relaxed(Warp& w, Sync& sync) {
+void release_fenced(Warp& w, Sync& sync) {
   sync.time = std::max(sync.time, w.time);
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c) return;
@@ -214,7 +211,7 @@ void release_relaxed(Warp& w, Sync& sync) {
   sync.views.grid_dependency |= s.views.grid_dependency;
 }
 
-void acquire_relaxed(Warp& w, const Sync& sync) {
+void observe_relaxed(Warp& w, const Sync& sync) {
   w.time = std::max(w.time, sync.time);
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c) return;
@@ -264,21 +261,22 @@ void grid_dependency_wait(Warp& w) {
   c->state(w).snapshot.reset();
 }
 
-void publish(Warp& w, const Place& place, Order order, Scope scope) {
+void publish(Warp& w, const Place& place, Order order, Scope scope, bool modifies) {
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c || place.home == Place::Local || !place) return;
   c->flush();
   WarpState& s = c->state(w);
   const bool wide = is_wide(scope) && place.home == Place::Global;
   const Clock& covered = releases(order) ? s.views.generic : s.views.fenced;
+  if (!modifies) c->local_syncs.erase(address_of(place));
   if (wide) {
-    if (releases(order) || !covered.entries.empty()) c->publish_global(local_key(place), w, covered);
+    if (releases(order) || !covered.entries.empty()) c->publish_global(address_of(place), w, covered);
   } else if (releases(order)) {
-    Sync& sync = c->local_syncs[local_key(place)];
+    Sync& sync = c->local_syncs[address_of(place)];
     sync.time = std::max(sync.time, w.time);
     join_released(sync.views, s);
   } else if (!covered.entries.empty() || !s.narrow_fenced.entries.empty()) {
-    release_relaxed(w, c->local_syncs[local_key(place)]);
+    release_fenced(w, c->local_syncs[address_of(place)]);
   }
   if (releases(order)) c->advance(w);
 }
@@ -289,24 +287,25 @@ void observe(Warp& w, const Place& place, Order order, Scope scope) {
   c->flush();
   WarpState& s = c->state(w);
   Views& seen = s.observed;
-  if (const auto found = c->local_syncs.find(local_key(place)); found != c->local_syncs.end()) {
+  if (const auto found = c->local_syncs.find(address_of(place)); found != c->local_syncs.end()) {
     w.time = std::max(w.time, found->second.time);
     seen.join(found->second.views);
     s.has_observed = true;
   }
   if (place.home == Place::Global && c->shared().any_sync) {
-    c->observe_global(local_key(place), w, seen);
+    c->observe_global(address_of(place), w, seen);
     s.has_observed = true;
   }
   if (acquires(order)) c->apply_observed(s, is_wide(scope));
 }
 
-void fence_memory(Warp& w, Scope scope) {
+void fence_memory(Warp& w, Order order, Scope scope) {
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c) return;
   c->flush();
   WarpState& s = c->state(w);
-  c->apply_observed(s, is_wide(scope));
+  if (acquires(order)) c->apply_observed(s, is_wide(scope));
+  if (!releases(order)) return;
   if (is_wide(scope)) {
     s.views.fenced.join(s.views.generic);
   } else {

@@ -69,8 +69,8 @@ struct Actor {
 // --- synchronisation, called by the instruction that synchronises (always moves virtual time, too)
 void release(Warp& w, Sync& sync);        // what w did so far happens before whoever acquires from sync
 void acquire(Warp& w, const Sync& sync);  // and w.time = max(w.time, sync.time), counted and traced as a wait
-void release_relaxed(Warp& w, Sync& sync);        // .relaxed forms: what fences have covered, see publish()
-void acquire_relaxed(Warp& w, const Sync& sync);  // ... from the next fence or barrier on
+void release_fenced(Warp& w, Sync& sync);         // .relaxed forms: what fences have covered, see publish()
+void observe_relaxed(Warp& w, const Sync& sync);  // ... counts from the next fence or barrier on
 void fence_proxy_async(Warp& w);          // fence.proxy.async in any form: generic accesses become visible to async
 void tcgen05_fence_before(Warp& w);       // tcgen05.fence::before_thread_sync
 void tcgen05_fence_after(Warp& w);        // tcgen05.fence::after_thread_sync
@@ -85,9 +85,10 @@ void grid_dependency_wait(Warp& w);       // griddepcontrol.wait, after it has w
 // common, and work.)
 enum class Order : uint8_t { Relaxed, Acquire, Release, AcquireRelease };
 enum class Scope : uint8_t { Cta, Cluster, Gpu, System };
-void publish(Warp& w, const Place& place, Order order, Scope scope);
+// A store that does not read (not `modifies`) starts the location's order anew.
+void publish(Warp& w, const Place& place, Order order, Scope scope, bool modifies = true);
 void observe(Warp& w, const Place& place, Order order, Scope scope);
-void fence_memory(Warp& w, Scope scope);  // fence.{acq_rel,sc}, membar, fence.acquire/release
+void fence_memory(Warp& w, Order order, Scope scope);  // fence, membar; order is not Relaxed
 
 // --- asynchronous operations
 // At issue: borrows a component, copies the views. Proxy: Generic for cp.async, Async for bulk copies, TMA and wgmma,

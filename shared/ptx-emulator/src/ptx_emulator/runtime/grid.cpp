@@ -1,6 +1,8 @@
 // Instructions about the grid: dependent launch, cluster launch control, registers of a warp group, sleep, clocks.
 #include "grid.h"
 
+#include "checker.h"
+
 #include <algorithm>
 
 #include "barrier.h"
@@ -68,7 +70,10 @@ Step read_time(Warp& w, const Instruction& i, F value) {
 }  // namespace
 
 PTXE_OP("griddepcontrol.wait") {
-  if (grid_dependencies_done(*w.grid)) return Step::Next;
+  if (grid_dependencies_done(*w.grid)) {
+    grid_dependency_wait(w);
+    return Step::Next;
+  }
   w.waits_for = "the grids before this one";
   return Step::Wait;
 }

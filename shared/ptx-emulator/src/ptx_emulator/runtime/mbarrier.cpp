@@ -4,7 +4,6 @@
 #include <cstdio>
 
 #include "barrier.h"
-#include "fence.h"
 #include "memory.h"
 
 namespace ptxe {
