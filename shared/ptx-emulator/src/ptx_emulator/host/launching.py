@@ -1,0 +1,212 @@
+"""Launches of kernels given as PTX."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ptx_emulator.errors import EmulatorError
+from ptx_emulator.host.arrays import Memory, disjoint, is_array, memories_of, memory_of
+from ptx_emulator.host.job import finish
+from ptx_emulator.host.options import Options
+from ptx_emulator.machine import Kernel, LoadedModule, Machine, Result
+
+Size = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Args:
+        ptx: the module's text.
+        kernel: name of the kernel; None if the module has only one.
+        grid, block, cluster: sizes, `x` or `(x, y, z)` with missing ones 1.
+        shared_bytes: dynamic shared memory.
+        args: in the order of the kernel's parameters: tensors and arrays (their address is passed), integers,
+            floats, NumPy scalars, or the bytes of a parameter (a tensor map, a struct).
+        names: of the arrays in `args`, for reports; `arg0`, `arg1`, … without.
+        pdl: whether it may start before its predecessor has completed (programmatic stream serialization).
+        device: architecture; the module's `.target` without.
+        uninitialised: names of arrays whose content counts as never written.
+        read_only: names of arrays that the kernel may not write.
+        memory: more arrays that the kernel reaches by pointers inside structs or tensor maps, by name.
+    """
+
+    ptx: str
+    kernel: str | None = None
+    grid: Size = 1
+    block: Size = 32
+    cluster: Size = 1
+    shared_bytes: int = 0
+    args: Sequence[Any] = ()
+    names: Sequence[str] = ()
+    pdl: bool = False
+    device: str | None = None
+    uninitialised: Sequence[str] = ()
+    read_only: Sequence[str] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    _loaded: list[LoadedModule] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def module(self) -> LoadedModule:
+        """The parsed module; its kernels are lowered once."""
+        if not self._loaded:
+            self._loaded.append(LoadedModule(self.ptx, self.device))
+        return self._loaded[0]
+
+    def memories(self) -> list[Memory]:
+        """The memory of the arrays among the arguments."""
+        if self.names and len(self.names) != len(self.args):
+            raise ValueError(f"names: {len(self.names)} for {len(self.args)} arguments")
+        names = self.names or [f"arg{index}" for index in range(len(self.args))]
+        arrays = {name: arg for name, arg in zip(names, self.args, strict=True) if is_array(arg)}
+        return memories_of(
+            {**arrays, **self.memory}, uninitialised=self.uninitialised, read_only=self.read_only
+        )
+
+    def enqueue(self, machine: Machine) -> None:
+        """Appends the launch to the stream of a machine."""
+        module = self.module()
+        machine.attach(module)
+        for memory in self.memories():
+            machine.add_range(
+                memory.name,
+                memory.address,
+                memory.num_bytes,
+                initialised=memory.initialised,
+                read_only=memory.read_only,
+            )
+        kernel = module.kernel(self.kernel)
+        machine.enqueue(
+            kernel,
+            size3("grid", self.grid),
+            size3("block", self.block),
+            size3("cluster", self.cluster),
+            self.shared_bytes,
+            pack(kernel, self.args),
+            self.pdl,
+        )
+
+    def run(self, options: Options | None = None) -> Result:
+        """Runs the launch once, in place.
+
+        Raises:
+            EmulationError: findings, if the options are strict.
+        """
+        chosen = options or Options()
+        machine = chosen.machine(self.device or self.module().arch)
+        self.enqueue(machine)
+        return finish(machine.synchronize(), chosen)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launches of one stream, in order; all for one architecture."""
+
+    launches: Sequence[Launch]
+
+    def memories(self) -> list[Memory]:
+        """The memory that the launches may touch."""
+        return disjoint(memory for launch in self.launches for memory in launch.memories())
+
+    def run(self, options: Options | None = None) -> Result:
+        """Runs the launches once, in place."""
+        chosen = options or Options()
+        devices = {launch.device or launch.module().arch for launch in self.launches}
+        if len(devices) != 1:
+            raise ValueError(f"launches: are for {sorted(devices)}, one device is needed")
+        machine = chosen.machine(devices.pop())
+        for launch in self.launches:
+            launch.enqueue(machine)
+        return finish(machine.synchronize(), chosen)
+
+
+def launch(
+    ptx: str,
+    kernel: str | None = None,
+    *,
+    grid: Size = 1,
+    block: Size = 32,
+    cluster: Size = 1,
+    shared_bytes: int = 0,
+    args: Sequence[Any] = (),
+    names: Sequence[str] = (),
+    pdl: bool = False,
+    device: str | None = None,
+    uninitialised: Sequence[str] = (),
+    read_only: Sequence[str] = (),
+    memory: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> Result:
+    """Runs one kernel on arrays, which it changes in place; see `Launch` for the arguments.
+
+    Raises:
+        EmulationError: findings, unless `options.strict` is off.
+        EmulatorError: what the emulator cannot run.
+    """
+    described = Launch(
+        ptx=ptx,
+        kernel=kernel,
+        grid=grid,
+        block=block,
+        cluster=cluster,
+        shared_bytes=shared_bytes,
+        args=args,
+        names=names,
+        pdl=pdl,
+        device=device,
+        uninitialised=uninitialised,
+        read_only=read_only,
+        memory=memory or {},
+    )
+    return described.run(options)
+
+
+def size3(name: str, size: Size) -> tuple[int, int, int]:
+    """A grid, block or cluster size in three dimensions."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(sizes) <= 3:
+        raise ValueError(f"{name}: {size} has {len(sizes)} dimensions, a launch has one to three")
+    x, y, z = (*sizes, 1, 1)[:3]
+    return x, y, z
+
+
+def pack(kernel: Kernel, args: Sequence[Any]) -> bytes:
+    """The parameter block of a launch.
+
+    Raises:
+        EmulatorError: the number or the size of the arguments is not that of the kernel's parameters.
+    """
+    function = kernel.program.function
+    parameters = function.parameters
+    if len(args) != len(parameters):
+        raise EmulatorError(f"args: {len(args)} given, {function.name} takes {len(parameters)}")
+    block = bytearray(kernel.program.parameter_bytes)
+    for parameter, arg in zip(parameters, args, strict=True):
+        data = _encode(parameter.name, arg, parameter.bytes)
+        if len(data) != parameter.bytes:
+            raise EmulatorError(f"args: {parameter.name} has {parameter.bytes} bytes, not {len(data)}")
+        block[parameter.offset : parameter.offset + parameter.bytes] = data
+    return bytes(block)
+
+
+def _encode(name: str, arg: Any, num_bytes: int) -> bytes:
+    if is_array(arg):
+        return memory_of(name, arg).address.to_bytes(8, "little")
+    if isinstance(arg, (bytes, bytearray, memoryview)):
+        return bytes(arg)
+    if isinstance(arg, np.generic):
+        return arg.tobytes()
+    if isinstance(arg, (bool, int)):
+        try:
+            return int(arg).to_bytes(num_bytes, "little", signed=arg < 0)
+        except OverflowError:
+            raise EmulatorError(f"args: {arg} does not fit {name}, which has {num_bytes} bytes") from None
+    if isinstance(arg, float) and num_bytes in (2, 4, 8):
+        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[num_bytes], arg)
+    if arg is None:
+        return bytes(num_bytes)
+    raise EmulatorError(f"args: {name} cannot be a {type(arg).__name__}")
