@@ -20,9 +20,9 @@ SPACES = {  # as Space in memory.h; without a space an address is generic
     "const": 6,
 }
 GENERIC = 0
-SCOPES = ("cta", "cluster", "gpu", "sys")
-SEMANTICS = {"weak": 0, "relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4}  # as Semantics in strong.h
-TYPES = tuple(f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)) + ("b128", "f32", "f64")
+SCOPES = {"cta": 0, "cluster": 1, "gpu": 2, "sys": 3}  # as Scope in checker.h
+SEMANTICS = {"weak": 0, "relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4}  # as Strength in strong.h
+TYPES = (*(f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)), "b128", "f32", "f64")
 
 # What follows says how caches are to be used, and changes no result.
 _LOAD_CACHING = ("ca", "cg", "cs", "lu", "cv", "nc")
@@ -55,12 +55,12 @@ def take_space(modifiers: Modifiers) -> tuple[str | None, int]:
     return space, GENERIC if space is None else SPACES[space]
 
 
-def take_semantics(modifiers: Modifiers, allowed: tuple[str, ...]) -> str:
-    """`weak`, or how the access orders others. Every scope is treated as the whole machine."""
+def take_order(modifiers: Modifiers, default: str, allowed: tuple[str, ...]) -> tuple[int, int]:
+    """How an access orders others, and its scope: two arguments of the operation."""
     modifiers.has("mmio")
-    name = modifiers.take("volatile", "weak", *allowed) or "weak"
-    modifiers.take(*SCOPES)
-    return "relaxed" if name == "volatile" else name
+    name = modifiers.take(*allowed) or default
+    scope = modifiers.take(*SCOPES) or ("sys" if name == "volatile" else "gpu")
+    return SEMANTICS["relaxed" if name == "volatile" else name], SCOPES[scope]
 
 
 def without_policy(ctx: Lowering, found: tuple[Operand, ...], hinted: bool) -> tuple[Operand, ...]:
@@ -87,7 +87,7 @@ def _access(
         raise ctx.unsupported(f"type .{type_name} is none of a load or store")
     vector = modifiers.take("v2", "v4", "v8")
     space, number = take_space(modifiers)
-    semantics = take_semantics(modifiers, orders)
+    semantics, scope = take_order(modifiers, "weak", ("weak", "volatile", *orders))
     while modifiers.take(*caching, *_PRIORITIES, *PREFETCH_SIZES):
         pass
     hinted = modifiers.has(CACHE_HINT)
@@ -102,7 +102,8 @@ def _access(
         f"{'ld' if is_load else 'st'}.b{bits_of(type_name)}",
         *ctx.address(address),
         number,
-        SEMANTICS[semantics],
+        semantics,
+        scope,
         int(type_name[0] == "s"),
         len(uses),
         *(part for use in uses for part in (use, use.value.bits)),

@@ -84,29 +84,6 @@ Whole find_whole(Warp& w, Space space, const Extent& e, uint32_t bytes, AccessKi
   return whole_global(w.cluster->machine->memory, e, bytes, kind);
 }
 
-// The checker takes pieces: lanes with adjoining or equal addresses are one access.
-struct Piece {
-  Place place;
-  uint8_t* end = nullptr;
-  int lane = 0;
-};
-
-void check_piece(Warp& w, const Piece& piece, AccessKind kind) {
-  if (!piece.place.data) return;
-  access_memory(w, piece.place, static_cast<uint32_t>(piece.end - piece.place.data), kind, piece.lane);
-}
-
-void extend_or_check(Warp& w, Piece& piece, const Place& place, uint32_t bytes, AccessKind kind, int lane) {
-  const bool same_home = piece.place.home == place.home && piece.place.cta == place.cta &&
-                         piece.place.range == place.range;
-  if (piece.place.data && same_home && place.data >= piece.place.data && place.data <= piece.end) {
-    piece.end = std::max(piece.end, place.data + bytes);
-    return;
-  }
-  check_piece(w, piece, kind);
-  piece = Piece{place, place.data + bytes, lane};
-}
-
 // Parameters and constants do not change while a kernel runs.
 bool is_checked(const Warp& w, Space space) {
   return w.cluster->checker && space != Space::Param && space != Space::Const;
@@ -120,16 +97,16 @@ LanePlaces resolve_together(Warp& w, Space space, const Whole& whole, const Lane
   for (int lane = 0; lane < kLanes; ++lane) {
     to.data[lane] = reinterpret_cast<uint8_t*>(from.address[lane] + whole.shift);
   }
-  if (is_checked(w, space)) {
-    Piece piece;
-    for (Lanes rest = from.lanes; rest; rest &= rest - 1) {
-      const int lane = __builtin_ctz(rest);
-      Place place = whole.place;
-      place.data = to.data[lane];
-      place.offset += static_cast<uint32_t>(from.address[lane] - e.low);
-      extend_or_check(w, piece, place, bytes, kind, lane);
-    }
-    check_piece(w, piece, kind);
+  if (!is_checked(w, space)) return to;
+  const uint8_t* last = nullptr;
+  for (Lanes rest = from.lanes; rest; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    if (to.data[lane] == last) continue;
+    last = to.data[lane];
+    Place place = whole.place;
+    place.data = to.data[lane];
+    place.offset += static_cast<uint32_t>(from.address[lane] - e.low);
+    access_memory(w, place, bytes, kind, lane);
   }
   return to;
 }
@@ -154,7 +131,6 @@ LanePlaces resolve_each(Warp& w, Space space, const LaneAddresses& from, uint32_
                         AccessKind kind) {
   LanePlaces to{};
   Refused out, odd;
-  Piece piece;
   const bool checked = is_checked(w, space);
   bool first = true;
   for (Lanes rest = from.lanes; rest; rest &= rest - 1) {
@@ -175,9 +151,8 @@ LanePlaces resolve_each(Warp& w, Space space, const LaneAddresses& from, uint32_
     if (first) to.home = place.home;
     first = false;
     to.granted |= 1u << lane;
-    if (checked && place.home != Place::Local) extend_or_check(w, piece, place, bytes, kind, lane);
+    if (checked && place.home != Place::Local) access_memory(w, place, bytes, kind, lane);
   }
-  check_piece(w, piece, kind);
   report_refused(w, Report::OutOfBounds, out);
   report_refused(w, Report::Misaligned, odd);
   return to;

@@ -47,19 +47,19 @@ T read_register(Warp& w, uint32_t slot, uint32_t bits, int lane) {
   }
 }
 
-// Arguments of ld and st: address, space, semantics, is_signed, number of elements, then per element its slot and
-// the bits of the slot's lanes.
+// Arguments of ld and st: address, space, semantics, scope, is_signed, number of elements, then per element its slot
+// and the bits of the slot's lanes.
 struct AccessArgs {
   AddressArgs address;
   Space space;
-  Semantics semantics;
+  Strength strength;
   bool is_signed;
   uint32_t num_elements;
   const uint32_t* elements;
 
   explicit AccessArgs(const Instruction& i)
-      : address(i, 0), space(static_cast<Space>(i.args[4])), semantics(static_cast<Semantics>(i.args[5])),
-        is_signed(i.args[6] != 0), num_elements(i.args[7]), elements(i.args + 8) {}
+      : address(i, 0), space(static_cast<Space>(i.args[4])), strength(i.args[5], i.args[6]),
+        is_signed(i.args[7] != 0), num_elements(i.args[8]), elements(i.args + 9) {}
   uint32_t slot(uint32_t element) const { return elements[2 * element]; }
   uint32_t bits(uint32_t element) const { return elements[2 * element + 1]; }
 };
@@ -85,29 +85,31 @@ void load_lanes(Warp& w, const AccessArgs& args, const LanePlaces& to) {
 template <class T>
 Step load(Warp& w, const Instruction& i) {
   const AccessArgs args(i);
-  const bool strong = args.semantics != Semantics::Weak;
+  const bool strong = args.strength.strong;
   const uint32_t bytes = args.num_elements * sizeof(T);
   const LaneAddresses from(w, args.address, w.lanes);
   const LanePlaces to =
       resolve_lanes(w, args.space, from, bytes, bytes, strong ? AccessKind::StrongRead : AccessKind::Read);
   load_lanes<T>(w, args, to);
   if (!strong) return Step::Next;
-  for (Lanes rest = to.granted; rest; rest &= rest - 1) {
-    order_load(w, to.data[__builtin_ctz(rest)], to.home, args.semantics);
-  }
+  each_place(w, args.space, from, to, [&](const Place& place) {
+    observe(w, place, args.strength.order, args.strength.scope);
+  });
   return Step::Yield;  // perhaps a poll
 }
 
 template <class T>
 Step store(Warp& w, const Instruction& i) {
   const AccessArgs args(i);
-  const bool strong = args.semantics != Semantics::Weak;
+  const bool strong = args.strength.strong;
   const uint32_t bytes = args.num_elements * sizeof(T);
   const LaneAddresses from(w, args.address, w.lanes);
   const LanePlaces to =
       resolve_lanes(w, args.space, from, bytes, bytes, strong ? AccessKind::StrongWrite : AccessKind::Write);
-  for (Lanes rest = strong ? to.granted : 0; rest; rest &= rest - 1) {
-    order_store(w, to.data[__builtin_ctz(rest)], to.home, args.semantics, false);
+  if (strong) {
+    each_place(w, args.space, from, to, [&](const Place& place) {
+      publish(w, place, args.strength.order, args.strength.scope);
+    });
   }
   for (uint32_t element = 0; element < args.num_elements; ++element) {
     const uint32_t slot = args.slot(element), bits = args.bits(element), at = element * sizeof(T);

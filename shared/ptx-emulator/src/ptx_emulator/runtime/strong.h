@@ -1,19 +1,33 @@
-// Order that strong accesses to one location make: what a release wrote, an acquire that reads it is ordered after.
+// The order that strong accesses make, as the lowering passes it.
 #pragma once
 
+#include "checker.h"
 #include "memory.h"
 
 namespace ptxe {
 
-// As `semantics` of the lowering; Weak accesses order nothing.
-enum class Semantics : uint32_t { Weak, Relaxed, Acquire, Release, AcquireRelease };
-inline bool acquires(Semantics s) { return s == Semantics::Acquire || s == Semantics::AcquireRelease; }
-inline bool releases(Semantics s) { return s == Semantics::Release || s == Semantics::AcquireRelease; }
+// Two arguments: semantics (0 weak, 1 + Order otherwise), scope.
+struct Strength {
+  bool strong;
+  Order order = Order::Relaxed;
+  Scope scope;
+  Strength(uint32_t semantics, uint32_t scope_number)
+      : strong(semantics != 0), scope(static_cast<Scope>(scope_number)) {
+    if (strong) order = static_cast<Order>(semantics - 1);
+  }
+};
 
-// To be called before the data are stored. A plain store (not `modifies`) starts the location's order anew, a
-// read-modify-write adds to it.
-void order_store(Warp& w, uint8_t* data, Place::Home home, Semantics semantics, bool modifies);
-// To be called after the data have been read.
-void order_load(Warp& w, uint8_t* data, Place::Home home, Semantics semantics);
+// Calls f(place) for every granted lane, if anybody checks.
+template <class F>
+void each_place(Warp& w, Space space, const LaneAddresses& from, const LanePlaces& to, F f) {
+  if (!w.cluster->checker) return;
+  for (Lanes rest = to.granted; rest; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    Refusal refusal;
+    const Place place =
+        find_place(*w.cluster, &w, w.cta, space, from.address[lane], 1, 1, AccessKind::Read, lane, refusal);
+    if (place) f(place);
+  }
+}
 
 }  // namespace ptxe

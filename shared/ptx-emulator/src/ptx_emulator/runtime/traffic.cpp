@@ -1,6 +1,7 @@
 #include "traffic.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace ptxe {
 
@@ -60,7 +61,7 @@ uint32_t distinct_sectors(const LanePlaces& to, uint32_t bytes) {
 }
 
 Wavefronts shared_wavefronts(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
-  const uint32_t together = std::clamp<uint32_t>(kPassBytes / bytes, 1, kLanes);
+  const uint32_t together = std::clamp<uint32_t>(std::bit_floor(kPassBytes / bytes), 1, kLanes);
   const Lanes part = together == kLanes ? kAllLanes : (1u << together) - 1;
   if (lanes == kAllLanes && bytes >= kBankBytes && is_contiguous(from.address, bytes)) {
     return {kLanes / together, kLanes / together};
