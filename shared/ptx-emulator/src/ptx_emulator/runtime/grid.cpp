@@ -1,11 +1,10 @@
 // Instructions about the grid: dependent launch, cluster launch control, registers of a warp group, sleep, clocks.
 #include "grid.h"
 
-#include "checker.h"
-
 #include <algorithm>
 
 #include "barrier.h"
+#include "checker.h"
 #include "memory.h"
 
 namespace ptxe {
