@@ -116,6 +116,7 @@ void start_warp(Cta& cta, uint32_t index) {
   w.cluster = cta.cluster;
   w.grid = &grid;
   w.index = index;
+  w.executed = grid.tallies[worker_index].executed.data() + index * grid.program->code.size();
   w.component = cta.rank * grid.num_warps + index;
   const uint32_t threads = std::min<uint32_t>(kLanes, cta.num_threads - index * kLanes);
   w.live = threads == kLanes ? kAllLanes : (1u << threads) - 1;

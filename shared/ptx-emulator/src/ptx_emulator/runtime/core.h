@@ -90,6 +90,7 @@ struct Warp {
   std::vector<Group> groups;
   uint32_t current = 0;  // index into groups of the one that is executing
   const Instruction* at = nullptr;
+  uint64_t* executed = nullptr;  // how often each instruction was, of this worker
   std::string waits_for;  // why the last Step::Wait: "mbarrier 0x400 of CTA 0, phase 1"
 
   std::vector<Gathering> gatherings;

@@ -22,36 +22,6 @@ constexpr auto kIdleSleep = std::chrono::microseconds(20);
 
 enum class Outcome : uint8_t { Finished, Stuck, Spinning, Parked };
 
-// One executed instruction of the current group. Returns what it did.
-Step execute(Warp& w, Tally& tally, size_t num_instructions) {
-  Group& group = w.groups[w.current];
-  const uint32_t pc = group.pc;
-  const Instruction& i = w.grid->program->code[pc];
-  Lanes lanes = group.lanes;
-  if (i.guard >= 0) {
-    const Lanes guard = w.predicate(static_cast<uint32_t>(i.guard));
-    lanes &= i.guard_negated ? ~guard : guard;
-  }
-  Step step = Step::Next;
-  if (lanes) {
-    w.lanes = lanes;
-    w.at = &i;
-    step = i.run(w, i);
-    if (step != Step::Wait) {
-      ++tally.executed[w.index * num_instructions + pc];
-      ++w.time;
-    }
-  }
-  if (step == Step::Next || step == Step::Yield) {
-    Group& same = w.groups[w.current];
-    ++same.pc;
-    if (same.meets && same.meets->pc == same.pc) settle_groups(w);
-  } else if (step == Step::Jump && !w.groups.empty()) {
-    settle_groups(w);
-  }
-  return step;
-}
-
 // The next group of the warp that can run; false if all have been tried and wait.
 bool next_group(Warp& w) {
   const auto n = static_cast<uint32_t>(w.groups.size());
@@ -70,13 +40,47 @@ struct Ran {
   bool stopped = false;   // trap
 };
 
+// The lanes of the current group that an instruction executes for.
+inline Lanes guarded_lanes(Warp& w, const Group& group, const Instruction& i) {
+  if (i.guard < 0) return group.lanes;
+  const Lanes guard = w.predicate(static_cast<uint32_t>(i.guard));
+  return group.lanes & (i.guard_negated ? ~guard : guard);
+}
+
+// Executes the current group until it jumps, waits, yields or has used up `left`. The last step says which: Next
+// if `left` was used up or the group has reached where it meets others.
+Step run_straight(Warp& w, uint32_t& left) {
+  Group& group = w.groups[w.current];
+  const Instruction* const code = w.grid->program->code.data();
+  uint64_t* const executed = w.executed;
+  const uint32_t meets = group.meets ? group.meets->pc : ~0u;
+  while (left) {
+    const Instruction& i = code[group.pc];
+    const Lanes lanes = guarded_lanes(w, group, i);
+    if (lanes) {
+      w.lanes = lanes;
+      w.at = &i;
+      const Step step = i.run(w, i);
+      if (step == Step::Wait) return step;
+      ++executed[&i - code];
+      ++w.time;
+      --left;
+      if (step == Step::Jump || step == Step::Stop) return step;
+      ++group.pc;
+      if (step == Step::Yield || group.pc == meets) return step;
+    } else if (++group.pc == meets) {
+      return Step::Next;
+    }
+  }
+  return Step::Next;
+}
+
 Ran run_warp(Warp& w, uint32_t quantum) {
   Ran ran;
-  Tally& tally = w.grid->tallies[worker_index];
-  const size_t num_instructions = w.grid->program->code.size();
   for (Group& group : w.groups) group.waiting = false;
-  while (ran.executed < quantum && !w.groups.empty()) {
-    const Step step = execute(w, tally, num_instructions);
+  uint32_t left = quantum;
+  while (left && !w.groups.empty()) {
+    const Step step = run_straight(w, left);
     if (step == Step::Stop) {
       ran.stopped = true;
       return ran;
@@ -86,9 +90,10 @@ Ran run_warp(Warp& w, uint32_t quantum) {
       if (!next_group(w)) break;
       continue;
     }
-    ++ran.executed;
+    if (!w.groups.empty()) settle_groups(w);
     if (step == Step::Yield) break;
   }
+  ran.executed = quantum - left;
   if (w.groups.size() > 1) next_group(w);
   return ran;
 }
