@@ -107,7 +107,7 @@ class Plan:
         )
         if self.always_checked or debug_mode():
             self._check(CallTensors._make(tensors), scale)
-        self.launch(tensors, scale, output)
+        _start(self._launcher, self._default_scale if scale is None else scale, tensors, output)
 
     def launch(self, tensors: TensorTuple, scale: float | Tensor | None, output: Tensor) -> None:
         """Launch on checked tensors in the order of `CallTensors`; `output` stands in for the last."""

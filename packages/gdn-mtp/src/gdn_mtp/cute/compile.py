@@ -1,8 +1,10 @@
 """Compiles kernels once per configuration and loads them, where it can be without the compiler.
 
 A kernel is traced and compiled by CuTe DSL for the architecture named, no GPU needed. Where there is a C
-compiler it is linked into a library, which loads with only the DSL's runtime library and TVM-FFI; where there
-is none, the DSL loads the object file. Functions take PyTorch tensors and launch on PyTorch's current stream.
+compiler it is linked into a library, which loads with only the DSL's runtime library and TVM-FFI, and which
+launches by `launch.c`; where there is none, the DSL loads the object file, which launches by the CUDA
+runtime. Functions take PyTorch tensors, whose shapes, strides, dtypes, devices and alignment they check, and
+launch on PyTorch's current stream of the device that the tensors are on.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ LIBRARY = f"{FUNCTION}.so"
 OBJECT = f"{FUNCTION}.o"
 PTX = f"{FUNCTION}.ptx"
 CUBIN = f"{FUNCTION}.cubin"
+LAUNCH_SOURCE = Path(__file__).with_name("launch.c")
 DISTRIBUTIONS = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
 _compile_lock = threading.Lock()  # the DSL traces one kernel at a time
 
@@ -62,7 +65,7 @@ def _toolchain() -> dict[str, str]:
 @cache
 def _sources() -> str:
     here = Path(__file__).parent
-    return source_hash(*sorted(here.glob("*.py")))
+    return source_hash(*sorted(here.glob("*.py")), LAUNCH_SOURCE)
 
 
 def _build(config: Config, arch: str, directory: Path) -> None:
@@ -79,10 +82,13 @@ def _build(config: Config, arch: str, directory: Path) -> None:
         for name in (PTX, CUBIN):  # the compiler names its files after the kernel and the target
             (dumped,) = Path(scratch).glob(f"*{Path(name).suffix}")
             shutil.copyfile(dumped, directory / name)
-        linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-        if linker is not None:
+        compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+        if compiler is not None:
             runtime = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
-            command = [linker, "-shared", "-o", str(directory / LIBRARY), str(directory / OBJECT), *runtime]
+            parts = [str(directory / OBJECT), str(LAUNCH_SOURCE), *runtime]
+            # Not linked to a C library, it takes that of the process, which may be older than the one here.
+            flags = ("-O2", "-fPIC", "-shared", "-nodefaultlibs")
+            command = [compiler, *flags, "-o", str(directory / LIBRARY), *parts]
             subprocess.run(command, check=True, capture_output=True, text=True)
 
 
