@@ -1,1 +1,1 @@
-"""What stands in for the driver and the host code: launches, tensors, compiled CuTe DSL functions, CUDA sources."""
+"""What stands in for driver and host code: launches, arrays, compiled CuTe DSL functions, CUDA sources."""

@@ -64,7 +64,7 @@ def memory_of(name: str, array: Any, *, initialised: bool = True, read_only: boo
 
 
 def disjoint(memories: Iterable[Memory]) -> list[Memory]:
-    """The same memory as ranges that do not overlap: views of one buffer become one range with their names."""
+    """The same memory as ranges that do not overlap: views of one buffer become one range with all names."""
     ranges: list[Memory] = []
     for memory in sorted((m for m in memories if m.num_bytes), key=lambda m: (m.address, m.end)):
         last = ranges[-1] if ranges else None

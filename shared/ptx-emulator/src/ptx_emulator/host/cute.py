@@ -86,7 +86,7 @@ def emulate(
     """A compiled CuTe DSL function as a callable that takes CPU tensors and runs on the emulator.
 
     Args:
-        compiled: what `cute.compile` returned, compiled with `--enable-tvm-ffi`; `compile_cute` sets all options.
+        compiled: what `cute.compile` returned, with `--enable-tvm-ffi`; `compile_cute` sets all options.
         device: the architecture it was compiled for.
         options: how to run it.
         ptx: its PTX, if it was compiled without keeping it.

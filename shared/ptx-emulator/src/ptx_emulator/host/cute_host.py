@@ -1,4 +1,4 @@
-"""The host code of a compiled CuTe DSL function, linked against a stand-in for CUDA, and the launches it makes.
+"""The host code of a compiled CuTe DSL function, linked to a stand-in for CUDA, and the launches it makes.
 
 `export_to_c` gives an object file whose undefined symbols are the DSL's runtime and a few CUDA calls;
 `cuda_stub.cpp` defines them. What is left comes from TVM-FFI, through which the function is called.
@@ -57,7 +57,7 @@ class _Device(ctypes.Structure):
 
 @dataclass(frozen=True)
 class CapturedLaunch:
-    """A launch that host code made. `args` are the addresses of the arguments, valid until the launch returns."""
+    """A launch that host code made; `args` are the addresses of the arguments, valid until it returns."""
 
     kernel: str
     grid: tuple[int, int, int]

@@ -17,8 +17,8 @@ class Options:
         seed: of a random schedule; the same seed repeats it.
         workers: OS threads; one per core by default.
         trace: whether a timeline is recorded, in `Result.spans`.
-        early_dependents: whether a grid launched with programmatic stream serialization starts as early as its
-            predecessor allows, or only when that has completed.
+        early_dependents: whether a grid launched with programmatic stream serialization starts as early as
+            its predecessor allows, or only when that has completed.
         strict: whether findings are raised as EmulationError; otherwise they are in `Result.reports`.
         progress: whether a bar shows how many clusters have run.
     """

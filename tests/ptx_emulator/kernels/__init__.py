@@ -1,0 +1,1 @@
+"""CuTe DSL kernels of our own that the emulator's tests run."""
