@@ -193,12 +193,22 @@ class KernelConfig(Config):
         return 16 * (x // 4) + 4 * ((x // 2) % 2) + 4 * (x % 2)
 
     @property
+    def pairs_stride(self) -> int:
+        """Floats from one pair of tokens to the next in `Shared.pairs`; the slack avoids bank conflicts."""
+        return 2 * self.K + 8
+
+    @property
+    def pairs_floats(self) -> int:
+        """Size of `Shared.pairs`, which the state needs to advance by a chunk at once."""
+        return 0 if self.T == 1 or self.stores_every_state else -(-self.T // 2) * self.pairs_stride
+
+    @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block: tile buffers and their barriers, k and q, chunk matrices, gates."""
+        """Shared memory of a block: tile buffers and their barriers, k and q, pairs, matrices, gates."""
         tiles = self.tactic.warps * (
             self.buffers_per_warp * self.buffer_bytes + 8 * self.tactic.tiles_per_warp
         )
-        floats = 2 * self.T * self.token_stride + self.T * GATE_COLUMNS
+        floats = 2 * self.T * self.token_stride + self.T * GATE_COLUMNS + self.pairs_floats
         floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
         return tiles + 4 * floats
 
@@ -207,4 +217,5 @@ class KernelConfig(Config):
         """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
         if self.K > 128 or len(self.chunks) > 1:
             return 8
-        return 16 if self.T <= CHUNK_TOKENS // 2 and not self.stores_every_state else 12
+        few = self.T <= CHUNK_TOKENS // 2 or (self.state_bytes == 2 and self.tactic.tiles_per_warp == 1)
+        return 16 if few and not self.stores_every_state else 12

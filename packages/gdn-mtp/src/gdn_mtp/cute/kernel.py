@@ -174,10 +174,14 @@ class GatedDeltaRule(TileCopies):
             stride=(1, (cfg.K, cfg.part_stride), parts * cfg.part_stride, buffers * parts * cfg.part_stride),
         )
         matrices = len(cfg.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
+        pairs = None
+        if cfg.pairs_floats:
+            pairs = smem.allocate_tensor(Float32, cute.make_layout(cfg.pairs_floats), 16)
         return Shared(
             tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
             mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
             kq=smem.allocate_tensor(Float32, cute.make_layout(2 * cfg.T * cfg.token_stride), 16),
+            pairs=pairs,
             matrices=smem.allocate_tensor(Float32, cute.make_layout(matrices), 16),
             gate=smem.allocate_tensor(Float32, cute.make_layout(cfg.T * GATE_COLUMNS), 16),
         )
@@ -310,6 +314,8 @@ class GatedDeltaRule(TileCopies):
                     offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t % CHUNK_TOKENS)
                     for j in cutlass.range_constexpr(len(x)):
                         shared.kq[offset + place.lane + WARP_LANES * j] = x[j]
+                    if cutlass.const_expr(is_q == 0 and shared.pairs is not None):
+                        self.stage_pairs(x, t, shared, place)
                     factor = Float32(1.0)
                     if cutlass.const_expr(cfg.use_qk_l2norm):
                         squares = cute.arch.warp_reduction_sum(dot(x, x))
@@ -322,6 +328,19 @@ class GatedDeltaRule(TileCopies):
                     qk = cute.arch.warp_reduction_sum(dot(*tokens[i]))
                     if place.lane == 0:
                         shared.gate[QK] = qk
+
+    @cute.jit
+    def stage_pairs(self, k, t, shared, place):
+        """Write k of token t beside its neighbour's; of a last token without one, to both places."""
+        cfg = self.config
+        lane = place.lane
+        column = (lane & ~3) + 2 * (lane % 2) + lane // 2 % 2
+        offset = t // 2 * cfg.pairs_stride + 2 * column + t % 2
+        for j in cutlass.range_constexpr(len(k)):
+            shared.pairs[offset + 2 * WARP_LANES * j] = k[j]
+        if t + 1 == cfg.T and t % 2 == 0:
+            for j in cutlass.range_constexpr(len(k)):
+                shared.pairs[offset + 2 * WARP_LANES * j + 1] = k[j]
 
     def gate(self, shared, t, column):
         return shared.gate[t * GATE_COLUMNS + column]
@@ -561,14 +580,13 @@ class GatedDeltaRule(TileCopies):
         if self.packed(c):
             u = [select(t < 2, x, Float32(0.0)) for x in u]
         a_parts = parts(as_operand([u[x] * weights[x % 2] for x in range(4)]), False)
-        operands = [self.token_offset(False, c, cutlass.min(2 * t + e, n - 1)) for e in range(2)]
-        # Result columns 2t and 2t + 1 of an instruction stand for columns h and h + 2 of a run of four.
+        pair = (t0 // 2 + cutlass.min(t, (n - 1) // 2)) * self.config.pairs_stride
         for column, at in self.quads(g // 2):
-            k = [load_shared(shared.kq, operand, column + 2 * (g % 2), 2) for operand in operands]
-            for h in range(2):
-                places = [(0, at + h), (0, at + h + 2), (1, at + h), (1, at + h + 2)]
+            k = load_shared(shared.pairs, pair, 2 * column + 4 * (g % 2), 4)
+            for h in (0, 2):
+                places = [(half, at + h + e) for half in range(2) for e in range(2)]
                 acc = [decay * s[half][x] for half, x in places]
-                acc = mma_split(acc, a_parts, parts([k[0][h], k[1][h]], self.exact_io))
+                acc = mma_split(acc, a_parts, parts(k[h : h + 2], self.exact_io))
                 for (half, x), value in zip(places, acc, strict=True):
                     s[half][x] = value
 
