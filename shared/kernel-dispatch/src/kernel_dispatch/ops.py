@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from .errors import ArgumentError
 
@@ -38,11 +41,7 @@ def register_op(
 
 def is_watched() -> bool:
     """Whether torch.compile or torch.export traces, or a dispatch mode or functorch transform is active."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
 def needs_op(*tensors: torch.Tensor | None) -> bool:
