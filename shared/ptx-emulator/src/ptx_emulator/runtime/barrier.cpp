@@ -264,7 +264,6 @@ PTXE_OP("barrier") {
   }
   leave(list, entry, w.lanes);
   acquire(w, generation->sync);
-  count(w, Count::BarrierWaits, 1);
   if (kind != Kind::Sync) write_result(w, i.args[3], kind, *generation);
   return Step::Next;
 }
@@ -326,7 +325,6 @@ PTXE_OP("barrier.cluster.wait") {
   const GenerationPtr generation = entry->generation;
   leave(list, entry, w.lanes);
   acquire(w, generation->sync);
-  count(w, Count::BarrierWaits, 1);
   return Step::Next;
 }
 

@@ -100,8 +100,9 @@ std::string ClusterChecker::actor_text(const Access& access) const {
   const Site site = site_of_access(access);
   const Program& program = *cluster_.machine->grids[access.grid].program;
   std::string text = format("warp %u of CTA %u", site.warp, site.cta);
+  if (access.grid == cluster_.grid->id) return text;  // the report has the other site, too
   if (site.pc < program.code.size()) text += format(" at PTX line %u", program.code[site.pc].line);
-  if (access.grid != cluster_.grid->id) text += " of " + program.name + format(" (launch %u)", access.grid);
+  text += " of " + program.name + format(" (launch %u)", access.grid);
   return text;
 }
 

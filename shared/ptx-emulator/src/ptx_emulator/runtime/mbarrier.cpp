@@ -427,7 +427,6 @@ PTXE_OP("mbarrier.tx") {  // address, space, bytes, whether they are completed (
 PTXE_OP("mbarrier.test_wait") {  // address, space, predicate, phase or parity, flags
   const WaitResult result = test(w, i);
   w.set_predicate(i.args[5], result.complete);
-  count(w, Count::BarrierWaits, 1);
   return result.complete == w.lanes ? Step::Next : Step::Yield;
 }
 
@@ -439,7 +438,6 @@ PTXE_OP("mbarrier.try_wait") {  // address, space, predicate, phase or parity, f
   }
   resume(w);
   w.set_predicate(i.args[5], result.complete);
-  count(w, Count::BarrierWaits, 1);
   return result.complete == w.lanes ? Step::Next : Step::Yield;
 }
 
