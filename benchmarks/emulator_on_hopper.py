@@ -4,8 +4,9 @@
     python benchmarks/emulator_on_hopper.py replay cases/ --out result.json   # on a GPU: numpy and a driver
 
 `replay` lets the driver compile each kernel's PTX, launches it on the same inputs and compares every byte.
-Kernels with approximate instructions or matrix products may differ by rounding: for them the largest difference
-is given, relative to the largest value of the array. Kernels for another architecture are counted, not run.
+Kernels with approximate instructions or matrix products may differ by rounding: for them the largest
+difference is given, relative to the largest value of the array. Kernels for another architecture are counted,
+not run. Tensor maps of a few hundred parameter sets are compared with those of `cuTensorMapEncodeTiled`.
 """
 
 from __future__ import annotations
@@ -201,6 +202,84 @@ def replay_chunk(paths: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
     return results, []
 
 
+def encode_by_driver(cuda: ctypes.CDLL, arguments: dict[str, Any]) -> str | None:
+    """What `cuTensorMapEncodeTiled` makes of the arguments, in hexadecimal; None if it refuses them."""
+    rank = len(arguments["dims"])
+    memory = (ctypes.c_uint8 * 192)()
+    start = -ctypes.addressof(memory) % 64
+    status = cuda.cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(memory) + start),
+        arguments["data_type"],
+        rank,
+        ctypes.c_void_p(arguments["address"]),
+        (ctypes.c_uint64 * rank)(*arguments["dims"]),
+        (ctypes.c_uint64 * max(1, rank - 1))(*arguments["strides"]),
+        (ctypes.c_uint32 * rank)(*arguments["box"]),
+        (ctypes.c_uint32 * rank)(*arguments["element_strides"]),
+        arguments["interleave"],
+        arguments["swizzle"],
+        arguments["l2_promotion"],
+        arguments["oob_fill"],
+    )
+    return None if status else bytes(memory[start : start + 128]).hex()
+
+
+def replay_maps(sets: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compares tensor maps; only the first 64 bytes mean something."""
+    Gpu()
+    cuda = ctypes.CDLL("libcuda.so.1")
+    outcomes: Counter[str] = Counter()
+    different = []
+    for arguments in sets:
+        ours, theirs = arguments["ours"], encode_by_driver(cuda, arguments)
+        if ours is None or theirs is None:
+            outcome = "both refuse" if ours is theirs else "only one refuses"
+        else:
+            outcome = "equal" if ours[:128] == theirs[:128] else "different"
+        outcomes[outcome] += 1
+        if outcome in ("only one refuses", "different"):
+            different.append({**arguments, "driver": theirs})
+    return {"sets": len(sets), "outcomes": dict(outcomes), "different": different}
+
+
+def tensor_map_sets(count: int = 400, seed: int = 0) -> list[dict[str, Any]]:
+    """Random arguments of `cuTensorMapEncodeTiled`, some of them not valid, with what our encoder makes of them."""
+    from ptx_emulator.tensor_map import encode_tiled
+
+    rng = np.random.default_rng(seed)
+    sets = []
+    for _ in range(count):
+        rank = int(rng.integers(1, 6))
+        data_type = int(rng.integers(0, 13))
+        item = (1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)[data_type]
+        swizzle = int(rng.choice([0, 0, 1, 2, 3, 3]))
+        row = int(rng.choice([16, 32, 48, 64, 128])) if rng.random() < 0.9 else item
+        dims = [int(rng.integers(1, 5000)) for _ in range(rank)]
+        strides = [int(rng.integers(1, 1 << int(rng.integers(4, 34)))) * 16 for _ in range(rank - 1)]
+        if strides and rng.random() < 0.05:
+            strides[0] += 8
+        arguments = {
+            "data_type": data_type,
+            "address": 0x7F0000000000
+            + int(rng.integers(0, 1 << 30)) * 16
+            + (8 if rng.random() < 0.03 else 0),
+            "dims": dims,
+            "strides": strides,
+            "box": [max(1, row // item), *(int(rng.integers(1, 257)) for _ in range(rank - 1))],
+            "element_strides": [int(rng.integers(1, 9)) if rng.random() < 0.2 else 1 for _ in range(rank)],
+            "interleave": int(rng.choice([0, 0, 0, 0, 1, 2])) if rank >= 3 else 0,
+            "swizzle": swizzle,
+            "l2_promotion": int(rng.integers(0, 4)),
+            "oob_fill": int(rng.random() < 0.2),
+        }
+        try:
+            ours: str | None = encode_tiled(**arguments).hex()
+        except ValueError:
+            ours = None
+        sets.append({**arguments, "ours": ours})
+    return sets
+
+
 def targets_of(path: Path) -> str:
     """The architecture a kept kernel was made for."""
     with np.load(path) as content:
@@ -234,8 +313,13 @@ def replay(folder: Path, out: Path, jobs: int) -> int:
         "not_equal": [r for r in results if r["outcome"] in ("different", "failed")],
         "rounding_by_test": _worst_by_test(results),
     }
+    maps = folder / "tensor_maps.json"
+    if maps.exists():
+        summary["tensor_maps"] = replay_maps(json.loads(maps.read_text(encoding="utf-8")))
     out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in summary.items() if k not in ("not_equal", "rounding_by_test")}))
+    print(json.dumps({k: v for k, v in summary.items() if k in ("cases", "outcomes", "tests")}))
+    if "tensor_maps" in summary:
+        print("tensor maps:", summary["tensor_maps"]["outcomes"])
     for r in summary["not_equal"][:20]:
         print(r)
     return 1 if summary["not_equal"] else 0
@@ -252,6 +336,9 @@ def _worst_by_test(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def record(folder: Path) -> int:
     """Runs the emulator's tests and keeps every kernel they run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = json.dumps(tensor_map_sets())
+    (folder / "tensor_maps.json").write_text(maps, encoding="utf-8")
     environment = {**os.environ, "PTX_EMULATOR_RECORD": str(folder.resolve())}
     tests = Path(__file__).resolve().parent.parent / "tests" / "ptx_emulator"
     return subprocess.run(
