@@ -243,7 +243,7 @@ def replay_maps(sets: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tensor_map_sets(count: int = 400, seed: int = 0) -> list[dict[str, Any]]:
-    """Random arguments of `cuTensorMapEncodeTiled`, some of them not valid, with what our encoder makes of them."""
+    """Random arguments of `cuTensorMapEncodeTiled`, not all of them valid, and what our encoder makes of them."""
     from ptx_emulator.tensor_map import encode_tiled
 
     rng = np.random.default_rng(seed)
