@@ -5,16 +5,16 @@ The layout follows what the host code of compiled CuTe DSL functions writes:
 | where | what |
 |---|---|
 | bytes 0 to 7 | address |
-| word at 8 | bit 1 set; 4 to 6 rank - 1; 7 to 10 type; 13 to 14 swizzle; 16 tf32; 18 set; 19 atoms of 32 bytes |
+| word at 8 | bit 1 set; 4-6 rank - 1; 7-10 type; 13-14 swizzle; 16 tf32; 18 set; 19 atoms of 32 bytes |
 | words at 12, 16, 20, 24 | strides 1 to 4 in units of 16 bytes, low 32 bits |
 | word at 28 | their upper 4 bits, a nibble each |
 | words at 32 to 48 | dimensions - 1 |
 | bytes 55 to 59 | box - 1 |
 
-The rest is this emulator's own choice, in bits that are zero there or agree: in the word at 8 the interleave (11 to
-12), the fill of out-of-bounds elements (15), the L2 promotion (17 to 18, so that bit 18 means 128 bytes) and the
-atomicity of the swizzle (19 to 20); in the word at 52 the element strides - 1, three bits each. Bytes 64 to 127 mean
-nothing.
+The rest is this emulator's own choice, in bits that are zero there or agree: in the word at 8 the
+interleave (11 to 12), the fill of out-of-bounds elements (15), the L2 promotion (17 to 18, so that
+bit 18 means 128 bytes) and the atomicity of the swizzle (19 to 20); in the word at 52 the element
+strides - 1, three bits each. Bytes 64 to 127 mean nothing.
 """
 
 from __future__ import annotations

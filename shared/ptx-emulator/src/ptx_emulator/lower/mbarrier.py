@@ -13,8 +13,8 @@ PARITY, WAIT_RELAXED = 1, 2  # as WaitFlags in mbarrier.cpp
 
 
 def take_semantics(ctx: Lowering, modifiers: Modifiers, *allowed: str) -> str | None:
-    """The memory semantics of `.sem.scope`, which come together. The scope decides nothing here: the clocks of a
-    cluster cover all of it."""
+    """The memory semantics of `.sem.scope`, which come together. The scope decides nothing here: the clocks
+    of a cluster cover all of it."""
     semantics = modifiers.take(*allowed)
     scope = modifiers.take("cta", "cluster")
     if (semantics is None) != (scope is None):
