@@ -2,12 +2,12 @@
 
 softmax2 is with base 2: 2^(s - max) / sum. N is one tile, so a thread holds a whole row of scores.
 
-A cluster of two CTAs shares one MMA of 256 rows; each CTA has 128 of them in its tensor memory. Warps 0 to 3 are the
-epilogue, warp 4 issues MMAs (in the leader CTA), warp 5 loads. Tiles of 256 rows go round the clusters. Rows past M
-are zeros from TMA and are not stored.
+A cluster of two CTAs shares one MMA of 256 rows; each CTA has 128 of them in its tensor memory. Warps 0 to 3
+are the epilogue, warp 4 issues MMAs (in the leader CTA), warp 5 loads. Tiles of 256 rows go round the clusters.
+Rows past M are zeros from TMA and are not stored.
 
-The kernel is plain on purpose: every wait, fence and barrier in it is needed, which makes it the reference for
-mutations. `can_implement` has its limits.
+The kernel is plain on purpose: every wait, fence and barrier in it is needed, which makes it the reference
+for mutations. `can_implement` has its limits.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ class GemmSoftmax:
         num_tiles: Int32,
         k_tiles: Int32,
     ):
-        """Owns accumulators while empty. Waits on full stages and empty accumulators. Signals the reverse of both."""
+        """Owns empty accumulators. Waits on full stages, empty accumulators. Signals the reverse of both."""
         rX = tiled_mma.make_fragment_A(sX)
         rW = tiled_mma.make_fragment_B(sW)
         full = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.load_stages)

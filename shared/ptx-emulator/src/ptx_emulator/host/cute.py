@@ -100,7 +100,10 @@ def emulate(
 
 
 class Emulated:
-    """A compiled function on the emulator. `result` is that of the last call, `launches` what it launched."""
+    """A compiled function on the emulator.
+
+    `result` is that of the last call, `launches` what it launched; `module` holds the kernels.
+    """
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class Emulated:
         self._compiled = compiled
         self._uninitialised, self._read_only = uninitialised, read_only
         self._signature = _signature(compiled)
-        self._module = LoadedModule(self.ptx, device)
+        self.module = LoadedModule(self.ptx, device)
         self._host = HostFunction(compiled, find_target(device))
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -138,10 +141,17 @@ class Emulated:
         """The function with its arguments, to be run under several options."""
         return Call(self, self._bind(args, kwargs))
 
-    def run(self, arguments: Mapping[str, Any], options: Options) -> Result:
-        """Runs the function once on arguments by name, in the order of its parameters."""
+    def run(
+        self, arguments: Mapping[str, Any], options: Options, module: LoadedModule | None = None
+    ) -> Result:
+        """Runs the function once on arguments by name, in the order of its parameters.
+
+        Args:
+            module: kernels to run in place of the function's own, such as a mutant.
+        """
+        module = module or self.module
         machine = options.machine(self.device)
-        machine.attach(self._module)
+        machine.attach(module)
         for memory in self.memories(arguments):
             machine.add_range(
                 memory.name,
@@ -151,7 +161,9 @@ class Emulated:
                 read_only=memory.read_only,
             )
         self.launches = []
-        self._host(lambda launch: self._enqueue(machine, launch), *map(_on_device, arguments.values()))
+        self._host(
+            lambda launch: self._enqueue(machine, module, launch), *map(_on_device, arguments.values())
+        )
         self.result = None
         self.result = machine.synchronize()
         return finish(self.result, options)
@@ -169,8 +181,8 @@ class Emulated:
         bound.apply_defaults()
         return dict(bound.arguments)
 
-    def _enqueue(self, machine: Machine, launch: CapturedLaunch) -> None:
-        kernel = self._module.kernel(launch.kernel)
+    def _enqueue(self, machine: Machine, module: LoadedModule, launch: CapturedLaunch) -> None:
+        kernel = module.kernel(launch.kernel)
         sizes = [(p.offset, p.bytes) for p in kernel.program.function.parameters]
         machine.enqueue(
             kernel,
@@ -195,13 +207,13 @@ class Call:
         """The memory of the tensors among the arguments."""
         return self.function.memories(self.arguments)
 
-    def run(self, options: Options | None = None) -> Result:
-        """Runs the call once, in place.
+    def run(self, options: Options | None = None, module: LoadedModule | None = None) -> Result:
+        """Runs the call once, in place; see `Emulated.run`.
 
         Raises:
             EmulationError: findings, if the options are strict.
         """
-        return self.function.run(self.arguments, options or self.function.options)
+        return self.function.run(self.arguments, options or self.function.options, module)
 
 
 class _OnDevice:

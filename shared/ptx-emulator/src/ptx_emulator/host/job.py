@@ -15,7 +15,7 @@ class Job(Protocol):
     def memories(self) -> list[Memory]:
         """The memory that the launches may touch."""
 
-    def run(self, options: Options) -> Result:
+    def run(self, options: Options | None = None) -> Result:
         """Runs the launches once, in place."""
 
 

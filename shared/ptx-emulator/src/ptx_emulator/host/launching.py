@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.arrays import Memory, disjoint, is_array, memories_of, memory_of
 from ptx_emulator.host.job import finish
 from ptx_emulator.host.options import Options
 from ptx_emulator.machine import Kernel, LoadedModule, Machine, Result
+from ptx_emulator.tensor_map import TensorMap
 
 Size = int | tuple[int, ...]
 
@@ -27,7 +29,7 @@ class Launch:
         grid, block, cluster: sizes, `x` or `(x, y, z)` with missing ones 1.
         shared_bytes: dynamic shared memory.
         args: in the order of the kernel's parameters: tensors and arrays (their address is passed), integers,
-            floats, NumPy scalars, or the bytes of a parameter (a tensor map, a struct).
+            floats, NumPy scalars, tensor maps, or the bytes of a parameter such as a struct.
         names: of the arrays in `args`, for reports; `arg0`, `arg1`, … without.
         pdl: whether it may start before its predecessor has completed (programmatic stream serialization).
         device: architecture; the module's `.target` without.
@@ -67,9 +69,9 @@ class Launch:
             {**arrays, **self.memory}, uninitialised=self.uninitialised, read_only=self.read_only
         )
 
-    def enqueue(self, machine: Machine) -> None:
-        """Appends the launch to the stream of a machine."""
-        module = self.module()
+    def enqueue(self, machine: Machine, module: LoadedModule | None = None) -> None:
+        """Appends the launch to the stream of a machine; see `run`."""
+        module = module or self.module()
         machine.attach(module)
         for memory in self.memories():
             machine.add_range(
@@ -90,15 +92,18 @@ class Launch:
             self.pdl,
         )
 
-    def run(self, options: Options | None = None) -> Result:
+    def run(self, options: Options | None = None, module: LoadedModule | None = None) -> Result:
         """Runs the launch once, in place.
+
+        Args:
+            module: kernels to run in place of the PTX's own, such as a mutant.
 
         Raises:
             EmulationError: findings, if the options are strict.
         """
         chosen = options or Options()
         machine = chosen.machine(self.device or self.module().arch)
-        self.enqueue(machine)
+        self.enqueue(machine, module)
         return finish(machine.synchronize(), chosen)
 
 
@@ -207,6 +212,8 @@ def _encode(name: str, arg: Any, num_bytes: int) -> bytes:
             raise EmulatorError(f"args: {arg} does not fit {name}, which has {num_bytes} bytes") from None
     if isinstance(arg, float) and num_bytes in (2, 4, 8):
         return struct.pack({2: "<e", 4: "<f", 8: "<d"}[num_bytes], arg)
+    if isinstance(arg, TensorMap):
+        return arg.encode()
     if arg is None:
         return bytes(num_bytes)
     raise EmulatorError(f"args: {name} cannot be a {type(arg).__name__}")
