@@ -1,7 +1,7 @@
 """The checker finds planted bugs at the right line, and is silent about code that is right.
 
-Each kernel is written right, with `// [name]` behind instructions that a test drops; `// <name>` marks where a
-finding is expected.
+Each kernel is written right, with `// [name]` behind instructions that a test drops; `// <name>` marks where
+a finding is expected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def lines_of(body: str, num_arrays: int, target: str, module_scope: str) -> dict
 def find(body: str, *arrays: np.ndarray, kind: str, at: str, other: str = "", **launch: Any) -> None:
     """Runs under every schedule; each must report `kind` at the marks and nothing of another kind.
 
-    `at` is the instruction, `other` the one it conflicts with; which of the two comes first is the schedule's.
+    `at` is the instruction, `other` the one it conflicts with; the schedule says which of them comes first.
     """
     marks = lines_of(body, len(arrays), launch.get("target", "sm_90a"), launch.get("globals", ""))
     wanted = {marks[at], marks[other]} if other else {marks[at], 0}
@@ -118,7 +118,9 @@ def test_report_says_who_and_where() -> None:
     body = without(EXCHANGE, "war")
     result = run_kernel(body, zeros(), expect_reports=True, schedule="greedy", **TWO_WARPS)
     report = result.reports[0]
-    assert report.kernel == "kernel" and report.cta == 0 and report.other is not None
+    assert report.kernel == "kernel"
+    assert report.cta == 0
+    assert report.other is not None
     assert {report.warp, report.other.warp} == {0, 1}
     assert 0 <= report.lane < 32
     assert re.search(r"shared memory 0x[0-9a-f]+ of CTA 0", report.message)
@@ -357,7 +359,8 @@ def test_uninitialised_shared_memory() -> None:
     """
     result = run_kernel(body, expect_reports=True, shared_bytes=256)
     (report,) = result.reports
-    assert report.kind == "uninitialised" and report.lane == 8 and "0x20" in report.message
+    assert (report.kind, report.lane) == ("uninitialised", 8)
+    assert "0x20" in report.message
     assert report.line == lines_of(body, 0, "sm_90a", "")["read"]
 
 
@@ -370,7 +373,8 @@ def test_uninitialised_global_memory() -> None:
     """
     result = run_kernel(body, zeros(32), expect_reports=True, initialised=False)
     (report,) = result.reports
-    assert report.kind == "uninitialised" and report.lane == 5 and "array1 + 20 bytes" in report.message
+    assert (report.kind, report.lane) == ("uninitialised", 5)
+    assert "array1 + 20 bytes" in report.message
     silent(body, zeros(32))
 
 
@@ -402,7 +406,8 @@ def test_race_between_ctas_of_a_cluster() -> None:
     for schedule in SCHEDULES:
         result = run_kernel(body, expect_reports=True, schedule=schedule, **TWO_CTAS)
         (race, *_) = [r for r in result.reports if r.kind == "race"]
-        assert race.other is not None and {race.line, race.other.line} == {marks["read"], marks["write"]}
+        assert race.other is not None
+        assert {race.line, race.other.line} == {marks["read"], marks["write"]}
         assert {race.cta, race.other.cta} == {0, 1}
 
 

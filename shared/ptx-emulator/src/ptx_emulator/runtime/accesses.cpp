@@ -303,8 +303,9 @@ void ClusterChecker::access_tmem(const Actor& a, Cta& cta, uint32_t lane, uint32
   apply_tmem(me, self(a, kind), kind, a.site, cta, lane, num_lanes, column, num_columns);
 }
 
-void ClusterChecker::apply_tmem(const Observer& me, const Access& by, AccessKind kind, const Site& site, Cta& cta,
+void ClusterChecker::apply_tmem(const Observer& me, Access by, AccessKind kind, const Site& site, Cta& cta,
                                 uint32_t lane, uint32_t num_lanes, uint32_t column, uint32_t num_columns) {
+  by.strong = false;  // an accumulator is read and written, not atomically
   AccessCheck check(*this, me, by, kind);
   ShadowBlock& shadow = tmem_shadow(cta);
   for (uint32_t c = column; c < column + num_columns && c < kTmemColumns; ++c) {

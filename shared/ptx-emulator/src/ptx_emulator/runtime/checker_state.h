@@ -174,7 +174,7 @@ class ClusterChecker : public Checker {
   void apply_pending();
   uint64_t touch_written(const MemoryMap::Range& range, uint64_t begin, uint64_t end, AccessKind kind);
   void report_access(const std::vector<Conflict>& conflicts, uint64_t unwritten);
-  void apply_tmem(const Observer& me, const Access& self, AccessKind kind, const Site& site, Cta& cta, uint32_t lane,
+  void apply_tmem(const Observer& me, Access self, AccessKind kind, const Site& site, Cta& cta, uint32_t lane,
                   uint32_t num_lanes, uint32_t column, uint32_t num_columns);
   ShadowBlock& shared_shadow(const Cta& cta);
   ShadowBlock& tmem_shadow(const Cta& cta);
