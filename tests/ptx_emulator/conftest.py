@@ -1,6 +1,10 @@
-"""Makes `harness` importable from the tests beside it."""
+"""Makes the modules beside the tests importable, and keeps what they run if that is asked for."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import recording
+
+recording.install()

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from ptx_emulator.machine import LoadedModule, Machine, Result
-
-from recording import Recording
+from recording import TYPES
 
 _PRELUDE = """.version 8.8
 .target {target}
@@ -70,27 +69,19 @@ def run_kernel(
         options: of `Machine`.
     """
     machine = Machine(target, checks=checks, **options)
-    text = kernel_text(body, len(arrays), target, globals)
-    module = LoadedModule(text, target)
+    module = LoadedModule(kernel_text(body, len(arrays), target, globals), target)
     machine.attach(module)
-    launch = {
-        "grid": grid,
-        "block": block,
-        "cluster": cluster,
-        "shared_bytes": shared_bytes,
-        "target": target,
-    }
-    recording = Recording(text, [_bytes(array) for array in arrays], launch)
     params = b""
-    for number, memory in enumerate(recording.arrays, 1):
-        machine.add_range(f"array{number}", memory.ctypes.data, memory.nbytes, initialised=initialised)
-        params += memory.ctypes.data.to_bytes(8, "little")
+    for number, array in enumerate(arrays, 1):
+        memory = _bytes(array)
+        address = memory.ctypes.data
+        TYPES[address] = str(array.dtype).removeprefix("torch.")
+        machine.add_range(f"array{number}", address, memory.nbytes, initialised=initialised)
+        params += address.to_bytes(8, "little")
     machine.enqueue(module.kernel(), grid, block, cluster, shared_bytes, params)
     result = machine.synchronize()
     if not expect_reports:
         result.raise_reports()
-    if not result.reports:
-        recording.finish()
     return result
 
 

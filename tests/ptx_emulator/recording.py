@@ -1,61 +1,104 @@
 """Keeps what the tests run on the emulator, so that `benchmarks/emulator_on_hopper.py` can run it on a GPU.
 
-With `PTX_EMULATOR_RECORD=<folder>` every kernel that the harness runs without findings leaves one file: the
-PTX, the launch, the arrays before and after, and where the arrays hold addresses of arrays (tensor maps do).
+With `PTX_EMULATOR_RECORD=<folder>` every queue of one launch that ends without findings leaves one file: the
+PTX, the launch, the memory before and after, and where addresses of that memory are (parameters, tensor maps).
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ptx_emulator.machine import Kernel, Machine, Result
 
 VARIABLE = "PTX_EMULATOR_RECORD"
-_MAX_BYTES = 1 << 20  # of arrays in one file
-_CHANGES_FROM_RUN_TO_RUN = ("clock", "globaltimer", "smid", "gridid", "nanosleep", "activemask")
+TYPES: dict[int, str] = {}  # data type of the array at an address, for those that say it
+_MAX_BYTES = 4 << 20  # of memory in one file
+_CHANGES_FROM_RUN_TO_RUN = ("clock", "globaltimer", "smid", "gridid", "nanosleep", "activemask", "%warpid")
+
+Reference = tuple[int, int, int]  # byte offset of an address, array it points into, byte offset there
 
 
-class Recording:
-    """One launch that is to be kept; made before the run, finished after it. `arrays` are bytes."""
+def install() -> None:
+    """Makes every `Machine` keep what it runs, if the variable is set."""
+    if os.environ.get(VARIABLE) is None:
+        return
+    enqueue, synchronize = Machine.enqueue, Machine.synchronize
+    launches: dict[int, list[dict[str, Any]]] = {}
 
-    def __init__(self, ptx: str, arrays: Sequence[np.ndarray], launch: dict[str, object]) -> None:
-        self.folder = os.environ.get(VARIABLE)
-        small = sum(a.nbytes for a in arrays) <= _MAX_BYTES
-        self.wanted = (
-            bool(self.folder) and small and not any(word in ptx for word in _CHANGES_FROM_RUN_TO_RUN)
+    def keep_launch(
+        self: Machine,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        cluster: tuple[int, int, int] = (1, 1, 1),
+        shared_bytes: int = 0,
+        params: bytes = b"",
+        pdl: bool = False,
+    ) -> None:
+        enqueue(self, kernel, grid, block, cluster, shared_bytes, params, pdl)
+        launch = {"kernel": kernel.program.name, "grid": grid, "block": block, "cluster": cluster}
+        launches.setdefault(id(self), []).append(
+            {**launch, "shared_bytes": shared_bytes, "params": params, "target": self.device}
         )
-        self.ptx, self.launch, self.arrays = ptx, launch, arrays
-        self.before = [a.copy() for a in arrays] if self.wanted else []
 
-    def finish(self) -> None:
-        """Writes the file, if it is wanted and not there yet."""
-        if not self.wanted:
-            return
-        assert self.folder is not None
-        test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0]
-        content: dict[str, np.ndarray] = {}
-        for k, (before, after) in enumerate(zip(self.before, self.arrays, strict=True)):
-            content[f"before{k}"] = before
-            content[f"after{k}"] = after
-        header = {"test": test, "ptx": self.ptx, "addresses": self._addresses(), **self.launch}
-        key = hashlib.sha256(json.dumps(header).encode())
-        for name in sorted(content):
-            key.update(content[name].tobytes())
-        folder = Path(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / f"{key.hexdigest()[:24]}.npz", header=json.dumps(header), **content)
+    def keep_run(self: Machine) -> Result:
+        queue = launches.pop(id(self), [])
+        module = self._keep[-1] if self._keep else None
+        arrays = _arrays(self, set(module.variables) if module else set())
+        before = [array.copy() for array in arrays]
+        result = synchronize(self)
+        if len(queue) == 1 and module and not result.reports and sum(a.nbytes for a in arrays) <= _MAX_BYTES:
+            _keep(module.text, queue[0], arrays, before)
+        return result
 
-    def _addresses(self) -> list[tuple[int, int, int, int]]:
-        """(array, byte offset, array pointed to, byte offset in it) of every word that is an address."""
-        found = []
-        for k, before in enumerate(self.before):
-            words = before[: before.size // 8 * 8].view(np.uint64)
-            for n, target in enumerate(self.arrays):
-                start, end = target.ctypes.data, target.ctypes.data + target.nbytes
-                for at in np.flatnonzero((words >= start) & (words < end)):
-                    found.append((k, int(at) * 8, n, int(words[at]) - start))
-        return found
+    Machine.enqueue = keep_launch  # type: ignore[method-assign]
+    Machine.synchronize = keep_run  # type: ignore[method-assign]
+
+
+def _arrays(machine: Machine, variables: set[str]) -> list[np.ndarray]:
+    """The memory of a machine besides its modules' variables, as bytes, not copies."""
+    return [
+        np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(base))
+        for base, (name, num_bytes, _) in machine._ranges.items()
+        if name not in variables
+    ]
+
+
+def _keep(ptx: str, launch: dict[str, Any], arrays: list[np.ndarray], before: list[np.ndarray]) -> None:
+    if any(word in ptx for word in _CHANGES_FROM_RUN_TO_RUN):
+        return
+    params = np.frombuffer(launch["params"], dtype=np.uint8)
+    header = {
+        **launch,
+        "test": os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0],
+        "ptx": ptx,
+        "params": launch["params"].hex(),
+        "params_addresses": _addresses(params, arrays),
+        "addresses": [_addresses(array, arrays) for array in before],
+        "dtypes": [TYPES.get(array.ctypes.data, "bytes") for array in arrays],
+    }
+    content = {f"before{k}": array for k, array in enumerate(before)}
+    content |= {f"after{k}": array for k, array in enumerate(arrays)}
+    key = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(content):
+        key.update(content[name].tobytes())
+    folder = Path(os.environ[VARIABLE])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / f"{key.hexdigest()[:24]}.npz", header=json.dumps(header), **content)
+
+
+def _addresses(raw: np.ndarray, arrays: list[np.ndarray]) -> list[Reference]:
+    """Every aligned 8-byte word that is the address of a place in one of the arrays."""
+    words = np.frombuffer(raw.tobytes()[: raw.size // 8 * 8], dtype=np.uint64)
+    found = []
+    for n, target in enumerate(arrays):
+        start, end = target.ctypes.data, target.ctypes.data + target.nbytes
+        for at in np.flatnonzero((words >= start) & (words < end)):
+            found.append((int(at) * 8, n, int(words[at]) - start))
+    return found
