@@ -31,7 +31,7 @@ def run_scalar(
     body = f"mul.wide.u32 %rd5, %r1, {size};"
     body += "".join(f"add.u64 %rd{5 + n}, %rd{n}, %rd5;" for n in range(1, 5))
     body += f"ld.global.b{bits} {reg}2, [%rd7]; ld.global.b{bits} {reg}3, [%rd8];"
-    operands = f"{reg}2" + (f", {reg}3" if ".cas" in operation else "")
+    operands = f"{reg}2" + (f", {reg}3" if operation.startswith("cas") else "")
     if space == "shared":
         body += SHARED.format(size=size, bits=bits, reg=reg)
         body += f"atom.shared.{operation} {reg}4, [%r6], {operands};"

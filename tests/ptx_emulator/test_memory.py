@@ -153,7 +153,8 @@ def test_unknown_modifier(name: str) -> None:
 def test_partial_warp_and_guard() -> None:
     source, result = random_bytes(128).view(np.uint32), poisoned(LANES, np.uint32)
     body = own_element(4) + "and.b32 %r4, %r1, 5; setp.eq.u32 %p1, %r4, 1; mov.b32 %r20, 7;"
-    body += "@%p1 ld.global.b32 %r20, [%rd5]; @!%p1 st.global.b32 [%rd6], %r20; @%p1 st.global.b32 [%rd6+0], %r20;"
+    body += "@%p1 ld.global.b32 %r20, [%rd5]; @!%p1 st.global.b32 [%rd6], %r20;"
+    body += "@%p1 st.global.b32 [%rd6+0], %r20;"
     run_kernel(body, source, result)
     chosen = np.arange(LANES) & 5 == 1
     np.testing.assert_array_equal(result, np.where(chosen, source, 7))
@@ -214,7 +215,8 @@ def test_conversions_return() -> None:
     body = """
     .local .b32 frame;
     mov.u64 %rd5, smem; cvta.shared.u64 %rd6, %rd5; cvta.to.shared.u64 %rd7, %rd6; sub.u64 %rd8, %rd7, %rd5;
-    cvta.local.u64 %rd10, frame; cvta.to.local.u64 %rd11, %rd10; mov.u64 %rd12, frame; sub.u64 %rd13, %rd11, %rd12;
+    cvta.local.u64 %rd10, frame; cvta.to.local.u64 %rd11, %rd10; mov.u64 %rd12, frame;
+    sub.u64 %rd13, %rd11, %rd12;
     cvta.global.u64 %rd14, %rd1; cvta.to.global.u64 %rd15, %rd14; sub.u64 %rd16, %rd15, %rd1;
     cvta.shared::cluster.u64 %rd17, %rd5; sub.u64 %rd18, %rd17, %rd6;
     setp.eq.u32 %p1, %r1, 0;
@@ -406,7 +408,7 @@ def test_null_pointer_without_memory() -> None:
 
 
 def test_release_and_acquire_between_clusters() -> None:
-    """A flag in global memory hands data from one cluster to another: no race, with the fence pattern as well."""
+    """A flag in global memory hands data from one cluster to another, by its order or by fences."""
     for publish, poll in (
         ("st.release.gpu.global.b32 [%rd2], 1;", "ld.acquire.gpu.global.b32 %r9, [%rd2];"),
         ("fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [%rd2], 1;", "ld.relaxed.gpu.global.b32 %r9, [%rd2];"),
