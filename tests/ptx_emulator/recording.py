@@ -1,8 +1,8 @@
 """Keeps what the tests run on the emulator, so that `benchmarks/emulator_on_hopper.py` can run it on a GPU.
 
 With `PTX_EMULATOR_RECORD=<folder>` every queue of one launch that ends without findings leaves one file: the
-PTX, the launch, the memory before and after, and where addresses of that memory are (parameters, tensor maps).
-"""
+PTX, the launch, the memory before and after, and where addresses of it are (parameters, tensor maps).
+
 
 from __future__ import annotations
 
