@@ -2,7 +2,7 @@
 
 With `PTX_EMULATOR_RECORD=<folder>` every queue of one launch that ends without findings leaves one file: the
 PTX, the launch, the memory before and after, and where addresses of it are (parameters, tensor maps).
-
+"""
 
 from __future__ import annotations
 
