@@ -129,10 +129,11 @@ def sqrt(a: float, fmt: Format, mode: str = "rn") -> float:
     """The square root, rounded once."""
     if not math.isfinite(a) or a <= 0:
         return _special(np.sqrt, a)
-    # An exact root, or 200 bits of it and a bit for the rest: enough to round any narrower format once.
-    scaled = Fraction(a) * 4**1300
+    # The root cut to more bits than the format has, and one bit for the rest: rounds as the exact root.
+    places = 2 * (fmt.mantissa_bits - fmt.min_exponent)
+    scaled = Fraction(a) * 4**places
     root = math.isqrt(int(scaled))
-    exact = Fraction(2 * root + (root * root != scaled), 2) / 2**1300
+    exact = Fraction(2 * root + (root * root != scaled), 2) / 2**places
     return round_exact(exact, fmt, mode)
 
 
