@@ -3,8 +3,8 @@
 softmax2 is with base 2: 2^(s - max) / sum. N is one tile, so a thread holds a whole row of scores.
 
 A cluster of two CTAs shares one MMA of 256 rows; each CTA has 128 of them in its tensor memory. Warps 0 to 3
-are the epilogue, warp 4 issues MMAs (in the leader CTA), warp 5 loads. Tiles of 256 rows go round the clusters.
-Rows past M are zeros from TMA and are not stored.
+are the epilogue, warp 4 issues MMAs (in the leader CTA), warp 5 loads. Tiles of 256 rows go round the
+clusters. Rows past M are zeros from TMA and are not stored.
 
 The kernel is plain on purpose: every wait, fence and barrier in it is needed, which makes it the reference
 for mutations. `can_implement` has its limits.

@@ -81,7 +81,8 @@ def _runtime() -> ctypes.CDLL:
 
 
 @cache
-def _operations() -> dict[str, int]:
+def operations() -> dict[str, int]:
+    """The operations of the runtime by name, with their index."""
     names = _runtime().ptxe_operations().decode().split()
     assert len(set(names)) == len(names), "an operation is registered twice"
     return {name: index for index, name in enumerate(names)}
@@ -153,7 +154,7 @@ class LoadedModule:
         if name not in self._kernels:
             symbols = {variable: memory.ctypes.data for variable, memory in self.variables.items()}
             function = self.module.functions[name]
-            self._kernels[name] = Kernel(lower(self.module, function, self.arch, symbols, _operations()))
+            self._kernels[name] = Kernel(lower(self.module, function, self.arch, symbols, operations()))
         return self._kernels[name]
 
 

@@ -1,4 +1,4 @@
-"""One job under many schedules: does the order in which warps and asynchronous operations run change its results?"""
+"""One job under many schedules: do its results depend on the order of warps and asynchronous operations?"""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def explore(
 ) -> Exploration:
     """Runs a job under `n` schedules and compares the arrays bit for bit.
 
-    The first schedules are the fixed ones (fair, greedy, asynchronous operations late), the others random with
-    seeds from `options.seed` on. The arrays start each run as they were, and keep the results of the last run.
+    The first schedules are the fixed ones (fair, greedy, asynchronous operations late), the others random
+    with seeds from `options.seed` on. The arrays start each run as they were and keep the last run's results.
 
     Args:
         options: what the schedules have in common; their own `schedule` is not used.

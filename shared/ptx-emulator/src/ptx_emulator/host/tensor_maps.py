@@ -50,7 +50,7 @@ def tensor_map(
     l2_promotion: L2Promotion = L2Promotion.NONE,
     oob_fill: OobFill = OobFill.ZERO,
 ) -> TensorMap:
-    """The tensor map of a tensor or array; pass it among the `args` of a launch, and the array in its `memory`.
+    """The tensor map of an array; pass it among the `args` of a launch, and the array in its `memory`.
 
     Args:
         box: elements of one copy in the order of the array's dimensions, the contiguous one last.

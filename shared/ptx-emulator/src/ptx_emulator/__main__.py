@@ -1,0 +1,202 @@
+"""The command line `python -m ptx_emulator run|check|trace|ops`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ptx_emulator.command_line_arguments import parse_argument
+from ptx_emulator.errors import EmulatorError
+from ptx_emulator.host.exploring import explore
+from ptx_emulator.host.job import Job
+from ptx_emulator.host.launching import Launch
+from ptx_emulator.host.options import Options
+from ptx_emulator.machine import SCHEDULES, Result
+from ptx_emulator.reports import reports_json, reports_text
+from ptx_emulator.support import opcode_table, unsupported
+from ptx_emulator.timeline import write_timeline
+
+SUBJECT = """what to run: FILE.ptx, with the options below; or FILE.py:FUNCTION, a function without arguments
+that returns a ptx_emulator.Launch, Launches, or emulate(...).call(...)"""
+ARGUMENT = """an argument of the kernel, once for each parameter in order: a number (7, 2.5), or an array
+TYPE:SHAPE=FILL, such as f32:128x64=randn, i32:16=arange, u8:1024=zeros, f32:64=nan, f32:10=FILE.npy"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 if all is well, 1 with findings, 2 for what cannot be run."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return int(chosen.command(chosen))
+    except (EmulatorError, ValueError, OSError) as error:
+        print(f"ptx_emulator: {error}", file=sys.stderr)
+        return 2
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Runs once and prints findings and counts."""
+    job = _job(chosen)
+    start = time.perf_counter()
+    result = job.run(_options(chosen, checks=chosen.checks))
+    _print_result(result, chosen, time.perf_counter() - start)
+    return 1 if result.reports else 0
+
+
+def check(chosen: argparse.Namespace) -> int:
+    """Runs under several schedules with all checks."""
+    found = explore(
+        _job(chosen), chosen.schedules, options=_options(chosen, checks=True), stop=not chosen.all
+    )
+    if chosen.json:
+        runs = [
+            {
+                "schedule": run.options.schedule,
+                "seed": run.options.seed,
+                "disagreement": None if run.disagreement is None else str(run.disagreement),
+                "reports": [report.to_dict() for report in run.result.reports],
+            }
+            for run in found.runs
+        ]
+        print(json.dumps(runs, indent=1))
+    else:
+        print(found)
+        if found.first_wrong is not None and found.first_wrong.result.reports:
+            print(reports_text(found.first_wrong.result.reports))
+    return 1 if found.first_wrong is not None else 0
+
+
+def trace(chosen: argparse.Namespace) -> int:
+    """Runs once and writes a timeline."""
+    result = _job(chosen).run(_options(chosen, checks=False, traced=True))
+    write_timeline(chosen.output, result.spans, [counts.kernel for counts in result.counts])
+    print(f"{chosen.output}: {len(result.spans)} spans; open it at https://ui.perfetto.dev")
+    return 1 if result.reports else 0
+
+
+def ops(chosen: argparse.Namespace) -> int:
+    """Lists the opcodes that are supported, or what a PTX file has that is not."""
+    if chosen.ptx is None:
+        print(opcode_table())
+        return 0
+    missing = unsupported(chosen.ptx.read_text(encoding="utf-8"), chosen.device)
+    for error in missing:
+        print(error)
+    if not missing:
+        print(f"{chosen.ptx}: all instructions are supported")
+    return 1 if missing else 0
+
+
+# ---------------------------------------------------------------------- inside
+
+
+def _job(chosen: argparse.Namespace) -> Job:
+    path, _, function = chosen.subject.rpartition(":")
+    if path.endswith(".py"):
+        return _job_of(Path(path), function)
+    return Launch(
+        ptx=Path(chosen.subject).read_text(encoding="utf-8"),
+        kernel=chosen.kernel,
+        grid=_size(chosen.grid),
+        block=_size(chosen.block),
+        cluster=_size(chosen.cluster),
+        shared_bytes=chosen.shared_bytes,
+        args=[parse_argument(text, chosen.seed) for text in chosen.arg],
+        device=chosen.device,
+    )
+
+
+def _job_of(path: Path, function: str) -> Job:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise EmulatorError(f"{path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise EmulatorError(f"{path}: has no function {function!r}")
+    job: Job = getattr(module, function)()
+    if not (hasattr(job, "run") and hasattr(job, "memories")):
+        raise EmulatorError(f"{path}:{function} returned a {type(job).__name__}, expected a Launch or a call")
+    return job
+
+
+def _size(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace("x", ",").split(","))
+
+
+def _options(chosen: argparse.Namespace, *, checks: bool, traced: bool = False) -> Options:
+    return Options(
+        checks=checks,
+        schedule=getattr(chosen, "schedule", "fair"),
+        seed=chosen.seed,
+        workers=chosen.workers,
+        trace=traced,
+        strict=False,
+        progress=not getattr(chosen, "json", False),
+    )
+
+
+def _print_result(result: Result, chosen: argparse.Namespace, seconds: float) -> None:
+    if chosen.json:
+        counts = [of_launch.to_dict() for of_launch in result.counts]
+        print(json.dumps({"reports": json.loads(reports_json(result.reports)), "counts": counts}, indent=1))
+        return
+    for of_launch in result.counts:
+        print(of_launch.table(), end="\n\n")
+    print(reports_text(result.reports))
+    print(f"{sum(c.instructions for c in result.counts):,} warp instructions in {seconds:.2f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ptx_emulator", description="Runs, checks and counts GPU kernels on a CPU."
+    )
+    commands = parser.add_subparsers(required=True, metavar="run|check|trace|ops")
+    single = _subject_parser(commands, "run", run)
+    single.add_argument(
+        "--checks", action="store_true", help="look for races and uninitialised reads as well"
+    )
+    single.add_argument("--schedule", choices=sorted(SCHEDULES), default="fair")
+    single.add_argument("--json", action="store_true", help="findings and counts as JSON")
+    several = _subject_parser(commands, "check", check)
+    several.add_argument("--schedules", type=int, default=8, help="how many (default: 8)")
+    several.add_argument("--all", action="store_true", help="go on behind the first schedule that is wrong")
+    several.add_argument("--json", action="store_true", help="findings of every schedule as JSON")
+    traced = _subject_parser(commands, "trace", trace)
+    traced.add_argument("--schedule", choices=sorted(SCHEDULES), default="fair")
+    traced.add_argument("-o", "--output", type=Path, default=Path("trace.json"), help="default: trace.json")
+    table = commands.add_parser("ops", help=ops.__doc__, description=ops.__doc__)
+    table.add_argument(
+        "ptx", type=Path, nargs="?", help="a PTX file, to list what it has that is not supported"
+    )
+    table.add_argument("--device", help="architecture; by default the file's .target")
+    table.set_defaults(command=ops)
+    return parser
+
+
+def _subject_parser(commands: Any, name: str, command: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=command.__doc__, description=command.__doc__
+    )
+    parser.add_argument("subject", help=SUBJECT)
+    parser.add_argument("--kernel", help="needed if the PTX has several")
+    parser.add_argument("--grid", default="1", help="such as 4 or 4,2,1")
+    parser.add_argument("--block", default="32")
+    parser.add_argument("--cluster", default="1")
+    parser.add_argument("--shared-bytes", type=int, default=0, help="dynamic shared memory")
+    parser.add_argument("--arg", action="append", default=[], help=ARGUMENT)
+    parser.add_argument("--device", help="architecture; by default the file's .target")
+    parser.add_argument("--seed", type=int, default=0, help="of random schedules and random arrays")
+    parser.add_argument("--workers", type=int, help="OS threads (default: one per core)")
+    parser.set_defaults(command=command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
