@@ -86,9 +86,9 @@ class Plan:
         """Launch on tensors that fit the problem; writes `output` and what the problem says is written.
 
         Arguments are those of `gdn_mtp.gated_delta_rule_mtp`; `state` is the pool, or one state per request,
-        in the problem's layout. On a GPU nothing is checked, allocated or waited for, so the call can be
-        captured in a CUDA graph; on the CPU and in debug mode the arguments are checked as a functional
-        call's are.
+        in the problem's layout. On a GPU nothing is allocated, waited for, or checked but what the launcher
+        checks itself, so the call can be captured in a CUDA graph; on the CPU and in debug mode the arguments
+        are checked as a functional call's are.
         """
         tensors = (
             q,
