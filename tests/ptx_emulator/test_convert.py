@@ -80,13 +80,15 @@ def float_inputs(type_name: str) -> np.ndarray:
 @pytest.mark.parametrize("source", INTEGERS)
 @pytest.mark.parametrize("result", INTEGERS)
 def test_integers(source: str, result: str) -> None:
-    """A result narrower than its register is extended; .sat clamps."""
+    """A result narrower than its register is extended; .sat, where something is lost, clamps."""
     a = integer_inputs(source)
     values = [integer(value, source) for value in a.tolist()]
     bits = register_bits(result)
     got = elementwise(f"cvt.{result}.{source} {{d}}, {{a}};", [a], DTYPES[bits])
     assert got.tolist() == [integer(value, result) & ((1 << bits) - 1) for value in values]
     low, high = limits(result)
+    if low <= limits(source)[0] and limits(source)[1] <= high:
+        return
     got = elementwise(f"cvt.sat.{result}.{source} {{d}}, {{a}};", [a], DTYPES[bits])
     assert got.tolist() == [min(max(value, low), high) & ((1 << bits) - 1) for value in values]
 
@@ -112,7 +114,7 @@ def rounded_integer(value: float, mode: str) -> int:
 def test_float_to_integer(source: str, mode: str) -> None:
     a = float_inputs(source)
     values = FLOATS[source][0].values(a)
-    for result in INTEGERS:
+    for result in INTEGERS[2 if source == "bf16" else 0 :]:
         low, high = limits(result)
         width = int(result[1:])
         not_a_number = 1 << (width - 1) if source == "f64" or width == 64 else 0
@@ -135,7 +137,7 @@ def test_float_to_integer(source: str, mode: str) -> None:
 def test_integer_to_float(result: str, mode: str) -> None:
     fmt = FLOATS[result][0]
     for source in INTEGERS:
-        if result == "f64" and source in ("u8", "s8"):
+        if result in ("bf16", "f64") and source in ("u8", "s8"):
             continue
         a = integer_inputs(source)
         got = elementwise(f"cvt.{mode}.{result}.{source} {{d}}, {{a}};", [a], fmt.bits)

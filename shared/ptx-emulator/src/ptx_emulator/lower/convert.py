@@ -69,6 +69,13 @@ def _emit_general(
     ctx.emit(name, d, a, *numbers)
 
 
+def _holds_all(result: str, source: str) -> bool:
+    """Whether an integer type has all values of another."""
+    if result[0] == source[0]:
+        return bits_of(result) >= bits_of(source)
+    return result[0] == "s" and bits_of(result) > bits_of(source)
+
+
 def _lower_with_integer(
     ctx: Lowering, instruction: Instruction, modifiers: Modifiers, result: str, source: str
 ) -> None:
@@ -76,6 +83,8 @@ def _lower_with_integer(
     rounding = modifiers.rounding()
     options = (_FTZ if modifiers.has("ftz") else 0) | (_SAT if modifiers.has("sat") else 0)
     modifiers.done()
+    if "bf16" in (result, source) and 8 in (_width(ctx, result), _width(ctx, source)):
+        raise ctx.unsupported("there are no conversions between bf16 and integers of 8 bits")
     uses = _registers(ctx, instruction, result, source)
     exact = uses[0].value.bits == _width(ctx, result) and uses[1].value.bits == _width(ctx, source)
     types = (result, source)
@@ -99,6 +108,8 @@ def _lower_with_integer(
     else:
         if integral or rounding is not None or options & _FTZ:
             raise ctx.unsupported("integers are not rounded")
+        if options & _SAT and _holds_all(result, source):
+            raise ctx.unsupported(f".{result} holds every .{source}, there is no .sat")
         if exact and not options and bits_of(result) > 8 and bits_of(source) > 8:
             ctx.emit(f"cvt.b{bits_of(result)}.{source}", *uses)
         else:
