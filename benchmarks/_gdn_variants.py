@@ -9,7 +9,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -60,7 +60,12 @@ class Ours(Variant):
             self.name = tactic
 
     def run(self, call: Call) -> None:
-        self.plan.run(
+        self.bound(call)()
+
+    def bound(self, call: Call) -> Callable[[], None]:
+        """`Plan.run` with the call's arguments, for timing it by itself."""
+        return partial(
+            self.plan.run,
             **call.inputs,
             state=call.pool,
             output=call.output,
@@ -69,9 +74,10 @@ class Ours(Variant):
         )
 
 
-def run_functional(cell: Cell, call: Call) -> None:
-    """Ours as one function call that finds its plan itself."""
-    gdn_mtp.gated_delta_rule_mtp(
+def bound_functional(cell: Cell, call: Call) -> Callable[[], object]:
+    """Ours as one function call that finds its plan itself, with the call's arguments."""
+    return partial(
+        gdn_mtp.gated_delta_rule_mtp,
         **call.inputs,
         initial_state=call.pool,
         initial_state_indices=call.indices,

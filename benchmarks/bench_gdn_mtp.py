@@ -48,10 +48,10 @@ from _gdn_variants import (
     Ours,
     Unsupported,
     Variant,
+    bound_functional,
     compile_ahead,
     make_peer,
     progress,
-    run_functional,
     tactics_of,
     timed_calls,
 )
@@ -272,8 +272,8 @@ def measure_host(options: argparse.Namespace, device: torch.device) -> dict[str,
         cell = Cell(H, HV, 1, T, True, cache, torch.float32)
         call = make_calls(cell, make_pool(cell, device, 8), count=1)[0]
         own = Ours(cell, device)
-        found[name] = {"Plan.run": host_us(functools.partial(own.run, call))}
-        found[name]["functional"] = host_us(functools.partial(run_functional, cell, call))
+        found[name] = {"Plan.run": host_us(own.bound(call))}
+        found[name]["functional"] = host_us(bound_functional(cell, call))
         for peer in options.peers:
             try:
                 found[name][peer] = host_us(functools.partial(make_peer(peer, cell, device).run, call))
