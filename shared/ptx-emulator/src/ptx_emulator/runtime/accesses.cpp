@@ -201,6 +201,15 @@ void ClusterChecker::access(Warp& w, const Place& place, uint32_t bytes, AccessK
   pending_.warp = &state(w);
 }
 
+void ClusterChecker::access(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane,
+                            uint32_t num_lanes) {
+  if (!place || place.home == Place::Local || !bytes || !num_lanes) return;
+  start_pending(place, begin_of(place), bytes, self(w, kind), kind, site_of(w, lane));
+  pending_.warp = &state(w);
+  pending_.end += static_cast<uint64_t>(bytes) * (num_lanes - 1);
+  pending_.last_lane = lane + static_cast<int>(num_lanes) - 1;
+}
+
 void ClusterChecker::access(const Actor& actor, const Place& place, uint32_t bytes, AccessKind kind) {
   if (!actor.before || !place || place.home == Place::Local || !bytes) return;
   const Access by = self(actor, kind);

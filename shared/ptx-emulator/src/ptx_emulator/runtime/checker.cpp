@@ -399,6 +399,10 @@ void access_memory(Warp& w, const Place& place, uint32_t bytes, AccessKind kind,
   if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->access(w, place, bytes, kind, lane);
 }
 
+void access_lanes(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane, uint32_t num_lanes) {
+  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->access(w, place, bytes, kind, lane, num_lanes);
+}
+
 void access_memory(Cluster& cluster, const Actor& actor, const Place& place, uint32_t bytes, AccessKind kind) {
   if (ClusterChecker* c = ClusterChecker::of(cluster)) c->access(actor, place, bytes, kind);
 }

@@ -112,6 +112,8 @@ void forget_tmem(Cta& cta, uint32_t column, uint32_t num_columns);  // freshly a
 
 // --- called by resolve() and resolve_async()
 void access_memory(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane);
+// `num_lanes` lanes from `lane` on whose pieces of `bytes` adjoin, beginning at `place`.
+void access_lanes(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane, uint32_t num_lanes);
 void access_memory(Cluster& cluster, const Actor& actor, const Place& place, uint32_t bytes, AccessKind kind);
 
 // --- called by the core

@@ -146,6 +146,7 @@ class ClusterChecker : public Checker {
 
   // --- accesses (accesses.cpp)
   void access(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane);
+  void access(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane, uint32_t num_lanes);
   void access(const Actor& actor, const Place& place, uint32_t bytes, AccessKind kind);
   void access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column, uint32_t num_columns,
                    AccessKind kind);

@@ -27,11 +27,22 @@ namespace {
 
 struct Extent {
   uint64_t low, high;  // smallest and largest address
-  uint64_t bits;       // or of all
+  uint64_t bits;       // those that are set in any address
+  bool adjoining;      // lane n is at low + n * bytes
 };
 
-Extent extent_of(const LaneAddresses& from) {
-  Extent e{~0ull, 0, 0};
+// The two patterns that are most frequent, all lanes in a row and all at one place, need no search.
+Extent extent_of(const LaneAddresses& from, uint32_t bytes) {
+  const uint64_t first = from.address[0];
+  uint64_t not_adjoining = 0, not_equal = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint64_t ahead = from.address[lane] - first;
+    not_equal |= ahead;
+    not_adjoining |= ahead ^ static_cast<uint64_t>(lane) * bytes;
+  }
+  if (!not_equal) return {first, first, first, false};
+  if (!not_adjoining && from.lanes == kAllLanes) return {first, from.address[kLanes - 1], first | bytes, true};
+  Extent e{~0ull, 0, 0, false};
   for (int lane = 0; lane < kLanes; ++lane) {
     const uint64_t a = from.address[lane];
     e.low = std::min(e.low, a);
@@ -74,7 +85,7 @@ Whole find_whole(Warp& w, Space space, const Extent& e, uint32_t bytes, AccessKi
     case Space::SharedCluster: return whole_shared(w, false, e, bytes);
     case Space::Generic:
       if (in_shared_window(e.low) && in_shared_window(e.high)) {
-        Whole whole = whole_shared(w, false, Extent{e.low - kSharedWindow, e.high - kSharedWindow, 0}, bytes);
+        Whole whole = whole_shared(w, false, Extent{e.low - kSharedWindow, e.high - kSharedWindow, 0, false}, bytes);
         whole.shift -= kSharedWindow;
         return whole;
       }
@@ -94,10 +105,15 @@ LanePlaces resolve_together(Warp& w, Space space, const Whole& whole, const Lane
   LanePlaces to;
   to.granted = from.lanes;
   to.home = whole.place.home;
+  to.adjoining = e.adjoining;
   for (int lane = 0; lane < kLanes; ++lane) {
     to.data[lane] = reinterpret_cast<uint8_t*>(from.address[lane] + whole.shift);
   }
   if (!is_checked(w, space)) return to;
+  if (e.adjoining) {
+    access_lanes(w, whole.place, bytes, kind, 0, kLanes);
+    return to;
+  }
   const uint8_t* last = nullptr;
   for (Lanes rest = from.lanes; rest; rest &= rest - 1) {
     const int lane = __builtin_ctz(rest);
@@ -163,7 +179,7 @@ LanePlaces resolve_each(Warp& w, Space space, const LaneAddresses& from, uint32_
 LanePlaces resolve_lanes(Warp& w, Space space, const LaneAddresses& from, uint32_t bytes, uint32_t alignment,
                          AccessKind kind) {
   if (!from.lanes) return LanePlaces{};
-  const Extent e = extent_of(from);
+  const Extent e = extent_of(from, bytes);
   Whole whole;
   if (!(e.bits & (alignment - 1))) whole = find_whole(w, space, e, bytes, kind);
   const LanePlaces to = whole.found ? resolve_together(w, space, whole, from, e, bytes, kind)

@@ -68,6 +68,10 @@ template <class T>
 void load_lanes(Warp& w, const AccessArgs& args, const LanePlaces& to) {
   for (uint32_t element = 0; element < args.num_elements; ++element) {
     const uint32_t slot = args.slot(element), bits = args.bits(element), at = element * sizeof(T);
+    if (to.adjoining && bits == 8 * sizeof(T) && args.num_elements == 1) {
+      std::memcpy(w.values<T>(slot), to.data[0], kLanes * sizeof(T));
+      continue;
+    }
     if (to.granted == kAllLanes && bits == 8 * sizeof(T)) {
       T* out = w.values<T>(slot);
       for (int lane = 0; lane < kLanes; ++lane) std::memcpy(&out[lane], to.data[lane] + at, sizeof(T));
@@ -113,6 +117,11 @@ Step store(Warp& w, const Instruction& i) {
   }
   for (uint32_t element = 0; element < args.num_elements; ++element) {
     const uint32_t slot = args.slot(element), bits = args.bits(element), at = element * sizeof(T);
+    if (!strong && to.granted == kAllLanes && bits == 8 * sizeof(T)) {
+      const T* in = w.values<T>(slot);
+      for (int lane = 0; lane < kLanes; ++lane) std::memcpy(to.data[lane] + at, &in[lane], sizeof(T));
+      continue;
+    }
     for (Lanes rest = to.granted; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
       const T value = read_register<T>(w, slot, bits, lane);

@@ -21,18 +21,51 @@ struct Source {
   uint32_t row, byte;
 };
 
-// Which byte of which row is byte `k` of register `r` in `lane`.
+// Which byte of which row is byte `k` of register `r` in `lane`, for the 8-bit fragments.
 Source source_of(Fragment fragment, uint32_t r, uint32_t lane, uint32_t k) {
   const uint32_t group = lane / 4, member = lane % 4;
-  switch (fragment) {
-    case Fragment::Columns16: return {8 * r + 2 * member + k / 2, 2 * group + k % 2};
-    case Fragment::Columns8: return {16 * (r / 2) + 4 * member + k, group + 8 * (r % 2)};
-    case Fragment::ColumnPairs8: return {8 * r + 2 * member + k % 2, group + 8 * (k / 2)};
-    default: return {8 * r + group, 4 * member + k};
-  }
+  if (fragment == Fragment::Columns8) return {16 * (r / 2) + 4 * member + k, group + 8 * (r % 2)};
+  return {8 * r + 2 * member + k % 2, group + 8 * (k / 2)};
 }
 
 using Rows = uint8_t[kLanes][kRowBytes];
+
+// Two 16-bit elements of a register of Fragment::Columns16.
+struct Pair {
+  uint8_t *low, *high;
+  Pair(Rows& rows, uint32_t r, uint32_t lane)
+      : low(rows[8 * r + 2 * (lane % 4)] + 2 * (lane / 4)), high(low + kRowBytes) {}
+};
+
+void gather_register(Rows& rows, Fragment fragment, uint32_t r, uint32_t lane, uint8_t* out) {
+  if (fragment == Fragment::Rows) {
+    std::memcpy(out, rows[8 * r] + 4 * lane, 4);  // rows adjoin
+  } else if (fragment == Fragment::Columns16) {
+    const Pair pair(rows, r, lane);
+    std::memcpy(out, pair.low, 2);
+    std::memcpy(out + 2, pair.high, 2);
+  } else {
+    for (uint32_t k = 0; k < 4; ++k) {
+      const Source s = source_of(fragment, r, lane, k);
+      out[k] = rows[s.row][s.byte];
+    }
+  }
+}
+
+void scatter_register(Rows& rows, Fragment fragment, uint32_t r, uint32_t lane, const uint8_t* in) {
+  if (fragment == Fragment::Rows) {
+    std::memcpy(rows[8 * r] + 4 * lane, in, 4);
+  } else if (fragment == Fragment::Columns16) {
+    const Pair pair(rows, r, lane);
+    std::memcpy(pair.low, in, 2);
+    std::memcpy(pair.high, in + 2, 2);
+  } else {
+    for (uint32_t k = 0; k < 4; ++k) {
+      const Source s = source_of(fragment, r, lane, k);
+      rows[s.row][s.byte] = in[k];
+    }
+  }
+}
 
 void unpack(uint8_t (&row)[kRowBytes], Packing packing) {
   if (packing == Packing::None) return;
@@ -82,12 +115,7 @@ PTXE_OP("ldmatrix") {
   for (uint32_t r = 0; r < args.num_registers; ++r) {
     uint32_t* out = w.values<uint32_t>(args.slots[r]);
     each_lane(w, [&](int lane) {
-      uint32_t value = 0;
-      for (uint32_t k = 0; k < 4; ++k) {
-        const Source s = source_of(args.fragment, r, static_cast<uint32_t>(lane), k);
-        value |= static_cast<uint32_t>(rows[s.row][s.byte]) << (8 * k);
-      }
-      out[lane] = value;
+      gather_register(rows, args.fragment, r, static_cast<uint32_t>(lane), reinterpret_cast<uint8_t*>(&out[lane]));
     });
   }
   return Step::Next;
@@ -103,10 +131,8 @@ PTXE_OP("stmatrix") {
   for (uint32_t r = 0; r < args.num_registers; ++r) {
     const uint32_t* in = w.values<uint32_t>(args.slots[r]);
     each_lane(w, [&](int lane) {
-      for (uint32_t k = 0; k < 4; ++k) {
-        const Source s = source_of(args.fragment, r, static_cast<uint32_t>(lane), k);
-        rows[s.row][s.byte] = static_cast<uint8_t>(in[lane] >> (8 * k));
-      }
+      scatter_register(rows, args.fragment, r, static_cast<uint32_t>(lane),
+                       reinterpret_cast<const uint8_t*>(&in[lane]));
     });
   }
   for (Lanes rest = to.granted; rest; rest &= rest - 1) {

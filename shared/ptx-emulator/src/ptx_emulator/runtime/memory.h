@@ -105,6 +105,7 @@ struct LanePlaces {
   uint8_t* data[kLanes];  // null: refused and reported; meaningless for lanes that were not asked for
   Lanes granted;          // lanes whose access may be done
   Place::Home home;       // of the first lane
+  bool adjoining;         // all lanes are granted, and each one's data begin where the lane before ends
 };
 // resolve() for all lanes of `from`, with one report for all that are refused for the same reason; counts traffic.
 LanePlaces resolve_lanes(Warp& w, Space space, const LaneAddresses& from, uint32_t bytes, uint32_t alignment,

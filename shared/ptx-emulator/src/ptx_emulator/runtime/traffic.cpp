@@ -12,17 +12,23 @@ constexpr uint32_t kBanks = 32;
 constexpr uint32_t kBankBytes = 4;
 constexpr uint32_t kPassBytes = kBanks * kBankBytes;
 
-// Whether lane k accesses address 0 + k * bytes: by far the most frequent pattern.
-bool is_contiguous(const uint64_t* address, uint32_t bytes) {
-  uint64_t difference = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    difference |= address[lane] - (address[0] + static_cast<uint64_t>(lane) * bytes);
+// Whether all lanes use different banks, or all of them the same words.
+bool no_bank_twice(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
+  const uint32_t num_words = std::max(1u, bytes / kBankBytes);
+  const uint64_t first = from.address[__builtin_ctz(lanes)];
+  uint64_t used = 0, not_equal = 0;
+  for (Lanes rest = lanes; rest; rest &= rest - 1) {
+    const uint64_t address = from.address[__builtin_ctz(rest)];
+    const uint64_t banks = ((1ull << num_words) - 1) << (address / kBankBytes % kBanks);
+    not_equal |= (address ^ first) & ~3ull;
+    used = (used & banks) ? ~0ull : used | banks;
   }
-  return difference == 0;
+  return used != ~0ull || !not_equal;
 }
 
 // Passes for lanes that go together: the largest number of distinct words in one bank.
 uint32_t passes(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
+  if (no_bank_twice(from, lanes, bytes)) return 1;
   uint64_t words[kBanks][kLanes];
   uint8_t depth[kBanks] = {};
   uint32_t most = 0;
@@ -63,9 +69,6 @@ uint32_t distinct_sectors(const LanePlaces& to, uint32_t bytes) {
 Wavefronts shared_wavefronts(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
   const uint32_t together = std::clamp<uint32_t>(std::bit_floor(kPassBytes / bytes), 1, kLanes);
   const Lanes part = together == kLanes ? kAllLanes : (1u << together) - 1;
-  if (lanes == kAllLanes && bytes >= kBankBytes && is_contiguous(from.address, bytes)) {
-    return {kLanes / together, kLanes / together};
-  }
   Wavefronts total;
   for (uint32_t first = 0; first < kLanes; first += together) {
     const Lanes here = lanes & (part << first);
@@ -82,14 +85,19 @@ void count_traffic(Warp& w, const LanePlaces& to, const LaneAddresses& from, uin
   if (to.home == Place::Shared) {
     if (reads(kind)) count(w, Count::SharedLoadBytes, moved);
     if (writes(kind)) count(w, Count::SharedStoreBytes, moved);
+    if (to.adjoining) {
+      count(w, Count::SharedWavefronts, std::max(1u, bytes / kBankBytes));
+      return;
+    }
     const Wavefronts wavefronts = shared_wavefronts(from, to.granted, bytes);
     count(w, Count::SharedWavefronts, wavefronts.needed);
-    count(w, Count::SharedBankConflicts, wavefronts.needed - wavefronts.least);
+    if (wavefronts.needed > wavefronts.least) {
+      count(w, Count::SharedBankConflicts, wavefronts.needed - wavefronts.least);
+    }
     return;
   }
-  const bool contiguous = to.granted == kAllLanes && is_contiguous(from.address, bytes);
   const auto begin = reinterpret_cast<uint64_t>(to.data[0]);
-  const uint64_t sectors = contiguous
+  const uint64_t sectors = to.adjoining
                                ? ((begin + bytes * kLanes - 1) >> kSectorShift) - (begin >> kSectorShift) + 1
                                : distinct_sectors(to, bytes);
   if (reads(kind)) {
