@@ -171,7 +171,12 @@ class Emulated:
     def memories(self, arguments: Mapping[str, Any]) -> list[Memory]:
         """The memory of the tensors among arguments by name."""
         arrays = dict(found for name, value in arguments.items() for found in _arrays(name, value))
-        return memories_of(arrays, uninitialised=self._uninitialised, read_only=self._read_only)
+        absent = [name for name, value in arguments.items() if value is None]
+        return memories_of(
+            arrays,
+            uninitialised=[name for name in self._uninitialised if name not in absent],
+            read_only=[name for name in self._read_only if name not in absent],
+        )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         execution = self._compiled.execution_args
