@@ -280,8 +280,8 @@ def lower_cp(ctx: Lowering, instruction: Instruction) -> None:
 
 @lowers("tcgen05.shift", op_class="tmem")
 def lower_shift(ctx: Lowering, instruction: Instruction) -> None:
-    # The manual says "downwards across all the rows, except the last", which can be read as either direction and
-    # as one matrix or four; no kernel was found that settles it.
+    # The manual says "downwards across all the rows, except the last", which can be read as either direction,
+    # and as one matrix or four; no kernel was found that settles it.
     raise ctx.unsupported("the direction and extent of the shift are not certain")
 
 

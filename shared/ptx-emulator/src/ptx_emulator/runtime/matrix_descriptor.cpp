@@ -112,9 +112,10 @@ void read_operand(Cluster& cluster, const Actor& actor, Cta& cta, const OperandT
   const uint32_t elements = chunk_elements(tile.element);
   const uint32_t rows = tile.mn_major ? tile.extent / elements : tile.extent;
   const uint32_t depth = tile.mn_major ? tile.depth : tile.depth / elements;
+  const uint32_t first = tile.mn_major ? tile.first / elements : tile.first;
   uint32_t offsets[kMaxChunks];
   for (uint32_t row = 0, n = 0; row < rows; ++row) {
-    for (uint32_t k = 0; k < depth; ++k) offsets[n++] = chunk_offset(tile, row, k);
+    for (uint32_t k = 0; k < depth; ++k) offsets[n++] = chunk_offset(tile, first + row, k);
   }
   if (!read_chunks(cluster, actor, cta, offsets, rows * depth)) {
     const T refused = std::is_same_v<T, float> ? static_cast<T>(std::numeric_limits<float>::quiet_NaN()) : T(-1);

@@ -33,6 +33,7 @@ struct OperandTile {
   bool mn_major;
   uint32_t extent;  // rows of A, columns of B
   uint32_t depth;   // elements of K
+  uint32_t first = 0;  // row that the tile starts with, a multiple of the elements of a chunk
 };
 
 // Offset in shared memory of a chunk, after swizzling: K-major (row, chunk of K), MN-major (chunk of rows, k).

@@ -151,14 +151,14 @@ void MmaOp::read_a_tmem(Cta& cta, int32_t* out) {
 template <class T>
 void MmaOp::read_a(Cluster& cluster, Cta& cta, T* out) {
   if (a_in_tmem) return read_a_tmem(cta, out);
-  const OperandTile tile{a_shared, shape.a, shape.mn_major_a, shape.m / group.size, shape.k};
+  const OperandTile tile{a_shared, shape.a, shape.mn_major_a, shape.m / group.size, shape.k, 0};
   read_operand(cluster, actor, cta, tile, out, 1, kTmemLanes);
 }
 
 template <class T>
 void MmaOp::read_b(Cluster& cluster, T* out) {
   const uint32_t part = shape.n / group.size;
-  const OperandTile tile{b_shared, shape.b, shape.mn_major_b, part, shape.k};
+  const OperandTile tile{b_shared, shape.b, shape.mn_major_b, part, shape.k, 0};
   for (uint32_t member = 0; member < group.size; ++member) {
     read_operand(cluster, actor, *group.ctas[member], tile, out + member * part * kMaxDepth, kMaxDepth, 1u);
   }
