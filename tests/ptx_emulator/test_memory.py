@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from aligned import aligned, poisoned
 from harness import run_kernel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ptx_emulator.errors import EmulatorError
 
 LANES = 32
@@ -160,6 +162,47 @@ def test_partial_warp_and_guard() -> None:
     np.testing.assert_array_equal(result, np.where(chosen, source, 7))
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_generic_gather_and_scatter(seed: int) -> None:
+    """Each lane reads and writes where it likes, in global, shared or local memory."""
+    pick = np.random.default_rng(seed)
+    tables = aligned(pick.integers(0, 2**32, (2, 64), dtype=np.uint32))
+    index = aligned(pick.integers(0, 64, LANES, dtype=np.uint32))
+    space = aligned(pick.integers(0, 3, LANES, dtype=np.uint32))
+    result, scattered = poisoned(LANES, np.uint32), poisoned(64, np.uint32)
+    body = """
+    .local .align 8 .b8 frame[8];
+    add.u64 %rd10, %rd2, %rd0; ld.global.b32 %r10, [%rd10]; mul.wide.u32 %rd11, %r10, 4;
+    add.u64 %rd12, %rd3, %rd0; ld.global.b32 %r12, [%rd12];
+    setp.eq.u32 %p1, %r12, 1; setp.eq.u32 %p2, %r12, 2;
+    add.u64 %rd13, %rd1, %rd0; mov.u32 %r13, smem; mad.lo.u32 %r13, %r1, 4, %r13;
+    ld.global.b32 %r14, [%rd13+256]; st.shared.b32 [%r13], %r14;
+    ld.global.b32 %r15, [%rd13+384]; st.shared.b32 [%r13+128], %r15; st.local.b32 [frame+4], %r1;
+    bar.warp.sync 0xffffffff;
+    add.u64 %rd14, %rd1, %rd11;
+    mov.u64 %rd15, smem; add.u64 %rd15, %rd15, %rd11; cvta.shared.u64 %rd15, %rd15;
+    cvta.local.u64 %rd16, frame; add.u64 %rd16, %rd16, 4;
+    selp.b64 %rd17, %rd15, %rd14, %p1; selp.b64 %rd17, %rd16, %rd17, %p2;
+    ld.b32 %r16, [%rd17]; add.u64 %rd18, %rd4, %rd0; st.global.b32 [%rd18], %r16;
+    add.u64 %rd19, %rd5, %rd11; st.b32 [%rd19], %r1;
+    """
+    run_kernel(body, tables, index, space, result, scattered, shared_bytes=256)
+    lane = np.arange(LANES, dtype=np.uint32)
+    expected = np.choose(space, [tables[0, index], tables[1, index], lane])
+    np.testing.assert_array_equal(result, expected)
+    written = poisoned(64, np.uint32)
+    written[index] = lane  # the last lane wins, as in the emulator
+    np.testing.assert_array_equal(scattered, written)
+
+
+def test_discard_is_a_write() -> None:
+    data = aligned(np.zeros(64, np.uint32))
+    run_kernel("discard.global.L2 [%rd1+128], 128;", data)
+    found = findings("discard.global.L2 [%rd1+64], 128; discard.global.L2 [%rd1+256], 128;", data)
+    assert [kind for kind, _, _ in found] == ["misaligned", "out-of-bounds"]
+
+
 def test_sink_and_negative_offset() -> None:
     source, result = random_bytes(LANES * 16 + 16), poisoned(LANES, np.uint32)
     body = "mul.wide.u32 %rd7, %r1, 16; add.u64 %rd5, %rd1, %rd7; add.u64 %rd6, %rd2, %rd0;"
@@ -229,22 +272,23 @@ def test_conversions_return() -> None:
 
 def test_isspacep() -> None:
     spaces = ("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param")
-    result = poisoned((4, len(spaces)), np.uint32)
+    result = poisoned((5, len(spaces)), np.uint32)
     body = """
     .local .b32 frame;
     mov.u64 %rd5, smem; cvta.shared.u64 %rd10, %rd5; cvta.local.u64 %rd11, frame; mov.u64 %rd12, %rd1;
-    cvta.param.u64 %rd13, array1; setp.eq.u32 %p1, %r1, 0;
+    cvta.param.u64 %rd13, array1; cvta.const.u64 %rd14, fixed; setp.eq.u32 %p1, %r1, 0;
     """
-    for row, register in enumerate(("%rd12", "%rd10", "%rd11", "%rd13")):
+    for row, register in enumerate(("%rd12", "%rd10", "%rd11", "%rd13", "%rd14")):
         for column, space in enumerate(spaces):
             body += f"isspacep.{space} %p2, {register}; selp.b32 %r20, 1, 0, %p2;"
             body += f"@%p1 st.global.b32 [%rd1+{4 * (row * len(spaces) + column)}], %r20;\n"
-    run_kernel(body, result, shared_bytes=16)
+    run_kernel(body, result, shared_bytes=16, globals=".const .b32 fixed = 5;")
     expected = np.zeros_like(result)
     expected[0, 0] = 1
     expected[1, 1:4] = 1
     expected[2, 4] = 1
     expected[3, [0, 6]] = 1  # parameters are in the global window
+    expected[4, 5] = 1
     np.testing.assert_array_equal(result, expected)
 
 
@@ -392,7 +436,11 @@ def test_past_local() -> None:
     assert "local memory of a thread" in message
 
 
-def test_constants_are_read_only() -> None:
+def test_constants_and_parameters_are_read_only() -> None:
+    body = "mov.u64 %rd5, fixed; cvta.const.u64 %rd6, %rd5; st.b32 [%rd6], 1;"
+    ((kind, _, message),) = findings(body, globals=".const .b32 fixed = 5;")
+    assert kind == "out-of-bounds"
+    assert "fixed, which is read-only" in message
     body = "mov.u64 %rd5, array1; st.global.b64 [%rd5], %rd5;"
     ((kind, _, message),) = findings(body, np.zeros(4, np.uint32))
     assert kind == "out-of-bounds"

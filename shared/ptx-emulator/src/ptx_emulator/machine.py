@@ -30,7 +30,7 @@ SCHEDULES = {
     "greedy-late": ("greedy", "late"),
     "random": ("random", "random"),
 }
-READ_ONLY, UNINITIALISED = 1, 2  # MemoryMap flags of runtime/memory.h
+READ_ONLY, UNINITIALISED, CONSTANT = 1, 2, 4  # MemoryMap flags of runtime/memory.h
 _GLOBAL_ALIGNMENT = 256
 
 
@@ -238,9 +238,7 @@ class Machine:
             initialised: False for an output or a workspace: a read of what no kernel wrote is reported.
         """
         flags = (READ_ONLY if read_only else 0) | (0 if initialised else UNINITIALISED)
-        if num_bytes and self._ranges.get(address) != (name, num_bytes, flags):
-            self._ranges[address] = (name, num_bytes, flags)
-            self._add_range(name, address, num_bytes, flags)
+        self._keep_range(name, address, num_bytes, flags)
 
     def load(self, text: str) -> LoadedModule:
         """Parses a PTX module and places its variables in memory.
@@ -254,8 +252,10 @@ class Machine:
 
     def attach(self, module: LoadedModule) -> None:
         """Makes the variables of a module that is already loaded accessible here, too."""
+        spaces = {variable.name: variable.space for variable in module.module.variables}
         for name, memory in module.variables.items():
-            self.add_range(name, memory.ctypes.data, len(memory))
+            flags = READ_ONLY | CONSTANT if spaces[name] == "const" else 0
+            self._keep_range(name, memory.ctypes.data, len(memory), flags)
         self._keep.append(module)
 
     def enqueue(
@@ -312,6 +312,11 @@ class Machine:
         self._launches = []
         for base, (name, num_bytes, flags) in self._ranges.items():
             self._add_range(name, base, num_bytes, flags)
+
+    def _keep_range(self, name: str, address: int, num_bytes: int, flags: int) -> None:
+        if num_bytes and self._ranges.get(address) != (name, num_bytes, flags):
+            self._ranges[address] = (name, num_bytes, flags)
+            self._add_range(name, address, num_bytes, flags)
 
     def _add_range(self, name: str, base: int, num_bytes: int, flags: int) -> None:
         _runtime().ptxe_add_range(

@@ -259,11 +259,8 @@ PTXE_OP("memory.policy") {
 
 // Arguments: address, bytes. What is there may be thrown away: a write of unknown values.
 PTXE_OP("memory.discard") {
-  const AddressArgs address(i, 0);
   const uint32_t bytes = i.args[4];
-  each_lane(w, [&](int lane) {
-    resolve(w, Space::Generic, address.at(w, lane), bytes, bytes, AccessKind::Write, lane);
-  });
+  resolve_lanes(w, Space::Generic, LaneAddresses(w, AddressArgs(i, 0), w.lanes), bytes, bytes, AccessKind::Write);
   return Step::Next;
 }
 

@@ -8,6 +8,7 @@ namespace ptxe {
 namespace {
 
 constexpr uint32_t kSectorShift = 5;
+constexpr uint32_t kMostSectors = 5;  // of one lane: 128 bytes, wherever they start
 constexpr uint32_t kBanks = 32;
 constexpr uint32_t kBankBytes = 4;
 constexpr uint32_t kPassBytes = kBanks * kBankBytes;
@@ -49,7 +50,7 @@ uint32_t passes(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
 }  // namespace
 
 uint32_t distinct_sectors(const LanePlaces& to, uint32_t bytes) {
-  uint64_t sectors[kLanes * 2];
+  uint64_t sectors[kLanes * kMostSectors];
   uint32_t n = 0;
   bool ascending = true;
   for (Lanes rest = to.granted; rest; rest &= rest - 1) {
