@@ -183,7 +183,7 @@ class ClusterChecker : public Checker {
   // --- reports (findings.cpp)
   static std::string memory_text(const Place& place, uint64_t at);
   static std::string tmem_text(const Cta& cta, uint64_t unit);
-  std::string conflict_text(const Conflict& conflict, const Access& self, bool tmem) const;
+  static std::string conflict_text(const Conflict& conflict, const Access& self);
   std::string actor_text(const Access& access) const;
   Site site_of_access(const Access& access) const;
   void report_conflict(const Conflict& conflict, const Access& self, AccessKind kind, const Site& site,

@@ -134,9 +134,8 @@ Report kind_of(Verdict verdict) {
 
 }  // namespace
 
-std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access& self, bool tmem) const {
+std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access& self) {
   const Access& other = conflict.other;
-  const bool same_warp = other.issuer == self.issuer && other.cluster == self.cluster;
   switch (conflict.verdict) {
     case Verdict::ProxyRace:
       return "The write was made through the generic proxy, and no fence.proxy.async lies between the two.";
@@ -148,8 +147,9 @@ std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access
                                     : "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
     default: break;
   }
-  if (same_warp && tmem) return "The earlier one may not have finished: its tcgen05.wait or commit has not been waited for.";
-  if (other.component != other.issuer) return "Nothing waits for the earlier, asynchronous one to finish.";
+  if (other.component != other.issuer || self.component != self.issuer) {
+    return "Nothing orders the two: an asynchronous operation comes before those who wait for it, and nobody else.";
+  }
   if (other.cluster != self.cluster) return "The two are of different clusters, and nothing orders them.";
   return "Nothing orders the two.";
 }
@@ -160,9 +160,11 @@ void ClusterChecker::report_conflict(const Conflict& conflict, const Access& sel
   const Report what = kind_of(conflict.verdict);
   if (!shared_->is_new(cluster_.grid->id, what, self.pc, other.pc)) return;
   const char* other_verb = !conflict.other_writes ? "read" : other.read_modify ? "update" : "write";
-  std::string message = "The " + deed(self, verb(kind), tmem) + " of " + place + " follows a " +
-                        deed(other, other_verb, tmem) + " by " + actor_text(other) + ". " +
-                        conflict_text(conflict, self, tmem);
+  const std::string other_deed = deed(other, other_verb, tmem);
+  const char* article = std::strchr("aeiou", other_deed.front()) ? "an " : "a ";
+  std::string message = "The " + deed(self, verb(kind), tmem) + " of " + place + " follows " + article + other_deed +
+                        " by " + actor_text(other) + ". " +
+                        conflict_text(conflict, self);
   const Site other_site = site_of_access(other);
   report(*cluster_.grid, what, site, std::move(message), other.grid == cluster_.grid->id ? &other_site : nullptr);
 }

@@ -140,8 +140,15 @@ class ShadowBlock {
       }
       parts.push_back(line.whole);
       parts.front().end = line_units_;
-    } else if (const Run& run = parts[find(parts, begin)]; run.end >= end && skip(run)) {
-      return;
+    } else {
+      const size_t k = find(parts, begin);
+      Run& run = parts[k];
+      if (run.end >= end && skip(run)) return;
+      if (run.end == end && (k == 0 ? 0 : parts[k - 1].end) == begin) {  // just this run, as in the round before
+        apply(run, base + begin);
+        const bool merges = (k > 0 && same(parts[k - 1], run)) || (k + 1 < parts.size() && same(run, parts[k + 1]));
+        if (!merges) return;
+      }
     }
     const size_t first = cut(parts, begin);
     size_t k = first;

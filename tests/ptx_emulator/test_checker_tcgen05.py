@@ -1,0 +1,170 @@
+"""The checker on tensor memory: waits, tcgen05 fences, commits, and the proxy fence of the operands."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from harness import run_kernel
+from test_checker import SCHEDULES, find, lines_of, silent, without
+
+BLACKWELL = {"target": "sm_100a", "shared_bytes": 16384}
+MBAR = ".shared .align 8 .b64 full;\n.shared .align 4 .b32 slot;\n"
+ALLOC = """
+setp.lt.u32 %p10, %r1, 32;
+setp.eq.u32 %p11, %r1, 0;
+@%p11 mbarrier.init.shared.b64 [full], 1;
+fence.mbarrier_init.release.cluster;
+mov.u32 %r40, slot;
+@%p10 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r40], 64;
+bar.sync 0;
+ld.shared.b32 %r41, [slot];
+"""
+FREE = """
+tcgen05.fence::before_thread_sync;
+bar.sync 0;
+@%p10 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r41, 64;
+@%p10 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+"""
+
+# Warps 0 and 4 have the same quarter of the lanes.
+HANDOVER = f"""{ALLOC}
+setp.lt.u32 %p1, %r1, 128;
+@%p1 tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};  // <store>
+@%p1 tcgen05.wait::st.sync.aligned;  // [wait_st]
+tcgen05.fence::before_thread_sync;  // [before]
+bar.sync 0;  // [bar]
+tcgen05.fence::after_thread_sync;  // [after]
+@!%p1 tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r41];  // <load>
+@!%p1 tcgen05.wait::ld.sync.aligned;  // [wait_ld]
+tcgen05.fence::before_thread_sync;
+bar.sync 0;
+tcgen05.fence::after_thread_sync;
+@%p1 tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};  // <again>
+@%p1 tcgen05.wait::st.sync.aligned;
+{FREE}
+"""
+EIGHT_WARPS = {"block": (256, 1, 1), "globals": MBAR, **BLACKWELL}
+
+
+def test_handover_is_silent() -> None:
+    silent(HANDOVER, **EIGHT_WARPS)
+
+
+@pytest.mark.parametrize("fence", ["before", "after"])
+def test_missing_tcgen05_fence(fence: str) -> None:
+    find(without(HANDOVER, fence), kind="tcgen05-order", at="load", other="store", **EIGHT_WARPS)
+
+
+def test_missing_wait_for_stores() -> None:
+    find(without(HANDOVER, "wait_st"), kind="race", at="load", other="store", **EIGHT_WARPS)
+
+
+def test_missing_wait_for_loads() -> None:
+    find(without(HANDOVER, "wait_ld"), kind="race", at="again", other="load", **EIGHT_WARPS)
+
+
+def test_missing_barrier() -> None:
+    body = without(HANDOVER, "bar")
+    marks = lines_of(body, 0, "sm_100a", MBAR)
+    for schedule in SCHEDULES:
+        result = run_kernel(body, expect_reports=True, schedule=schedule, **EIGHT_WARPS)
+        pairs = [{r.line, r.other.line} for r in result.reports if r.other and r.kind == "race"]
+        assert {marks["load"], marks["store"]} in pairs, schedule
+
+
+def test_load_behind_a_store_of_the_same_warp() -> None:
+    body = f"""{ALLOC}
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};  // <store>
+    tcgen05.wait::st.sync.aligned;  // [wait]
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r41];  // <load>
+    tcgen05.wait::ld.sync.aligned;
+    {FREE}
+    """
+    launch = {"block": (128, 1, 1), "globals": MBAR, **BLACKWELL}
+    silent(body, **launch)
+    find(without(body, "wait"), kind="race", at="load", other="store", **launch)
+
+
+def test_uninitialised_tensor_memory() -> None:
+    body = f"""{ALLOC}
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};
+    tcgen05.wait::st.sync.aligned;
+    tcgen05.ld.sync.aligned.32x32b.x2.b32 {{%r2, %r3}}, [%r41];  // <load>
+    tcgen05.wait::ld.sync.aligned;
+    {FREE}
+    """
+    result = run_kernel(body, block=(128, 1, 1), globals=MBAR, expect_reports=True, **BLACKWELL)
+    (report,) = result.reports
+    assert report.kind == "uninitialised"
+    assert re.search(r"TMEM lane (0|32|64|96), column 1 of CTA 0", report.message)
+    assert report.line == lines_of(body, 0, "sm_100a", MBAR)["load"]
+
+
+# D [128, 64] = A [128, 16] * B [64, 16] in fp16, operands without a swizzle. 128 threads.
+INSTRUCTION_DESCRIPTOR = 1 << 4 | 64 // 8 << 17 | 128 // 16 << 24
+DESCRIPTOR = 1 << 46 | (256 >> 4) << 32 | (128 >> 4) << 16
+PRODUCT = f"""{ALLOC}
+shl.b32 %r2, %r1, 2;
+mov.u32 %r20, smem;
+mov.u32 %r42, full;
+add.u32 %r3, %r20, %r2;
+mov.u32 %r9, 0;
+fill:
+st.shared.u32 [%r3], 0;  // <fill>
+add.u32 %r3, %r3, 512;
+add.u32 %r9, %r9, 1;
+setp.lt.u32 %p1, %r9, 12;
+@%p1 bra fill;
+fence.proxy.async.shared::cta;  // [proxy]
+bar.sync 0;
+shr.u32 %r4, %r20, 4;
+cvt.u64.u32 %rd10, %r4;
+or.b64 %rd11, %rd10, {DESCRIPTOR};
+add.u64 %rd12, %rd11, 256;
+mov.u32 %r5, {INSTRUCTION_DESCRIPTOR};
+setp.ne.u32 %p2, %r1, %r1;
+setp.eq.u32 %p3, %r1, %r1;
+@!%p11 bra wait_full;
+tcgen05.mma.cta_group::1.kind::f16 [%r41], %rd11, %rd12, %r5, %p2;  // <mma>
+tcgen05.mma.cta_group::1.kind::f16 [%r41], %rd11, %rd12, %r5, %p3;  // <accumulate>
+tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r42];
+wait_full:
+mbarrier.try_wait.parity.shared.b64 %p4, [full], 0;  // [wait]
+@!%p4 bra wait_full;  // [wait]
+tcgen05.fence::after_thread_sync;  // [after]
+tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r6}}, [%r41];  // <load>
+tcgen05.wait::ld.sync.aligned;
+st.shared.u32 [%r3+-512], 0;  // <reuse>
+{FREE}
+"""
+FOUR_WARPS = {"block": (128, 1, 1), "globals": MBAR, **BLACKWELL}
+
+
+def test_product_is_silent() -> None:
+    silent(PRODUCT, **FOUR_WARPS)
+
+
+def test_operands_need_a_proxy_fence() -> None:
+    find(without(PRODUCT, "proxy"), kind="proxy-race", at="mma", other="fill", **FOUR_WARPS)
+
+
+def test_missing_fence_behind_a_commit() -> None:
+    find(without(PRODUCT, "after"), kind="tcgen05-order", at="load", other="accumulate", **FOUR_WARPS)
+
+
+def test_missing_wait_for_a_product() -> None:
+    body = without(PRODUCT, "wait")
+    marks = lines_of(body, 0, "sm_100a", MBAR)
+    for schedule in ("fair", "greedy"):
+        result = run_kernel(body, expect_reports=True, schedule=schedule, **FOUR_WARPS)
+        pairs = [{r.line, r.other.line} for r in result.reports if r.other and r.kind == "race"]
+        assert any(marks["load"] in pair for pair in pairs), schedule
+        assert any(marks["reuse"] in pair for pair in pairs), schedule
+    late = run_kernel(body, expect_reports=True, schedule="late", **FOUR_WARPS)
+    assert {r.kind for r in late.reports} == {"uninitialised", "tmem"}  # freed before the product begins
+
+
+def test_accumulator_that_holds_nothing() -> None:
+    body = PRODUCT.replace("%r5, %p2;", "%r5, %p3;")
+    find(body, kind="uninitialised", at="mma", **FOUR_WARPS)
