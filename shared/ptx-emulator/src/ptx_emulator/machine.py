@@ -301,6 +301,12 @@ class Machine:
         self._new_queue()
         return result
 
+    def progress(self) -> tuple[int, int]:
+        """Clusters that have finished and all clusters of the stream; also from another thread."""
+        finished, total = ctypes.c_uint64(), ctypes.c_uint64()
+        _runtime().ptxe_progress(self._pointer(), ctypes.byref(finished), ctypes.byref(total))
+        return finished.value, total.value
+
     # ------------------------------------------------------------------ inside
 
     def _pointer(self) -> ctypes.c_void_p:

@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,10 @@ class Emulated:
         self._host(
             lambda launch: self._enqueue(machine, module, launch), *map(_on_device, arguments.values())
         )
-        self.result = None
-        self.result = machine.synchronize()
-        return finish(self.result, options)
+        self.result = finish(machine, replace(options, strict=False))
+        if options.strict:
+            self.result.raise_reports()
+        return self.result
 
     def memories(self, arguments: Mapping[str, Any]) -> list[Memory]:
         """The memory of the tensors among arguments by name."""
@@ -198,7 +200,7 @@ class Emulated:
             launch.params(sizes),
             launch.pdl,
         )
-        self.launches.append(dataclasses.replace(launch, args=None))
+        self.launches.append(replace(launch, args=None))
 
 
 @dataclasses.dataclass(frozen=True)

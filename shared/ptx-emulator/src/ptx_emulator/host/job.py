@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
+
+from tqdm import tqdm
 
 from ptx_emulator.host.arrays import Memory
 from ptx_emulator.host.options import Options
-from ptx_emulator.machine import Result
+from ptx_emulator.machine import Machine, Result
+
+_BAR_DELAY_S = 1.0
+_BAR_INTERVAL_S = 0.1
 
 
 class Job(Protocol):
@@ -19,12 +27,35 @@ class Job(Protocol):
         """Runs the launches once, in place."""
 
 
-def finish(result: Result, options: Options) -> Result:
-    """What a job returns.
+def finish(machine: Machine, options: Options) -> Result:
+    """Runs what is enqueued on a machine.
 
     Raises:
         EmulationError: findings, if the options are strict.
     """
+    with _progress_bar(machine) if options.progress else nullcontext():
+        result = machine.synchronize()
     if options.strict:
         result.raise_reports()
     return result
+
+
+@contextmanager
+def _progress_bar(machine: Machine) -> Iterator[None]:
+    """A bar of the clusters that have finished, for runs of more than a second."""
+    stop = threading.Event()
+    total = machine.progress()[1]
+
+    def watch() -> None:
+        with tqdm(total=total, desc="clusters", delay=_BAR_DELAY_S) as bar:
+            while not stop.wait(_BAR_INTERVAL_S):
+                bar.update(machine.progress()[0] - bar.n)
+            bar.update(total - bar.n)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()

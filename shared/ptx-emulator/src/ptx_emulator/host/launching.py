@@ -104,7 +104,7 @@ class Launch:
         chosen = options or Options()
         machine = chosen.machine(self.device or self.module().arch)
         self.enqueue(machine, module)
-        return finish(machine.synchronize(), chosen)
+        return finish(machine, chosen)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Launches:
         machine = chosen.machine(devices.pop())
         for launch in self.launches:
             launch.enqueue(machine)
-        return finish(machine.synchronize(), chosen)
+        return finish(machine, chosen)
 
 
 def launch(

@@ -190,6 +190,15 @@ void ptxe_enqueue(Machine* machine, const Program* program, const PackedLaunch* 
 
 void ptxe_synchronize(Machine* machine) { synchronize(*machine); }
 
+// May be called from another thread while ptxe_synchronize runs.
+void ptxe_progress(const Machine* machine, uint64_t* finished_clusters, uint64_t* num_clusters) {
+  *finished_clusters = *num_clusters = 0;
+  for (const Grid& grid : machine->grids) {
+    *finished_clusters += grid.finished_clusters.load();
+    *num_clusters += grid.num_clusters;
+  }
+}
+
 const char* ptxe_findings(const Machine* machine) {
   returned_text = findings_json(*machine);
   return returned_text.c_str();
