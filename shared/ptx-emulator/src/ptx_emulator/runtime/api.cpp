@@ -35,7 +35,7 @@ std::string findings_json(const Machine& machine) {
     if (out.size() > 1) out += ",";
     out += "{\"kind\":\"" + std::string(kReportNames[static_cast<size_t>(f.kind)]) + "\",\"kernel\":";
     append_quoted(out, f.program->name);
-    out += ",\"grid\":" + std::to_string(f.grid) + ",\"message\":";
+    out += ",\"grid\":" + std::to_string(f.grid) + ",\"times\":" + std::to_string(f.times) + ",\"message\":";
     append_quoted(out, f.message);
     out += ",\"site\":";
     append_site(out, f.site, *f.program);

@@ -19,7 +19,13 @@ OperationTable& table() {
   return instance;
 }
 
-constexpr size_t kMaxFindings = 1000;  // per machine; a broken loop would report without end
+constexpr size_t kMaxFindings = 1000;  // per machine
+
+// Whether a finding is one more of a kind at the same instructions. Who waits in a deadlock is told for each warp.
+bool is_again(const Finding& known, const Grid& grid, Report kind, const Site& site, const Site* other) {
+  return kind != Report::Deadlock && known.kind == kind && known.grid == grid.id && known.site.pc == site.pc &&
+         known.has_other == (other != nullptr) && (!other || known.other.pc == other->pc);
+}
 
 }  // namespace
 
@@ -80,6 +86,12 @@ Site site_of(const Warp& w, int lane) { return Site{w.cta->linear, w.index, lane
 void report(Grid& grid, Report kind, const Site& site, std::string message, const Site* other) {
   Machine& machine = *grid.machine;
   const std::lock_guard<std::mutex> hold(machine.lock);
+  for (Finding& known : machine.findings) {
+    if (is_again(known, grid, kind, site, other)) {
+      ++known.times;
+      return;
+    }
+  }
   if (machine.findings.size() >= kMaxFindings) return;
   machine.findings.push_back(
       Finding{kind, site, other ? *other : Site{}, other != nullptr, std::move(message), grid.program, grid.id});

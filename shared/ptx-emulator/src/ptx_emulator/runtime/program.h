@@ -64,6 +64,7 @@ struct Finding {
   std::string message;
   const Program* program;
   uint32_t grid;
+  uint64_t times = 1;  // at the same instructions of the same launch, by whatever lane
 };
 
 struct Span {
