@@ -143,10 +143,9 @@ class Outcome:
 def accumulator_bits(values: np.ndarray, d: str) -> np.ndarray:
     if d == "f16":
         return values.astype(np.float16).view(np.uint16).astype(np.uint32)
-    # Through int64: a float of 2^31 and more wraps around.
-    return (values.astype(np.int64).astype(np.int32) if d == "s32" else values.astype(np.float32)).view(
-        np.uint32
-    )
+    if d == "s32":
+        return values.astype(np.int64).astype(np.int32).view(np.uint32)  # values from 2^31 up wrap around
+    return values.astype(np.float32).view(np.uint32)
 
 
 def accumulator_values(bits: np.ndarray, d: str) -> np.ndarray:

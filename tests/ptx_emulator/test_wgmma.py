@@ -91,8 +91,8 @@ def fragment_places(n: int) -> dict[tuple[int, int], tuple[int, int]]:
 
 
 def fragment_a(values: np.ndarray, element: str) -> np.ndarray:
-    """[64, k] values as four registers of each thread: element i of a thread, with e elements in a register, is in
-    row (lane / 4) + 8 * (i / e % 2) and column e * (lane % 4) + i % e + 4 * e * (i / (2 * e))."""
+    """[64, k] values as four registers of each thread: element i of a thread, with e elements in a register, is
+    in row (lane / 4) + 8 * (i / e % 2) and column e * (lane % 4) + i % e + 4 * e * (i / (2 * e))."""
     codes = encode(values, element)
     size = codes.shape[-1]
     per = 4 // size
