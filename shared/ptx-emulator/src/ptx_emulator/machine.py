@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -287,10 +288,15 @@ class Machine:
         _runtime().ptxe_enqueue(self._pointer(), ctypes.c_void_p(kernel.handle), ctypes.byref(launch))
         self._launches.append((kernel, -(-block[0] * block[1] * block[2] // 32)))
 
-    def synchronize(self) -> Result:
-        """Runs the launches of the stream to the end and empties it."""
+    def synchronize(self, during: AbstractContextManager[None] | None = None) -> Result:
+        """Runs the launches of the stream to the end and empties it.
+
+        Args:
+            during: entered while they run, such as a progress bar.
+        """
         runtime = _runtime()
-        runtime.ptxe_synchronize(self._pointer())
+        with during or nullcontext():
+            runtime.ptxe_synchronize(self._pointer())
         locations = {kernel.program.name: kernel.program.locations for kernel, _ in self._launches}
         findings = json.loads(runtime.ptxe_findings(self._pointer()).decode())
         result = Result(
@@ -302,7 +308,7 @@ class Machine:
         return result
 
     def progress(self) -> tuple[int, int]:
-        """Clusters that have finished and all clusters of the stream; also from another thread."""
+        """Clusters that have finished and all clusters of the stream; also from `during` of synchronize."""
         finished, total = ctypes.c_uint64(), ctypes.c_uint64()
         _runtime().ptxe_progress(self._pointer(), ctypes.byref(finished), ctypes.byref(total))
         return finished.value, total.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Protocol
 
 from tqdm import tqdm
@@ -33,8 +33,7 @@ def finish(machine: Machine, options: Options) -> Result:
     Raises:
         EmulationError: findings, if the options are strict.
     """
-    with _progress_bar(machine) if options.progress else nullcontext():
-        result = machine.synchronize()
+    result = machine.synchronize(_progress_bar(machine) if options.progress else None)
     if options.strict:
         result.raise_reports()
     return result
