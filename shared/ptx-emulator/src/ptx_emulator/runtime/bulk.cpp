@@ -33,8 +33,8 @@ struct BulkGroups : GroupState {  // of a warp
 
 ThreadGroups& groups_of(Warp& w, int lane) { return w.cta->warp_state[&w].get<BulkGroups>().lanes[lane]; }
 
-Actor issue_at(Warp& w, int lane, uint64_t completion) {
-  Actor actor = issue(w, Proxy::Async);
+Actor issue_at(Warp& w, int lane, uint64_t completion, Proxy proxy = Proxy::Async) {
+  Actor actor = issue(w, proxy);
   actor.site = site_of(w, lane);
   actor.time = completion;
   return actor;
@@ -228,6 +228,9 @@ uint64_t through_copy_engine(Warp& w, uint64_t bytes, const char* name) {
 
 uint32_t shared_operand(Warp& w, Space space, uint64_t address, int lane) {
   const auto shared = static_cast<uint32_t>(address);
+  if (address >> 32 && !in_shared_window(address)) {
+    report(w, Report::OutOfBounds, lane, "An operand that must be in shared memory is not.");
+  }
   if (space == Space::Shared && cta_of(*w.cluster, shared) != w.cta) {
     report(w, Report::OutOfBounds, lane, "An operand in .shared::cta is in the shared memory of another CTA.");
   }
@@ -284,8 +287,8 @@ PTXE_OP("bulk.send") {
     check_size(w, bytes, lane);
     op->buffer.resize(bytes);
     op->source = shared_operand(w, Space::Shared, source.at(w, lane), lane);
-    op->destination = static_cast<uint32_t>(destination.at(w, lane));
-    op->mbarrier = static_cast<uint32_t>(mbarrier.at(w, lane));
+    op->destination = shared_operand(w, Space::SharedCluster, destination.at(w, lane), lane);
+    op->mbarrier = shared_operand(w, Space::SharedCluster, mbarrier.at(w, lane), lane);
     op->reduction = find_reduction(static_cast<ReduceOp>(i.args[13]), static_cast<ElementType>(i.args[14]));
     op->actor = issue_at(w, lane, through_copy_engine(w, bytes, "bulk send"));
     start_async(w, std::move(op));
@@ -345,6 +348,7 @@ PTXE_OP("bulk.wait_group") {  // groups that may be pending, whether only the re
   return Step::Next;
 }
 
+// In the generic proxy: the PTX ISA counts only cp.async.bulk and cp.reduce.async.bulk to the async proxy.
 // destination, mbarrier, bytes of an element, elements, reduction, type, then slot and its bits for each element
 PTXE_OP("st.async") {
   const AddressArgs destination(i, 0), mbarrier(i, 4);
@@ -359,10 +363,10 @@ PTXE_OP("st.async") {
     }
     op->has_read = true;
     op->alignment = element_bytes * num_elements;
-    op->destination = static_cast<uint32_t>(destination.at(w, lane));
-    op->mbarrier = static_cast<uint32_t>(mbarrier.at(w, lane));
+    op->destination = shared_operand(w, Space::SharedCluster, destination.at(w, lane), lane);
+    op->mbarrier = shared_operand(w, Space::SharedCluster, mbarrier.at(w, lane), lane);
     op->reduction = find_reduction(static_cast<ReduceOp>(i.args[10]), static_cast<ElementType>(i.args[11]));
-    op->actor = issue_at(w, lane, w.time + kEngineLatency);
+    op->actor = issue_at(w, lane, w.time + kEngineLatency, Proxy::Generic);
     start_async(w, std::move(op));
   });
   return Step::Next;

@@ -258,7 +258,7 @@ PTXE_OP("tensor.load") {
     op->box = read_box(w, i, map.at(w, lane), i.args[13], static_cast<Mode>(i.args[14]), 18, lane);
     if (!op->box.bytes) return;
     const uint32_t to = shared_operand(w, space, destination.at(w, lane), lane);
-    const auto signal = static_cast<uint32_t>(mbarrier.at(w, lane));
+    const uint32_t signal = shared_operand(w, Space::SharedCluster, mbarrier.at(w, lane), lane);
     if (mask_bits) {
       const uint32_t mask = cta_mask(w, i.args[16], mask_bits, lane);
       for (const Cta& cta : w.cluster->ctas) {
