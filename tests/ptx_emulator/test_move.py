@@ -89,6 +89,21 @@ def test_predicates(negated: bool) -> None:
     np.testing.assert_array_equal(elementwise(text, [a]), np.where(p, 2, 1))
 
 
+def test_literal_predicates() -> None:
+    a = np.arange(40, dtype=np.uint32)
+    text = """
+        mov.pred %p10, 1;
+        mov.pred %p11, 0;
+        mov.pred %p12, -1;
+        setp.lt.and.u32 %p13, {a}, 20, 1;
+        selp.u32 {d}, 1, 0, %p10;
+        @%p11 add.u32 {d}, {d}, 2;
+        @%p12 add.u32 {d}, {d}, 4;
+        @%p13 add.u32 {d}, {d}, 8;
+    """
+    np.testing.assert_array_equal(elementwise(text, [a]), np.where(a < 20, 13, 5))
+
+
 def test_guard_keeps_the_other_lanes() -> None:
     a = np.arange(64, dtype=np.uint32)
     text = """
@@ -113,6 +128,7 @@ def test_special_registers_and_addresses() -> None:
         cvt.u32.u64 %r5, %rd6;
         sub.u32 %r5, %r5, %r4;
         mov.u32 %r6, %clock;
+        cvt.u32.u64 %r6, %clock64;
         mov.u64 %rd7, %clock64;
         setp.lt.u64 %p1, %rd5, %rd7;
         selp.u32 %r7, 1, 0, %p1;

@@ -30,6 +30,7 @@ _FLAGS = (
     "-march=native",
     "-fPIC",
     "-fno-math-errno",
+    "-fno-trapping-math",  # else comparisons of floats keep loops from being vectorised
     "-ffp-contract=off",
 )
 

@@ -19,7 +19,10 @@ from ptx_emulator.ptx.module import (
     Vector,
 )
 
-SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64, "current_graph_exec": 64}
+# Special registers that are read when the instruction executes, with their width.
+CLOCKS = {"clock": 32, "clock_hi": 32, "clock64": 64}
+CLOCKS |= {"globaltimer": 64, "globaltimer_lo": 32, "globaltimer_hi": 32}
+SPECIAL_BITS = {"gridid": 64, "current_graph_exec": 64}
 
 
 def bits_of(type_name: str) -> int:
@@ -108,6 +111,11 @@ class Lowering:
             return self._symbol(operand, bits)
         if isinstance(operand, Register) and bits == 1:
             return self._predicate(operand)
+        clock = self.clock_of(operand)
+        if clock is not None:
+            value = self.temporary(CLOCKS[clock])
+            self.emit(f"read.{clock}", self.written(value), aligned=False)
+            return self.read(value)
         return Use(self._register(operand, bits), reads=True, writes=False)
 
     def inout(self, operand: Operand, type_name: str) -> Use:
@@ -147,6 +155,13 @@ class Lowering:
         """A value of the lowering's own. Write it with `written(t)`, read it with `read(t)`."""
         self._temporaries += 1
         return Value(f"${self._temporaries}", bits)
+
+    def clock_of(self, operand: Operand) -> str | None:
+        """The name of a special register that changes while the kernel runs, None for other operands."""
+        if not isinstance(operand, Register) or operand.name in self.function.registers:
+            return None
+        name = operand.name.removeprefix("%")
+        return name if name in CLOCKS else None
 
     @staticmethod
     def read(value: Value) -> Use:
@@ -238,6 +253,8 @@ class Lowering:
 def immediate_bits(immediate: Immediate, type_name: str) -> int:
     """The bits of a literal as an operand of a type."""
     bits = bits_of(type_name)
+    if bits == 1:
+        return 0xFFFFFFFF if immediate.value else 0  # a bit for each lane
     if immediate.bits is not None:
         if type_name in ("f32", "b32", "u32", "s32") and immediate.bits_width == 64:
             number = struct.unpack("<d", struct.pack("<Q", immediate.bits))[0]
@@ -252,4 +269,4 @@ def immediate_bits(immediate: Immediate, type_name: str) -> int:
     if type_name in ("f32", "f64"):
         packed = struct.pack("<f" if bits == 32 else "<d", float(immediate.value))
         return int.from_bytes(packed, "little")
-    return immediate.value & ((1 << (32 if bits == 1 else bits)) - 1)
+    return immediate.value & ((1 << bits) - 1)

@@ -93,15 +93,15 @@ def _lower_with_integer(
             raise ctx.unsupported("a rounding mode .rn, .rz, .rm or .rp is needed")
         if exact and not options and result in ("f32", "f64") and bits_of(source) > 8:
             ctx.emit(f"cvt.{result}.{source}", *uses, rounding)
-        elif result == "f64":
-            raise ctx.unsupported("f64 from a register wider than the type, from 8 bits or with modifiers")
+        elif result == "f64" and bits_of(source) == 64:
+            raise ctx.unsupported("f64 from 64 bits has no modifiers here")
         else:
             _emit_general(ctx, "cvt.from_integer", uses, types, rounding, options)
     elif source not in _INTEGERS:
         if integral is None or rounding is not None:
             raise ctx.unsupported("a rounding mode .rni, .rzi, .rmi or .rpi is needed")
-        if exact and not options and (integral, source) == ("rzi", "f32") and result in ("s32", "u32"):
-            ctx.emit(f"cvt.rzi.{result}.f32", *uses)
+        if exact and not options and source == "f32" and result in ("s32", "u32"):
+            ctx.emit(f"cvt.{integral}.{result}.f32", *uses)
         else:
             # Results of floats always saturate, so .sat says nothing.
             _emit_general(ctx, "cvt.to_integer", uses, types, _INTEGRAL_ROUNDINGS[integral], options & _FTZ)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from ptx_emulator.lower.context import Lowering, bits_of
-from ptx_emulator.lower.modifiers import Modifiers, operands
+from ptx_emulator.lower.context import CLOCKS, Lowering, bits_of
+from ptx_emulator.lower.modifiers import Modifiers, emit_lanewise, operands
 from ptx_emulator.lower.registry import lowers
 from ptx_emulator.ptx.module import Instruction, Operand, Register, Symbol, Vector
 
-# Special registers that change while the kernel runs: bits to drop of the clock.
-_CLOCKS = {
-    "%clock": 0,
-    "%clock_hi": 32,
-    "%clock64": 0,
-    "%globaltimer": 0,
-    "%globaltimer_lo": 0,
-    "%globaltimer_hi": 32,
-}
 _PARTS = {(16, 2): 8, (32, 2): 16, (32, 4): 8, (64, 2): 32, (64, 4): 16, (128, 2): 64, (128, 4): 32}
 
 
@@ -32,11 +23,8 @@ def lower_mov(ctx: Lowering, instruction: Instruction) -> None:
         _lower_packing(ctx, d, a, type_name)
     elif isinstance(d, Vector):
         _lower_unpacking(ctx, d, a, type_name)
-    elif isinstance(a, Register) and a.name in _CLOCKS and a.name not in ctx.function.registers:
-        use = ctx.dst(d, type_name)
-        if use.value.bits not in (32, 64):
-            raise ctx.unsupported("a clock has 32 or 64 bits")
-        ctx.emit("mov.clock", use, use.value.bits, _CLOCKS[a.name])
+    elif (clock := ctx.clock_of(a)) is not None and bits_of(type_name) == CLOCKS[clock]:
+        emit_lanewise(ctx, f"read.{clock}", (d, type_name), [])
     else:
         _lower_plain(ctx, d, a, type_name)
 
@@ -50,10 +38,8 @@ def _lower_plain(ctx: Lowering, d: Operand, a: Operand, type_name: str) -> None:
     special = isinstance(a, Register) and a.name not in ctx.function.registers
     if source.value.bits == bits:
         ctx.emit(f"mov.{bits}", destination, source)
-    elif special and source.value.bits == 32 and bits in (16, 64):
-        ctx.emit(f"cvt.b{bits}.u32", destination, source)
-    elif special and source.value.bits == 64 and bits == 32:
-        ctx.emit("cvt.b32.u64", destination, source)
+    elif special and (source.value.bits, bits) == (32, 16):
+        ctx.emit("cvt.b16.u32", destination, source)
     elif special and source.value.bits == 1:
         ones, zero = ctx.constant(1, bits), ctx.constant(0, bits)
         ctx.emit(f"selp.{bits}", destination, ones, zero, source)

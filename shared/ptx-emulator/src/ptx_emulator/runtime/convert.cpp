@@ -200,10 +200,15 @@ float relu(float value) { return value <= 0.0f ? 0.0f : value; }
 uint32_t fp16_pair(float a, float b) { return static_cast<uint32_t>(float_to_fp16(a)) << 16 | float_to_fp16(b); }
 uint32_t bf16_pair(float a, float b) { return static_cast<uint32_t>(float_to_bf16(a)) << 16 | float_to_bf16(b); }
 
-// Saturating and towards zero, as compilers write it.
-template <class D> D truncated(float a) {
+double integral_nearest(double value) { return std::nearbyint(value); }
+double integral_zero(double value) { return std::trunc(value); }
+double integral_down(double value) { return std::floor(value); }
+double integral_up(double value) { return std::ceil(value); }
+
+// Rounded to a whole number, saturating; NaN gives 0.
+template <class D, auto Integral> D whole(float a) {
   constexpr double low = std::numeric_limits<D>::min(), high = std::numeric_limits<D>::max();
-  double value = a;
+  double value = Integral(a);
   value = value > low ? value : low;
   value = value < high ? value : high;
   return a == a ? static_cast<D>(static_cast<int64_t>(value)) : D{0};
@@ -213,6 +218,10 @@ template <class D> D truncated(float a) {
   {"cvt.b16." type, Lanewise<&resized<uint16_t, S>>::run}, {"cvt.b32." type, Lanewise<&resized<uint32_t, S>>::run}, \
   {"cvt.b64." type, Lanewise<&resized<uint64_t, S>>::run},                                      \
   {"cvt.f32." type, Rounded<&number<float, S>>::run}, {"cvt.f64." type, Rounded<&number<double, S>>::run}
+
+#define WHOLE(name, integral)                                        \
+  {name ".s32.f32", Lanewise<&whole<int32_t, &integral>>::run},     \
+  {name ".u32.f32", Lanewise<&whole<uint32_t, &integral>>::run}
 
 const Register kFrequent[] = {
     FROM_INTEGER("u16", uint16_t), FROM_INTEGER("s16", int16_t), FROM_INTEGER("u32", uint32_t),
@@ -225,8 +234,8 @@ const Register kFrequent[] = {
     {"cvt.bf16.f32", Lanewise<&float_to_bf16>::run},
     {"cvt.f16x2.f32", Lanewise<&fp16_pair>::run},
     {"cvt.bf16x2.f32", Lanewise<&bf16_pair>::run},
-    {"cvt.rzi.s32.f32", Lanewise<&truncated<int32_t>>::run},
-    {"cvt.rzi.u32.f32", Lanewise<&truncated<uint32_t>>::run},
+    WHOLE("cvt.rni", integral_nearest), WHOLE("cvt.rzi", integral_zero), WHOLE("cvt.rmi", integral_down),
+    WHOLE("cvt.rpi", integral_up),
 };
 
 // --- pairs of small formats, nearest even and saturating

@@ -37,7 +37,6 @@ template <class T, int F> struct Arithmetic {
   static uint16_t add(uint16_t a, uint16_t b) { return store(load(a) + load(b)); }
   static uint16_t sub(uint16_t a, uint16_t b) { return store(load(a) - load(b)); }
   static uint16_t mul(uint16_t a, uint16_t b) { return store(load(a) * load(b)); }
-  static uint16_t fma(uint16_t a, uint16_t b, uint16_t c) { return store(fma_to_odd(load(a), load(b), load(c))); }
   static uint16_t neg(uint16_t a) { return flush(a ^ 0x8000); }
   static uint16_t abs(uint16_t a) { return flush(a & 0x7fff); }
   static uint16_t ex2(uint16_t a) { return store(exp2_float(load(a))); }
@@ -70,7 +69,28 @@ template <auto F, class... A> uint32_t packed(A... values) {
 }
 template <auto F> uint32_t packed1(uint32_t a) { return packed<F>(a); }
 template <auto F> uint32_t packed2(uint32_t a, uint32_t b) { return packed<F>(a, b); }
-template <auto F> uint32_t packed3(uint32_t a, uint32_t b, uint32_t c) { return packed<F>(a, b, c); }
+
+// Destination, a, b, c. In steps of one width each, which compilers vectorise.
+template <class T, int F, class Lane> Step fma(Warp& w, const Instruction& i) {
+  using Half = Arithmetic<T, F>;
+  float factors[3][kLanes];
+  Lane results[kLanes] = {};
+  for (size_t shift = 0; shift < 8 * sizeof(Lane); shift += 16) {
+    for (uint32_t source = 0; source < 3; ++source) {
+      const Lane* bits = w.values<Lane>(i.args[1 + source]);
+      for (int lane = 0; lane < kLanes; ++lane)
+        factors[source][lane] = Half::load(static_cast<uint16_t>(bits[lane] >> shift));
+    }
+    float sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane)
+      sums[lane] = fma_to_odd(factors[0][lane], factors[1][lane], factors[2][lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      results[lane] = static_cast<Lane>(results[lane] | static_cast<Lane>(Half::store(sums[lane])) << shift);
+  }
+  Lane* d = w.values<Lane>(i.args[0]);
+  each_lane_vector(w, [&](int lane) { d[lane] = results[lane]; });
+  return Step::Next;
+}
 
 #define FORM(name, n, T, f, flags)                              \
   {name, Lanewise<&Arithmetic<T, (flags)>::f>::run},            \
@@ -79,17 +99,25 @@ template <auto F> uint32_t packed3(uint32_t a, uint32_t b, uint32_t c) { return 
   FORM(name suffix ".f16", n, Fp16, f, flags), FORM(name suffix ".bf16", n, Bf16, f, flags)
 #define FTZ_FORMS(name, n, f, flags, suffix) \
   FORMS(name, n, f, flags, suffix), FORMS(name ".ftz", n, f, kFtz | (flags), suffix)
-#define SUM_FORMS(name, n, f)                                                             \
-  FTZ_FORMS(name, n, f, kPlain, ""), FTZ_FORMS(name, n, f, kSat, ".sat"), FTZ_FORMS(name, n, f, kRelu, ".relu")
+#define SUM_FORMS(name, n, f) FTZ_FORMS(name, n, f, kPlain, ""), FTZ_FORMS(name, n, f, kSat, ".sat")
 #define EXTREME_FORMS(f)                                                                  \
   FTZ_FORMS(#f, 2, f, kPlain, ""), FTZ_FORMS(#f, 2, f, kNan, ".NaN"),                     \
   FTZ_FORMS(#f, 2, f, kXorSign, ".xorsign.abs"), FTZ_FORMS(#f, 2, f, kNan | kXorSign, ".NaN.xorsign.abs")
 
 const Register kRegister[] = {
-    SUM_FORMS("add", 2, add), SUM_FORMS("sub", 2, sub), SUM_FORMS("mul", 2, mul), SUM_FORMS("fma", 3, fma),
+    SUM_FORMS("add", 2, add), SUM_FORMS("sub", 2, sub), SUM_FORMS("mul", 2, mul),
     EXTREME_FORMS(min), EXTREME_FORMS(max),
     FTZ_FORMS("neg", 1, neg, kPlain, ""), FTZ_FORMS("abs", 1, abs, kPlain, ""),
     FORMS("tanh", 1, tanh, kPlain, ""),
+};
+
+#define FMA(suffix, flags)                                                                                       \
+  {"fma" suffix ".f16", &fma<Fp16, flags, uint16_t>}, {"fma" suffix ".f16x2", &fma<Fp16, flags, uint32_t>},      \
+  {"fma" suffix ".bf16", &fma<Bf16, flags, uint16_t>}, {"fma" suffix ".bf16x2", &fma<Bf16, flags, uint32_t>}
+
+const Register kFma[] = {
+    FMA("", kPlain), FMA(".ftz", kFtz), FMA(".sat", kSat), FMA(".relu", kRelu), FMA(".ftz.sat", kFtz | kSat),
+    FMA(".ftz.relu", kFtz | kRelu),
 };
 
 template <auto F, uint32_t NumValues> Step counted(Warp& w, const Instruction& i) {

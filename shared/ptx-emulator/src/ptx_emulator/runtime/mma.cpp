@@ -94,59 +94,71 @@ void load_factors(Warp& w, const Instruction& i, const Shape& shape, Matrices& m
     }
 }
 
-// Calls f(lane, register, half, element of the matrix) for all of C or D.
-template <class F> void each_result(const Shape& shape, Matrices& m, F f) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int row = lane / 4, column = 2 * (lane % 4);
-    for (int n = 0; n < 4; ++n) {
-      double& element = m.d[row + 8 * (n / 2)][column + n % 2];
-      if (shape.accumulator == Accumulator::F16)
-        f(lane, n / 2, n % 2, element);
-      else
-        f(lane, n, 0, element);
+// Element n of C and D of all lanes, n from 0 to 3.
+double& result_of(Matrices& m, int lane, int n) { return m.d[lane / 4 + 8 * (n / 2)][2 * (lane % 4) + n % 2]; }
+
+// Register and shift of element n.
+struct Home {
+  uint32_t reg;
+  int shift;
+  Home(const Shape& shape, int n)
+      : reg(static_cast<uint32_t>(shape.accumulator == Accumulator::F16 ? n / 2 : n)),
+        shift(shape.accumulator == Accumulator::F16 ? 16 * (n % 2) : 0) {}
+};
+
+void load_accumulator(Warp& w, const Instruction& i, const Shape& shape, Matrices& m) {
+  double values[kLanes];
+  for (int n = 0; n < 4; ++n) {
+    const Home home(shape, n);
+    const uint32_t* bits = w.values<uint32_t>(i.args[shape.first_c + home.reg]);
+    switch (shape.accumulator) {
+      case Accumulator::F32: decode_register(bits, 0, values, [](uint32_t b) { return as_float(b); }); break;
+      case Accumulator::F16: decode(bits, Element::F16, n % 2, values); break;
+      default: decode_register(bits, 0, values, [](uint32_t b) { return static_cast<int32_t>(b); });
     }
+    for (int lane = 0; lane < kLanes; ++lane) result_of(m, lane, n) = values[lane];
   }
 }
 
-void load_accumulator(Warp& w, const Instruction& i, const Shape& shape, Matrices& m) {
-  each_result(shape, m, [&](int lane, int r, int half, double& element) {
-    const uint32_t bits = w.values<uint32_t>(i.args[shape.first_c + static_cast<uint32_t>(r)])[lane];
-    switch (shape.accumulator) {
-      case Accumulator::F32: element = as_float(bits); break;
-      case Accumulator::F16: element = fp16_to_float(static_cast<uint16_t>(bits >> 16 * half)); break;
-      default: element = static_cast<int32_t>(bits);
-    }
-  });
-}
-
 void multiply(const Shape& shape, Matrices& m) {
-  for (int row = 0; row < kRows; ++row)
+  for (int row = 0; row < kRows; ++row) {
+    double sums[kColumns];
+    std::memcpy(sums, m.d[row], sizeof(sums));
     for (int k = 0; k < shape.depth; ++k)
-      for (int column = 0; column < kColumns; ++column) m.d[row][column] += m.a[row][k] * m.b[k][column];
+      for (int column = 0; column < kColumns; ++column) sums[column] += m.a[row][k] * m.b[k][column];
+    std::memcpy(m.d[row], sums, sizeof(sums));
+  }
 }
 
-uint32_t encode_result(double value, Accumulator accumulator) {
+template <class F> void encode_register(const double* values, uint32_t* out, F encode) {
+  for (int lane = 0; lane < kLanes; ++lane) out[lane] = encode(values[lane]);
+}
+
+void encode(const double* values, Accumulator accumulator, uint32_t* out) {
+  const auto each = [&](auto f) { encode_register(values, out, f); };
   switch (accumulator) {
-    case Accumulator::F32: return value == value ? as_bits(static_cast<float>(value)) : kCanonicalNan;
-    case Accumulator::F16: return float_to_fp16(to_odd_float(value));
-    case Accumulator::S32: return static_cast<uint32_t>(static_cast<int64_t>(value));
-    default: {
-      constexpr double low = std::numeric_limits<int32_t>::min(), high = std::numeric_limits<int32_t>::max();
-      return static_cast<uint32_t>(static_cast<int32_t>(value < low ? low : value > high ? high : value));
-    }
+    case Accumulator::F32: return each([](double v) { return v == v ? as_bits(static_cast<float>(v)) : kCanonicalNan; });
+    case Accumulator::F16: return each([](double v) { return uint32_t{float_to_fp16(to_odd_float(v))}; });
+    case Accumulator::S32: return each([](double v) { return static_cast<uint32_t>(static_cast<int64_t>(v)); });
+    case Accumulator::S32Saturating:
+      return each([](double v) {
+        constexpr double low = std::numeric_limits<int32_t>::min(), high = std::numeric_limits<int32_t>::max();
+        return static_cast<uint32_t>(static_cast<int32_t>(v < low ? low : v > high ? high : v));
+      });
   }
 }
 
 void store_result(Warp& w, const Instruction& i, const Shape& shape, Matrices& m) {
-  each_result(shape, m, [&](int lane, int r, int half, double& element) {
-    if ((w.lanes >> lane & 1) == 0) return;
-    uint32_t& bits = w.values<uint32_t>(i.args[shape.first_d + static_cast<uint32_t>(r)])[lane];
-    const uint32_t result = encode_result(element, shape.accumulator);
-    if (shape.accumulator != Accumulator::F16)
-      bits = result;
-    else
-      bits = half ? (bits & 0xffff) | result << 16 : (bits & 0xffff0000) | result;
-  });
+  double values[kLanes];
+  uint32_t encoded[kLanes];
+  for (int n = 0; n < 4; ++n) {
+    const Home home(shape, n);
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = result_of(m, lane, n);
+    encode(values, shape.accumulator, encoded);
+    const uint32_t kept = shape.accumulator == Accumulator::F16 ? 0xffffu << (16 - home.shift) : 0;
+    uint32_t* bits = w.values<uint32_t>(i.args[shape.first_d + home.reg]);
+    each_lane_vector(w, [&](int lane) { bits[lane] = (bits[lane] & kept) | encoded[lane] << home.shift; });
+  }
 }
 
 PTXE_OP("mma") {

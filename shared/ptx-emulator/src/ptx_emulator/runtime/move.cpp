@@ -70,17 +70,5 @@ PTXE_OP("pred.mov") {
   return Step::Next;
 }
 
-// Destination, its bits, bits to drop. A clock counts the virtual cycles of the warp.
-PTXE_OP("mov.clock") {
-  const uint64_t now = w.time >> i.args[2];
-  each_lane(w, [&](int lane) {
-    if (i.args[1] == 64)
-      w.values<uint64_t>(i.args[0])[lane] = now;
-    else
-      w.values<uint32_t>(i.args[0])[lane] = static_cast<uint32_t>(now);
-  });
-  return Step::Next;
-}
-
 }  // namespace
 }  // namespace ptxe

@@ -78,9 +78,9 @@ using E3m2 = SmallFormat<3, 2, 3, 0x1f, 0x1f>;
 
 inline float bf16_to_float(uint16_t bits) { return as_float(static_cast<uint32_t>(bits) << 16); }
 inline float fp16_to_float(uint16_t bits) {
-  _Float16 value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
+  const float scaled = as_float((bits & 0x7fffu) << 13) * 0x1p112f;  // infinity and NaN as if they were finite
+  const uint32_t special = (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  return as_float(as_bits(scaled) | special | (bits & 0x8000u) << 16);
 }
 inline float e4m3_to_float(uint8_t bits) {
   return (bits & 0x7f) == 0x7f ? as_float(kCanonicalNan) : E4m3::decode(bits);
@@ -104,10 +104,14 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? kCanonicalNan16 : rounded);
 }
 inline uint16_t float_to_fp16(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return value == value ? bits : kCanonicalNan16;
+  const uint32_t bits = as_bits(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t normal = ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
+  normal = normal < 0x7c00 ? normal : 0x7c00;
+  // Adding 2^23 of the smallest subnormal lets the host round to a whole number of them.
+  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t code = (magnitude < 0x38800000 ? subnormal : normal) | bits >> 31 << 15;
+  return static_cast<uint16_t>(magnitude > 0x7f800000 ? kCanonicalNan16 : code);
 }
 
 // Round to nearest even, saturating to the largest finite value. NaN becomes 0x7f, or the largest where there is none.
@@ -141,17 +145,17 @@ double round_to(double value, const FloatFormat& format, Rounding mode);
 // What is rounded once more to a format with at least two bits less is then as if it had been rounded once.
 inline double to_odd(double rounded, double error) {
   const uint64_t bits = as_bits(rounded);
-  const bool inexact = error < 0 || error > 0;
-  const bool outwards = (error > 0) == (rounded > 0);
-  return as_double(inexact && (bits & 1) == 0 ? (outwards ? bits + 1 : bits - 1) : bits);
+  const uint64_t outwards = 1 - 2 * ((as_bits(error) ^ bits) >> 63);  // or inwards, as -1
+  const uint64_t if_even = (bits & 1) - 1;
+  return as_double(bits + (std::fabs(error) > 0 ? outwards & if_even : 0));
 }
 inline float to_odd_float(double value) {
   const float rounded = static_cast<float>(value);
   const double error = value - static_cast<double>(rounded);
   const uint32_t bits = as_bits(rounded);
-  const bool inexact = error < 0 || error > 0;
-  const bool outwards = (error > 0) == (value > 0);
-  return as_float(inexact && (bits & 1) == 0 ? (outwards ? bits + 1 : bits - 1) : bits);
+  const uint32_t outwards = 1 - 2 * (static_cast<uint32_t>(as_bits(error) >> 63) ^ bits >> 31);
+  const uint32_t if_even = (bits & 1) - 1;
+  return as_float(bits + (std::fabs(error) > 0 ? outwards & if_even : 0));
 }
 
 // a * b + c rounded to odd; the product must be exact as a double.
