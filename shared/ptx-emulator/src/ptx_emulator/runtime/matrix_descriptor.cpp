@@ -124,24 +124,25 @@ void read_operand(Cluster& cluster, const Actor& actor, Cta& cta, const OperandT
     }
     return;
   }
-  Unpack<T> unpack;
-  if constexpr (std::is_same_v<T, float>) {
-    unpack = float_unpack(tile.element);
-  } else {
-    unpack = integer_unpack(tile.element);
-  }
-  const uint8_t* shared = cta.shared.data();
-  const uint32_t chunk_row_step = row_step * (tile.mn_major ? elements : 1);
-  const uint32_t chunk_k_step = k_step * (tile.mn_major ? 1 : elements);
-  const uint32_t step = tile.mn_major ? row_step : k_step;
-  for (uint32_t row = 0, n = 0; row < rows; ++row) {
-    for (uint32_t k = 0; k < depth; ++k) {
-      T values[16];
-      unpack(shared + offsets[n++], values);
-      T* to = out + row * chunk_row_step + k * chunk_k_step;
-      for (uint32_t e = 0; e < elements; ++e) to[e * step] = values[e];
+  with_unpacker<T>(tile.element, [&](const auto& unpacker) {
+    constexpr uint32_t kElements = std::decay_t<decltype(unpacker)>::elements;
+    const uint8_t* shared = cta.shared.data();
+    const uint32_t chunk_row_step = row_step * (tile.mn_major ? kElements : 1);
+    const uint32_t chunk_k_step = k_step * (tile.mn_major ? 1 : kElements);
+    const uint32_t step = tile.mn_major ? row_step : k_step;  // between the elements of a chunk
+    for (uint32_t row = 0, n = 0; row < rows; ++row) {
+      for (uint32_t k = 0; k < depth; ++k) {
+        T* to = out + row * chunk_row_step + k * chunk_k_step;
+        if (step == 1) {
+          unpacker.run(shared + offsets[n++], to);
+        } else {
+          T values[kElements];
+          unpacker.run(shared + offsets[n++], values);
+          for (uint32_t e = 0; e < kElements; ++e) to[e * step] = values[e];
+        }
+      }
     }
-  }
+  });
 }
 
 template void read_operand(Cluster&, const Actor&, Cta&, const OperandTile&, float*, uint32_t, uint32_t);

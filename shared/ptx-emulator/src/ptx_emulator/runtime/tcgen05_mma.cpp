@@ -115,37 +115,28 @@ bool MmaOp::permitted(Cluster& cluster, uint32_t member) {
   return true;
 }
 
-void MmaOp::read_a_tmem(Cta& cta, float* out) {
-  const Unpack<float> unpack = float_unpack(shape.a);
-  const uint32_t elements = chunk_elements(shape.a);
+template <class T>
+void MmaOp::read_a_tmem(Cta& cta, T* out) {
+  uint32_t rows[kTmemLanes];  // their lanes
+  uint32_t num_rows = 0;
   const TmemLanes lanes = lanes_of(a_tmem);
-  for (uint32_t lane = 0, row = 0; lane < kTmemLanes; ++lane) {
-    if (!lanes[lane]) continue;
-    for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-      uint32_t words[4];
-      for (uint32_t c = 0; c < 4; ++c) words[c] = tmem_column(cta, a_tmem.column + 4 * chunk + c)[lane];
-      float values[16];
-      unpack(reinterpret_cast<const uint8_t*>(words), values);
-      for (uint32_t e = 0; e < elements; ++e) out[(chunk * elements + e) * kTmemLanes + row] = values[e];
-    }
-    ++row;
+  for (uint32_t lane = 0; lane < kTmemLanes; ++lane) {
+    if (lanes[lane]) rows[num_rows++] = lane;
   }
-}
-
-void MmaOp::read_a_tmem(Cta& cta, int32_t* out) {
-  const Unpack<int32_t> unpack = integer_unpack(shape.a);
-  const TmemLanes lanes = lanes_of(a_tmem);
-  for (uint32_t lane = 0, row = 0; lane < kTmemLanes; ++lane) {
-    if (!lanes[lane]) continue;
-    for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-      uint32_t words[4];
-      for (uint32_t c = 0; c < 4; ++c) words[c] = tmem_column(cta, a_tmem.column + 4 * chunk + c)[lane];
-      int32_t values[16];
-      unpack(reinterpret_cast<const uint8_t*>(words), values);
-      for (uint32_t e = 0; e < 16; ++e) out[(chunk * 16 + e) * kTmemLanes + row] = values[e];
+  with_unpacker<T>(shape.a, [&](const auto& unpacker) {
+    constexpr uint32_t kElements = std::decay_t<decltype(unpacker)>::elements;
+    constexpr uint32_t kWords = kChunkBytes / 4;
+    for (uint32_t chunk = 0; chunk < kTmemOperandColumns / kWords; ++chunk) {
+      const uint32_t* columns = tmem_column(cta, a_tmem.column + kWords * chunk);
+      for (uint32_t row = 0; row < num_rows; ++row) {
+        uint32_t words[kWords];
+        for (uint32_t c = 0; c < kWords; ++c) words[c] = columns[c * kTmemLanes + rows[row]];
+        T values[kElements];
+        unpacker.run(reinterpret_cast<const uint8_t*>(words), values);
+        for (uint32_t e = 0; e < kElements; ++e) out[(chunk * kElements + e) * kTmemLanes + row] = values[e];
+      }
     }
-    ++row;
-  }
+  });
 }
 
 template <class T>

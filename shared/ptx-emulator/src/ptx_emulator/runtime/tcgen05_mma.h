@@ -44,8 +44,8 @@ struct MmaOp : AsyncOp {
   bool permitted(Cluster& cluster, uint32_t member);
   template <class T>
   void read_a(Cluster& cluster, Cta& cta, T* out);
-  void read_a_tmem(Cta& cta, float* out);
-  void read_a_tmem(Cta& cta, int32_t* out);
+  template <class T>
+  void read_a_tmem(Cta& cta, T* out);
   template <class T>
   void read_b(Cluster& cluster, T* out);
   template <class T>

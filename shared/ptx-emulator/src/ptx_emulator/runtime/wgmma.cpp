@@ -46,15 +46,6 @@ uint64_t flops_per_cycle(Element e) {
   return chunk_elements(e) == 8 ? kWgmmaF16FlopsPerCycle : kWgmmaF16FlopsPerCycle * 2;
 }
 
-template <class T>
-Unpack<T> unpack_of(Element e) {
-  if constexpr (std::is_same_v<T, float>) {
-    return float_unpack(e);
-  } else {
-    return integer_unpack(e);
-  }
-}
-
 struct Multiply {
   Warp& w;
   const Instruction& i;
@@ -126,17 +117,20 @@ struct Multiply {
     uint8_t rows[kWarpRows][kTileBytesK];
     for (uint32_t r = 0; r < 4; ++r) {
       const uint32_t* values = w.values<uint32_t>(i.args[kA + r]);
-      for (uint32_t t = 0; t < kLanes; ++t) std::memcpy(&rows[t / 4 + 8 * (r % 2)][16 * (r / 2) + 4 * (t % 4)], &values[t], 4);
-    }
-    const Unpack<T> unpack = unpack_of<T>(a);
-    const uint32_t elements = chunk_elements(a);
-    for (uint32_t row = 0; row < kWarpRows; ++row) {
-      for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-        T values[16];
-        unpack(rows[row] + chunk * kChunkBytes, values);
-        for (uint32_t e = 0; e < elements; ++e) out[(chunk * elements + e) * kWarpRows + row] = values[e];
+      for (uint32_t t = 0; t < kLanes; ++t) {
+        std::memcpy(&rows[t / 4 + 8 * (r % 2)][16 * (r / 2) + 4 * (t % 4)], &values[t], 4);
       }
     }
+    with_unpacker<T>(a, [&](const auto& unpacker) {
+      constexpr uint32_t kElements = std::decay_t<decltype(unpacker)>::elements;
+      for (uint32_t row = 0; row < kWarpRows; ++row) {
+        for (uint32_t chunk = 0; chunk < kTileBytesK / kChunkBytes; ++chunk) {
+          T values[kElements];
+          unpacker.run(rows[row] + chunk * kChunkBytes, values);
+          for (uint32_t e = 0; e < kElements; ++e) out[(chunk * kElements + e) * kWarpRows + row] = values[e];
+        }
+      }
+    });
   }
 
   template <class T>
