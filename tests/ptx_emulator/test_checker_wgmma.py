@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from harness import run_kernel
-
 from test_checker import SCHEDULES, find, lines_of, silent, without
 
 # A [64, 16] and B [8, 16] in fp16 without a swizzle.
+D = "{%f0, %f1, %f2, %f3}"
 DESCRIPTOR = (256 >> 4) << 32 | (128 >> 4) << 16
 PRODUCT = f"""
 shl.b32 %r2, %r1, 2;
@@ -25,12 +25,8 @@ shr.u32 %r4, %r20, 4;
 cvt.u64.u32 %rd10, %r4;
 or.b64 %rd11, %rd10, {DESCRIPTOR};
 add.u64 %rd12, %rd11, 128;
-mov.f32 %f0, 0f00000000;
-mov.f32 %f1, 0f00000000;
-mov.f32 %f2, 0f00000000;
-mov.f32 %f3, 0f00000000;
 wgmma.fence.sync.aligned;
-wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%f0, %f1, %f2, %f3}}, %rd11, %rd12, 0, 1, 1, 0, 0;  // <mma>
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {D}, %rd11, %rd12, 0, 1, 1, 0, 0;  // <mma>
 wgmma.commit_group.sync.aligned;
 wgmma.wait_group.sync.aligned 0;  // [wait]
 bar.sync 0;

@@ -38,16 +38,23 @@ size_t ShadowBlock::cut(std::vector<Run>& parts, uint32_t at) {
   return k + 1;
 }
 
-void ShadowBlock::merge(std::vector<Run>& parts, size_t first, size_t last) {
+void ShadowBlock::settle(Line& line, size_t first, size_t last) {
+  std::vector<Run>& parts = line.parts;
+  if (first > 0) --first;
+  if (last + 1 < parts.size()) ++last;
   size_t kept = first;
   for (size_t k = first + 1; k <= last; ++k) {
     if (same(parts[kept], parts[k])) {
       parts[kept].end = parts[k].end;
     } else {
-      parts[++kept] = parts[k];
+      if (++kept != k) parts[kept] = parts[k];
     }
   }
+  if (kept == last) return;
   parts.erase(parts.begin() + static_cast<ptrdiff_t>(kept) + 1, parts.begin() + static_cast<ptrdiff_t>(last) + 1);
+  if (parts.size() > 1) return;
+  line.whole = parts.front();
+  parts.clear();
 }
 
 void ShadowBlock::forget(uint32_t begin, uint32_t end) {

@@ -146,8 +146,8 @@ class ShadowBlock {
       if (run.end >= end && skip(run)) return;
       if (run.end == end && (k == 0 ? 0 : parts[k - 1].end) == begin) {  // just this run, as in the round before
         apply(run, base + begin);
-        const bool merges = (k > 0 && same(parts[k - 1], run)) || (k + 1 < parts.size() && same(run, parts[k + 1]));
-        if (!merges) return;
+        settle(line, k, k);
+        return;
       }
     }
     const size_t first = cut(parts, begin);
@@ -157,18 +157,14 @@ class ShadowBlock {
       apply(parts[k], base + at);
       at = parts[k].end;
     }
-    merge(parts, first == 0 ? 0 : first - 1, k < parts.size() ? k : k - 1);
-    if (parts.size() == 1) {
-      line.whole = parts.front();
-      parts.clear();
-    }
+    settle(line, first, k - 1);
   }
 
   static bool same(const Run& a, const Run& b) { return a.reads == b.reads && a.write == b.write; }
   static size_t find(const std::vector<Run>& parts, uint32_t unit);   // index of the run that has the unit
   static void split(std::vector<Run>& parts, size_t k, uint32_t at);  // parts[k] ends at `at`, the rest follows it
   static size_t cut(std::vector<Run>& parts, uint32_t at);            // index of the run that begins at `at`
-  static void merge(std::vector<Run>& parts, size_t first, size_t last);
+  static void settle(Line& line, size_t first, size_t last);  // merges what became equal from `first` to `last`
   void collect();  // drops the read sets that no run has any more
 
   uint32_t line_units_;

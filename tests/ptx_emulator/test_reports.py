@@ -1,0 +1,137 @@
+"""Reports, counts and timelines as text and JSON; the shadow memory beside a model of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import ptx_emulator
+import pytest
+from harness import run_kernel
+from ptx_emulator.build import compiler
+from ptx_emulator.counts import COUNT_NAMES, LaunchCounts
+from ptx_emulator.ptx.module import Location
+from ptx_emulator.reports import EmulationError, reports_from_json, reports_json, reports_text
+from ptx_emulator.timeline import chrome_trace, write_timeline
+
+RUNTIME = Path(ptx_emulator.build.__file__).parent / "runtime"
+LOCATIONS = {"gemm": {12: Location("gemm.py", 3), 40: Location("gemm.py", 7)}}
+
+
+def finding(kind: str, line: int, warp: int = 0, **more: object) -> dict[str, object]:
+    site = {"cta": 1, "warp": warp, "lane": -1, "line": line}
+    return {"kind": kind, "kernel": "gemm", "grid": 0, "message": f"{kind} here", "site": site, **more}
+
+
+def test_report_has_source_and_other_side() -> None:
+    other = {"cta": 0, "warp": 2, "lane": 5, "line": 40}
+    (report,) = reports_from_json([finding("race", 12, other=other)], LOCATIONS)
+    assert (report.kind, report.line, report.cta, report.warp) == ("race", 12, 1, 0)
+    assert report.location == Location("gemm.py", 3)
+    text = str(report)
+    assert "gemm.py:3 (PTX line 12), CTA 1, warp 0" in text
+    assert "gemm.py:7 (PTX line 40), CTA 0, warp 2, lane 5" in text
+    (read_back,) = json.loads(reports_json([report]))
+    assert read_back["other"]["location"] == {"file": "gemm.py", "line": 7}
+
+
+def test_error_groups_findings() -> None:
+    reports = reports_from_json(
+        [finding("race", 12), finding("race", 13), finding("uninitialised", 40)], LOCATIONS
+    )
+    error = EmulationError(reports)
+    assert error.reports == reports
+    lines = str(error).splitlines()
+    assert lines[0] == "3 findings: 2 race, 1 uninitialised"
+    assert lines[1] == "gemm (launch 0):"
+    assert any("PTX line 13, CTA 1" in line for line in lines)
+
+
+def test_deadlock_is_a_table() -> None:
+    reports = reports_from_json([finding("deadlock", 12, warp) for warp in (0, 1, 2, 5)], LOCATIONS)
+    reports += reports_from_json([finding("deadlock", 40, 4)], LOCATIONS)
+    rows = reports_text(reports).splitlines()[3:]
+    assert rows[0].split() == ["CTA", "warps", "at"]
+    assert rows[1].split() == ["1", "0-2,", "5", "gemm.py:3", "(PTX", "line", "12)", "deadlock", "here"]
+    assert len(rows) == 3
+
+
+def example() -> LaunchCounts:
+    executed = np.array([[5, 0, 1], [5, 0, 1], [0, 7, 1]], dtype=np.uint64)
+    counts = np.zeros((3, len(COUNT_NAMES)), dtype=np.uint64)
+    counts[2, COUNT_NAMES.index("mma_flops")] = 4096
+    return LaunchCounts(
+        "gemm", executed, counts, np.array([0, 1, 0]), ["load", "mma"], np.array([12, 13, 12])
+    )
+
+
+def test_roles_are_found() -> None:
+    assert example().find_roles() == {"warps 0-1": [0, 1], "warp 2": [2]}
+
+
+def test_counts_by_role() -> None:
+    counts = example()
+    assert counts["load"] == 13
+    assert counts["mma_flops"] == 4096
+    table = counts.by_role({"load": range(2)})
+    assert table["load"]["load"] == 12
+    assert table["other"]["mma"] == 7
+    assert counts.hottest_lines(1) == [(12, 13)]
+    rows = [line.split() for line in counts.table({"load": range(2), "mma": [2]}).splitlines()]
+    assert rows[1] == ["load", "mma", "all"]
+    assert ["mma", "flops", "0", "4,096", "4,096"] in rows
+    as_json = json.loads(counts.to_json())
+    assert as_json["total"]["mma"] == 7
+    assert as_json["instructions"] == 20
+
+
+@pytest.mark.parametrize("roles", [{"a": [3]}, {"a": [0], "b": [0]}])
+def test_roles_are_checked(roles: dict[str, list[int]]) -> None:
+    with pytest.raises(ValueError, match="roles"):
+        example().by_role(roles)
+
+
+def test_timeline_has_a_row_per_warp_and_engine(tmp_path: Path) -> None:
+    def span(warp: int, engine: str, begin: int, end: int) -> dict[str, object]:
+        place = {"grid": 0, "cta": 0, "warp": warp, "engine": engine}
+        return {**place, "name": "x", "begin": begin, "end": end}
+
+    spans = [span(1, "", 0, 4), span(0, "", 2, 5), span(-1, "tma", 1, 9), span(-1, "mma", 5, 7)]
+    write_timeline(tmp_path / "trace.json", spans, ["gemm"], {"load": [0]})
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    rows = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert rows == {"warp 0 load", "warp 1", "tma", "mma"}
+    assert [e["dur"] for e in events if e["ph"] == "X"] == [4, 8, 3, 2]
+    assert chrome_trace([])["traceEvents"] == []
+
+
+def test_waits_are_counted_and_traced() -> None:
+    body = """
+    setp.ge.u32 %p1, %r1, 32;
+    @%p1 bra join;
+    add.u32 %r2, %r1, 1;
+    add.u32 %r2, %r2, 1;
+    add.u32 %r2, %r2, 1;
+    join:
+    bar.sync 0;
+    """
+    result = run_kernel(body, block=(64, 1, 1), trace=True)
+    (counts,) = result.counts
+    assert counts["barrier_waits"] == 2
+    waits = [
+        s for s in result.spans if s["warp"] == 1 and s["end"] - s["begin"] == counts["barrier_wait_cycles"]
+    ]
+    assert waits
+    assert counts["barrier_wait_cycles"] > 0
+
+
+def test_shadow_memory_against_a_model(tmp_path: Path) -> None:
+    program = tmp_path / "shadow_model"
+    sources = [str(Path(__file__).parent / "shadow_model.cpp"), str(RUNTIME / "shadow.cpp")]
+    subprocess.run(
+        [*compiler(), "-std=c++20", "-O1", f"-I{RUNTIME}", *sources, "-o", str(program)], check=True
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
