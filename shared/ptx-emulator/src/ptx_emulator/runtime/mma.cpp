@@ -52,10 +52,12 @@ void decode(const uint32_t* bits, Element element, int j, double* out) {
   }
 }
 
+using Row = double __attribute__((vector_size(kColumns * sizeof(double))));  // as GCC and clang have it
+
 struct Matrices {
+  Row b[kMaxDepth];
+  Row d[kRows];  // C, then the result
   double a[kRows][kMaxDepth];
-  double b[kMaxDepth][kColumns];
-  double d[kRows][kColumns];  // C, then the result
 };
 
 // Arguments: depth, element of A, element of B, accumulator, then the registers of D, A, B, C.
@@ -95,7 +97,8 @@ void load_factors(Warp& w, const Instruction& i, const Shape& shape, Matrices& m
 }
 
 // Element n of C and D of all lanes, n from 0 to 3.
-double& result_of(Matrices& m, int lane, int n) { return m.d[lane / 4 + 8 * (n / 2)][2 * (lane % 4) + n % 2]; }
+int row_of(int lane, int n) { return lane / 4 + 8 * (n / 2); }
+int column_of(int lane, int n) { return 2 * (lane % 4) + n % 2; }
 
 // Register and shift of element n.
 struct Home {
@@ -116,17 +119,15 @@ void load_accumulator(Warp& w, const Instruction& i, const Shape& shape, Matrice
       case Accumulator::F16: decode(bits, Element::F16, n % 2, values); break;
       default: decode_register(bits, 0, values, [](uint32_t b) { return static_cast<int32_t>(b); });
     }
-    for (int lane = 0; lane < kLanes; ++lane) result_of(m, lane, n) = values[lane];
+    for (int lane = 0; lane < kLanes; ++lane) m.d[row_of(lane, n)][column_of(lane, n)] = values[lane];
   }
 }
 
 void multiply(const Shape& shape, Matrices& m) {
   for (int row = 0; row < kRows; ++row) {
-    double sums[kColumns];
-    std::memcpy(sums, m.d[row], sizeof(sums));
-    for (int k = 0; k < shape.depth; ++k)
-      for (int column = 0; column < kColumns; ++column) sums[column] += m.a[row][k] * m.b[k][column];
-    std::memcpy(m.d[row], sums, sizeof(sums));
+    Row sums = m.d[row];
+    for (int k = 0; k < shape.depth; ++k) sums += m.a[row][k] * m.b[k];
+    m.d[row] = sums;
   }
 }
 
@@ -153,7 +154,7 @@ void store_result(Warp& w, const Instruction& i, const Shape& shape, Matrices& m
   uint32_t encoded[kLanes];
   for (int n = 0; n < 4; ++n) {
     const Home home(shape, n);
-    for (int lane = 0; lane < kLanes; ++lane) values[lane] = result_of(m, lane, n);
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = m.d[row_of(lane, n)][column_of(lane, n)];
     encode(values, shape.accumulator, encoded);
     const uint32_t kept = shape.accumulator == Accumulator::F16 ? 0xffffu << (16 - home.shift) : 0;
     uint32_t* bits = w.values<uint32_t>(i.args[shape.first_d + home.reg]);
