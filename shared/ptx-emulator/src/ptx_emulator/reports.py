@@ -186,8 +186,8 @@ def _deadlock_table(reports: Sequence[Report]) -> Iterator[str]:
         known = place != Site(0, 0, 0).place
         rows.append((str(cta) if known else "-", ranges_text(warps) if known else "-", place, message))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    for cta, numbers, place, message in rows:
-        yield f"    {cta:>{widths[0]}}  {numbers:<{widths[1]}}  {place:<{widths[2]}}  {message}".rstrip()
+    for number, numbers, place, message in rows:
+        yield f"    {number:>{widths[0]}}  {numbers:<{widths[1]}}  {place:<{widths[2]}}  {message}".rstrip()
 
 
 def ranges_text(numbers: Sequence[int]) -> str:
