@@ -137,6 +137,26 @@ def test_remote_arrivals(options: dict[str, Any]):
     assert out.tolist() == [0, 11, 22, 33]
 
 
+@pytest.mark.parametrize("options", SCHEDULES)
+def test_a_try_wait_gives_up_when_nothing_else_can_run(options: dict[str, Any]):
+    # A glance at a barrier whose phase the same thread completes afterwards; then the wait itself.
+    out = np.full(2, 9, np.uint32)
+    run_kernel(
+        """
+        mov.u32 %r2, smem; setp.ne.u32 %p1, %r1, 0; @%p1 exit;
+        mbarrier.init.shared.b64 [%r2], 1;
+        mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; selp.u32 %r3, 1, 0, %p2; st.global.u32 [%rd1], %r3;
+        mbarrier.arrive.shared.b64 _, [%r2];
+        WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;
+        selp.u32 %r3, 1, 0, %p2; st.global.u32 [%rd1+4], %r3;
+        """,
+        out,
+        shared_bytes=16,
+        **options,
+    )
+    assert out.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("semantics", ["", ".relaxed.cta"])
 def test_a_relaxed_arrival_orders_nothing(semantics: str):
     result = run_kernel(
@@ -195,7 +215,7 @@ MISUSE = {
     + "mbarrier.arrive.shared.b64 %rd9, [%r2];"
     + ARRIVE * 2
     + "mbarrier.test_wait.shared.b64 %p2, [%r2], %rd9;": "only the current",
-    ONE + "mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0;": (
+    ONE + "WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;": (
         "phase 0 (parity 0): 1 of 1 arrivals missing, tx-count 0"
     ),
 }

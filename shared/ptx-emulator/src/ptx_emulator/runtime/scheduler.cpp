@@ -6,6 +6,7 @@
 #include <chrono>
 #include <thread>
 
+#include "barrier.h"
 #include "program.h"
 
 namespace ptxe {
@@ -102,6 +103,7 @@ struct ClusterRun {
   std::unique_ptr<Cluster> cluster;
   std::vector<Warp*> warps;
   Outcome last = Outcome::Spinning;
+  uint64_t timed_out_at = ~0ull;  // progress at which waiting try_waits last gave up
   uint64_t quiet_steps = 0;  // instructions since something happened that another warp could wait for
 
   explicit ClusterRun(std::unique_ptr<Cluster> c) : cluster(std::move(c)) {
@@ -172,6 +174,13 @@ struct ClusterRun {
     cta.grid->signalled_ctas.fetch_add(1);
   }
 
+  // A try_wait may give up when nothing else can run; once, unless something has happened since.
+  bool time_out_waits() {
+    if (timed_out_at == cluster->progress) return false;
+    timed_out_at = cluster->progress;
+    return wake_try_waits(*cluster);
+  }
+
   // One turn of every live warp. Returns false on a trap.
   bool pass(uint64_t& executed) {
     for (size_t n = 0; n < warps.size(); ++n) {
@@ -215,8 +224,10 @@ struct ClusterRun {
         quiet_steps += executed - executed_before;
         const bool all_wait = executed == executed_before && options().warps != WarpPolicy::Random;
         const bool stepped = (all_wait || quiet >= kQuietPasses) && step_async(options().asyncs);
-        if (!stepped && all_wait) return last = Outcome::Stuck;
-        if (!stepped && quiet >= kSpinPasses) return last = executed ? Outcome::Spinning : Outcome::Stuck;
+        if (!stepped && (all_wait || quiet >= kSpinPasses)) {
+          if (!time_out_waits()) return last = all_wait || !executed ? Outcome::Stuck : Outcome::Spinning;
+          quiet = 0;
+        }
         if (!stepped) continue;
       }
       quiet = 0;
