@@ -123,6 +123,13 @@ def test_an_incomplete_warp_counts_as_a_warp_and_exited_warps_are_not_waited_for
     assert out[0] == 1
 
 
+def test_all_threads_may_be_counted_or_not():
+    run_kernel(
+        "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1, 64; bra.uni B; A: bar.sync 1; B:",
+        block=(64, 1, 1),
+    )
+
+
 def test_the_two_sides_of_a_branch_may_meet_at_an_unaligned_barrier():
     out = np.zeros(64, np.uint32)
     run_kernel(

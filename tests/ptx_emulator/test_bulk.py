@@ -329,6 +329,19 @@ def test_red_async():
     np.testing.assert_array_equal(out, np.broadcast_to(expected, (2, 32)))
 
 
+def test_st_async_signals_in_the_cta_that_it_writes():
+    body = (
+        INIT
+        + f"""
+        xor.b32 %r30, %r22, 1; mapa.shared::cluster.u32 %r31, %r21, %r30;
+        @%p20 st.async.shared::cluster.{COMPLETE}.b32 [%r31], %r1, [%r20];
+        """
+        + END
+    )
+    found = reports_of(body, shared_bytes=128, grid=(2, 1, 1), cluster=(2, 1, 1))
+    assert "in different CTAs" in found
+
+
 LOAD = INIT + EXPECT.format(bytes=128)
 COPY = f"@%p20 cp.async.bulk.shared::cta.global.{COMPLETE} "
 

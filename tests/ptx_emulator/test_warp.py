@@ -216,6 +216,19 @@ def test_elect_and_activemask():
     assert not out[:, :8].any()
 
 
+def test_elect_without_the_lane():
+    out = np.zeros(32, np.uint32)
+    run_kernel(
+        """
+        elect.sync _|%p1, -1;
+        add.u64 %rd10, %rd1, %rd0;
+        @%p1 st.global.u32 [%rd10], 1;
+        """,
+        out,
+    )
+    np.testing.assert_array_equal(np.flatnonzero(out), [0])
+
+
 def test_lanes_of_both_sides_of_a_branch_meet_in_a_sync():
     out = np.zeros(32, np.uint32)
     run_kernel(

@@ -115,7 +115,9 @@ std::string count_text(uint32_t expected) {
 
 void check_use(Warp& w, uint32_t number, const Generation& generation, uint32_t expected, bool reduces) {
   const std::string name = barrier_name(*w.cta, number);
-  if (generation.arrivals && generation.expected != expected) {
+  const uint32_t all = static_cast<uint32_t>(w.cta->warps.size()) * kLanes;
+  const auto threads = [all](uint32_t count) { return count ? count : all; };
+  if (generation.arrivals && threads(generation.expected) != threads(expected)) {
     report(w, Report::BarrierMisuse, -1,
            "A warp arrives at " + name + " with a count of " + count_text(expected) + ", others did with " +
                count_text(generation.expected) + ".");
@@ -128,7 +130,6 @@ void check_use(Warp& w, uint32_t number, const Generation& generation, uint32_t 
            "The warp arrives at " + name + " again before it has completed: " + std::to_string(generation.arrived) +
                " of " + count_text(generation.expected) + " have arrived.");
   }
-  const uint32_t all = static_cast<uint32_t>(w.cta->warps.size()) * kLanes;
   if (expected % kLanes || expected > all) {
     report(w, Report::BarrierMisuse, -1,
            "The thread count of " + name + " is " + std::to_string(expected) + "; a multiple of 32 up to " +

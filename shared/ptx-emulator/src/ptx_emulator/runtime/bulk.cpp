@@ -365,6 +365,9 @@ PTXE_OP("st.async") {
     op->alignment = element_bytes * num_elements;
     op->destination = shared_operand(w, Space::SharedCluster, destination.at(w, lane), lane);
     op->mbarrier = shared_operand(w, Space::SharedCluster, mbarrier.at(w, lane), lane);
+    if (cta_of(*w.cluster, op->destination) != cta_of(*w.cluster, op->mbarrier)) {
+      report(w, Report::BarrierMisuse, lane, "The destination and the mbarrier are in different CTAs.");
+    }
     op->reduction = find_reduction(static_cast<ReduceOp>(i.args[10]), static_cast<ElementType>(i.args[11]));
     op->actor = issue_at(w, lane, w.time + kEngineLatency, Proxy::Generic);
     start_async(w, std::move(op));
