@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from harness import run_kernel
 
-SCHEDULES = [{"schedule": "fair"}, {"schedule": "greedy"}, {"schedule": "random", "seed": 3}]
+SCHEDULES = [
+    {"schedule": "fair"},
+    {"schedule": "late"},
+    {"schedule": "greedy"},
+    {"schedule": "random", "seed": 3},
+]
 
 
 def messages(result: Any) -> str:

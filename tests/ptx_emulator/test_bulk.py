@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from harness import run_kernel
 
-SCHEDULES = [{"schedule": "fair"}, {"schedule": "greedy"}, {"schedule": "random", "seed": 11}]
+SCHEDULES = [
+    {"schedule": "fair"},
+    {"schedule": "late"},
+    {"schedule": "greedy"},
+    {"schedule": "random", "seed": 11},
+]
 INIT = """
     mov.u32 %r20, smem; add.u32 %r21, %r20, 64; setp.eq.u32 %p20, %r1, 0;
     mov.u32 %r22, %cluster_ctarank;

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from harness import run_kernel
 
-SCHEDULES = [{"schedule": "fair"}, {"schedule": "greedy"}, {"schedule": "random", "seed": 5}]
+SCHEDULES = [
+    {"schedule": "fair"},
+    {"schedule": "late"},
+    {"schedule": "greedy"},
+    {"schedule": "random", "seed": 5},
+]
 INIT = """
         mov.u32 %r20, smem;
         setp.eq.u32 %p20, %r1, 0;

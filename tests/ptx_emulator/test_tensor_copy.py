@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from copies import aligned, box_positions, boxed, map_of, swizzled, tensor_map_array
 from harness import run_kernel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ptx_emulator.tensor_map import DataType, OobFill, Swizzle, TensorMap
 
-SCHEDULES = [{"schedule": "fair"}, {"schedule": "random", "seed": 7}]
+SCHEDULES = [{"schedule": "fair"}, {"schedule": "late"}, {"schedule": "random", "seed": 7}]
 DTYPES = {
     DataType.UINT8: np.uint8,
     DataType.UINT16: np.uint16,
@@ -117,6 +119,34 @@ def test_load_with_swizzle(swizzle: Swizzle, start: tuple[int, int], base: int):
     tensor_map = map_of(tensor, DataType.UINT16, (SWIZZLE_ROWS[swizzle], 24), swizzle=swizzle)
     expected = swizzled(boxed(tensor, tensor_map, start, bytes(2)), swizzle, base)
     np.testing.assert_array_equal(load(tensor, tensor_map, start, base), expected)
+
+
+@st.composite
+def random_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Any, Swizzle]:
+    """Shape (16-byte rows), box, start, type, swizzle."""
+    rank = draw(st.integers(1, 5))
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    swizzle = draw(st.sampled_from(Swizzle))
+    unit = 16 // np.dtype(DTYPES[dtype]).itemsize
+    span = {Swizzle.NONE: 128, Swizzle.B32: 32, Swizzle.B64: 64}.get(swizzle, 128) // 16
+    inner = unit * (span if swizzle else draw(st.integers(1, span)))
+    outer = {"min_size": rank - 1, "max_size": rank - 1}
+    shape = (*draw(st.lists(st.integers(1, 5), **outer)), unit * draw(st.integers(1, 12)))
+    box = (inner, *draw(st.lists(st.integers(1, 3), **outer)))
+    start = tuple(draw(st.integers(-4, 8)) for _ in range(rank))
+    return shape, box, start, dtype, swizzle
+
+
+@given(random_loads())
+@settings(max_examples=60, deadline=None)
+def test_load_of_random_boxes(case: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Any, Swizzle]):
+    shape, box, start, data_type, swizzle = case
+    dtype = np.dtype(DTYPES[data_type])
+    tensor = numbered(shape, dtype)
+    tensor_map = map_of(tensor, data_type, box, swizzle=swizzle)
+    expected = swizzled(boxed(tensor, tensor_map, start, bytes(dtype.itemsize)), swizzle, 1024)
+    size = tensor_map.box_bytes
+    np.testing.assert_array_equal(load(tensor, tensor_map, start)[:size], expected[:size])
 
 
 def test_load_with_element_strides():
