@@ -1,4 +1,4 @@
-"""FlashInfer's CuTe DSL MLA decode on the emulator: its own host code and kernels, from the installed package.
+"""FlashInfer's CuTe DSL MLA decode on the emulator: its host code and kernels, from the installed package.
 
 Only the modules of the kernel are imported: `flashinfer/__init__.py` and `flashinfer/utils.py` need a GPU's
 libraries, so that packages stand empty in their place, and the GPU's properties are those of a B200.

@@ -7,14 +7,18 @@ import torch
 from flashinfer_mla import KV_LORA_RANK, QK_ROPE_HEAD_DIM, decode_call, installed
 from ptx_emulator import Options
 
-pytestmark = pytest.mark.skipif(not installed(), reason="flashinfer-python is not installed; see nox -s peers")
+pytestmark = pytest.mark.skipif(
+    not installed(), reason="needs flashinfer-python; see nox -s peers"
+)
 
 # Against float64 on the rounded inputs: P is rounded to the input's dtype, O to that of the output.
 O_BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float8_e4m3fn: 4e-2}
 LSE_BOUND = 2e-5
 
 
-def problem(batch: int, max_seq_len: int, page_size: int, dtype: torch.dtype, num_heads: int = 128):
+def problem(
+    batch: int, max_seq_len: int, page_size: int, dtype: torch.dtype, num_heads: int = 128
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs of a decode with a shuffled page table; unused entries of it are -1."""
     generator = torch.Generator().manual_seed(batch * max_seq_len)
     head_dim = KV_LORA_RANK + QK_ROPE_HEAD_DIM
@@ -28,7 +32,11 @@ def problem(batch: int, max_seq_len: int, page_size: int, dtype: torch.dtype, nu
 
 
 def reference(
-    query: torch.Tensor, kv_cache: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor, scale: float
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O [B, 1, H, 512] and LSE [B, 1, H] in float64."""
     outs, lses = [], []

@@ -21,6 +21,7 @@ import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.blackwell_helpers as sm100_utils
 from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 from ptx_emulator import compile_cute
 
@@ -56,6 +57,16 @@ class GemmSoftmaxConfig:
         if K % 8:
             return f"K = {K}, must be a multiple of 8"
         return None
+
+
+def tcgen05_before_thread_sync() -> None:
+    """Orders tensor memory accesses of this thread before its next arrival at a barrier."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
+
+
+def tcgen05_after_thread_sync() -> None:
+    """Orders tensor memory accesses of this thread after the barrier it has waited for."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC)
 
 
 class GemmSoftmax:
@@ -276,6 +287,7 @@ class GemmSoftmax:
         while tile < num_tiles:
             if rank == 0:
                 acc_pipeline.producer_acquire(empty)
+                tcgen05_after_thread_sync()
                 acc = tAcc[None, None, None, empty.index]
                 tiled_mma.set(tcgen05.Field.ACCUMULATE, False)
                 for _ in cutlass.range(k_tiles, unroll=1):
@@ -335,10 +347,12 @@ class GemmSoftmax:
         _, tile, _ = cute.arch.block_idx()
         while tile < num_tiles:
             acc_pipeline.consumer_wait(state)
+            tcgen05_after_thread_sync()
             for subtile in cutlass.range_constexpr(self.num_subtiles):
                 part = (None, None, None, subtile)
                 cute.copy(tmem_copy, tTtAcc[None, None, None, 0, subtile, state.index], rS[part])
             cute.arch.fence_view_async_tmem_load()
+            tcgen05_before_thread_sync()
             acc_pipeline.consumer_release(state)
             state.advance()
 
@@ -359,9 +373,11 @@ class GemmSoftmax:
             cute.arch.fence_proxy("async.shared", space="cta")
             store_barrier.arrive_and_wait()
             if warp == 0:
-                for subtile in cutlass.range_constexpr(self.num_subtiles):
-                    cute.copy(tma_p, bSsP[None, subtile], bSgP[None, tile * CLUSTER_CTAS + rank, subtile])
-                cute.arch.cp_async_bulk_commit_group()
+                with cute.arch.elect_one():
+                    for subtile in cutlass.range_constexpr(self.num_subtiles):
+                        row_tile = tile * CLUSTER_CTAS + rank
+                        cute.copy(tma_p, bSsP[None, subtile], bSgP[None, row_tile, subtile])
+                    cute.arch.cp_async_bulk_commit_group()
             tile += self.config.num_clusters
         if warp == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=False)

@@ -6,6 +6,7 @@ renamed `name#scope`, so that every name is unique in its function.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from ptx_emulator.errors import PtxSyntaxError
@@ -73,11 +74,15 @@ class _Scope:
         return None
 
 
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self._tokens = list(tokens(text))
         self._at = 0
-        self._files: dict[int, str] = {}
+        # The table of files may come behind the functions that refer to it.
+        self._files = {int(number): name for number, name in _FILE.findall(text)}
         self._location: Location | None = None
         self._function: Function | None = None
         self._scope = _Scope(0, None)
@@ -157,11 +162,10 @@ class _Parser:
 
     def _file(self) -> None:
         self._expect(".file")
-        number = self._integer()
-        name = self._next().text.strip('"')
+        self._integer()
+        self._next()
         while self._take(","):
             self._integer()
-        self._files[number] = name
 
     def _section(self) -> None:
         while self._next().text != "{":

@@ -1,0 +1,115 @@
+"""python -m ptx_emulator and the pytest fixture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ptx_emulator.__main__ import main
+from ptx_emulator.command_line_arguments import parse_argument
+from test_launching import RACE, SCALE
+
+pytest_plugins = ["pytester"]
+SUBJECT = """
+import numpy as np
+from ptx_emulator import Launch
+
+def scale():
+    x = np.ones(4, dtype=np.float32)
+    return Launch({ptx!r}, args=[x, 3.0, 4])
+"""
+
+
+@pytest.fixture
+def scale(tmp_path: Path) -> str:
+    path = tmp_path / "scale.ptx"
+    path.write_text(SCALE)
+    return str(path)
+
+
+def test_run(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--block", "64", "--arg", "f32:40=arange", "--arg", "2.5", "--arg", "40"]
+    assert main(["run", scale, *arguments]) == 0
+    assert "no findings" in capsys.readouterr().out
+    assert main(["run", scale, "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reports"] == []
+    assert found["counts"][0]["kernel"] == "scale"
+
+
+def test_run_with_findings(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", scale, "--arg", "f32:4=zeros", "--arg", "2.5", "--arg", "5"]) == 1
+    assert "out of bounds" in capsys.readouterr().out
+
+
+def test_run_what_cannot_be_run(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", scale]) == 2
+    assert "0 given, scale takes 3" in capsys.readouterr().err
+    assert main(["run", "nowhere.ptx"]) == 2
+    assert main(["run", "nowhere.py:job"]) == 2
+
+
+def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "subject.py"
+    path.write_text(SUBJECT.format(ptx=SCALE))
+    assert main(["check", f"{path}:scale", "--schedules", "3"]) == 0
+    assert capsys.readouterr().out.count("no findings") == 3
+    assert main(["check", f"{path}:nothing"]) == 2
+    race = tmp_path / "race.ptx"
+    race.write_text(RACE)
+    assert main(["check", str(race), "--block", "64", "--arg", "u32:1=zeros", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["reports"][0]["kind"] == "race"
+
+
+def test_trace(scale: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    arguments = ["--arg", "f32:4=zeros", "--arg", "2.5", "--arg", "4"]
+    assert main(["trace", scale, *arguments, "-o", str(output)]) == 0
+    assert "traceEvents" in json.loads(output.read_text())
+
+
+def test_ops(scale: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ops"]) == 0
+    assert "tcgen05.mma" in capsys.readouterr().out
+    assert main(["ops", scale]) == 0
+    other = tmp_path / "other.ptx"
+    other.write_text(SCALE.replace("mul.f32", "frobnicate.f32"))
+    assert main(["ops", str(other)]) == 1
+    assert "PTX line 16 of scale: frobnicate.f32 is not supported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("7", 7), ("0x10", 16), ("-3", -3), ("2.5", 2.5), ("1e3", 1000.0)]
+)
+def test_numbers(text: str, expected: float) -> None:
+    assert parse_argument(text, 0) == expected
+    assert type(parse_argument(text, 0)) is type(expected)
+
+
+@pytest.mark.parametrize("text", ["x", "f32:4=nowhere", "f99:4=zeros", "f32:4"])
+def test_arguments_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_argument(text, 0)
+
+
+def test_fixture(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        SUBJECT.format(ptx=SCALE)
+        + """
+def test_it(emulator):
+    assert emulator.device == "sm_90a"
+    assert len(emulator.explore(scale()).runs) == 3
+    assert not emulator.run(scale()).reports
+    assert emulator.with_options(schedules=2).schedules == 2
+"""
+    )
+    options = ["--emulator-device", "sm_90a", "--emulator-schedules", "3"]
+    plugin = [] if _is_installed() else ["-p", "ptx_emulator.pytest_plugin"]
+    pytester.runpytest(*options, *plugin).assert_outcomes(passed=1)
+
+
+def _is_installed() -> bool:
+    from importlib.metadata import entry_points
+
+    return any(point.name == "ptx_emulator" for point in entry_points(group="pytest11"))

@@ -1,0 +1,193 @@
+"""Launches of PTX, exploration of schedules, arrays, tensor maps, CUDA sources."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import kernel_text
+from ptx_emulator import (
+    BuildError,
+    EmulationError,
+    EmulatorError,
+    Launch,
+    Launches,
+    Options,
+    compile_cuda,
+    explore,
+    launch,
+    tensor_map,
+)
+from ptx_emulator.host.arrays import disjoint, memory_of
+from ptx_emulator.host.exploring import ScheduleError
+from ptx_emulator.host.tensor_maps import encoder
+from ptx_emulator.tensor_map import BYTES, DataType, Swizzle, decode
+
+SCALE = """.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry scale(.param .u64 x, .param .f32 factor, .param .u32 n)
+{
+.reg .pred %p; .reg .b32 %r<4>; .reg .f32 %f<4>; .reg .b64 %rd<4>;
+ld.param.u64 %rd1, [x];
+ld.param.f32 %f1, [factor];
+ld.param.u32 %r1, [n];
+mov.u32 %r2, %tid.x;
+setp.ge.u32 %p, %r2, %r1;
+@%p bra DONE;
+mul.wide.u32 %rd2, %r2, 4;
+add.u64 %rd1, %rd1, %rd2;
+ld.global.f32 %f2, [%rd1];
+mul.f32 %f2, %f2, %f1;
+st.global.f32 [%rd1], %f2;
+DONE:
+ret;
+}
+"""
+# Two warps write the same word.
+RACE = kernel_text("shr.u32 %r2, %r1, 5; st.global.u32 [%rd1], %r2;", 1)
+
+
+@pytest.mark.parametrize("make", [np.ones, lambda n, dtype: torch.ones(n)], ids=["numpy", "torch"])
+def test_launch(make) -> None:
+    x = make(40, dtype=np.float32)
+    launch(SCALE, block=64, args=[x, 2.5, 40])
+    assert all(x == 2.5)
+
+
+def test_arguments_are_checked() -> None:
+    x = np.ones(4, dtype=np.float32)
+    with pytest.raises(EmulatorError, match="2 given, scale takes 3"):
+        launch(SCALE, args=[x, 2.0])
+    with pytest.raises(EmulatorError, match="does not fit n, which has 4 bytes"):
+        launch(SCALE, args=[x, 2.0, 2**32])
+    with pytest.raises(EmulatorError, match="factor has 4 bytes, not 8"):
+        launch(SCALE, args=[x, np.float64(2.0), 4])
+    with pytest.raises(EmulatorError, match="x cannot be a str"):
+        launch(SCALE, args=["x", 2.0, 4])
+    with pytest.raises(ValueError, match="2 for 3 arguments"):
+        launch(SCALE, args=[x, 2.0, 4], names=["x", "factor"])
+    with pytest.raises(ValueError, match="y"):
+        launch(SCALE, args=[x, 2.0, 4], uninitialised=["y"])
+
+
+def test_an_array_that_is_too_small_is_named() -> None:
+    x = np.ones(8, dtype=np.float32)
+    with pytest.raises(EmulationError, match="past the end of x") as caught:
+        launch(SCALE, args=[x[:4], 2.0, 8], names=["x", "factor", "n"])
+    assert {report.kind for report in caught.value.reports} == {"out-of-bounds"}
+    assert list(x) == [2.0] * 4 + [1.0] * 4
+
+
+def test_launches_run_in_order() -> None:
+    x = np.ones(4, dtype=np.float32)
+    Launches([Launch(SCALE, args=[x, 3.0, 4]), Launch(SCALE, args=[x, -1.0, 2])]).run()
+    assert list(x) == [-3.0, -3.0, 3.0, 3.0]
+
+
+def test_explore_restores_the_arrays_between_runs() -> None:
+    x = np.ones(4, dtype=np.float32)
+    found = explore(Launch(SCALE, args=[x, 3.0, 4]), 6, progress=False)
+    assert found.first_wrong is None
+    assert list(x) == [3.0] * 4
+    assert len({(run.options.schedule, run.options.seed) for run in found.runs}) == 6
+
+
+def test_explore_finds_a_schedule_and_its_seed_repeats_it() -> None:
+    x = np.zeros(1, dtype=np.uint32)
+    job = Launch(RACE, block=256, args=[x], names=["x"])
+    found = explore(job, 40, options=Options(checks=False), progress=False)
+    wrong = found.first_wrong
+    assert wrong is not None, "no schedule changed the order of the warps"
+    assert wrong.disagreement is not None
+    assert wrong.disagreement.array == "x"
+    value = int(x[0])
+    job.run(wrong.options)
+    assert int(x[0]) == value
+    with pytest.raises(ScheduleError, match="x, element 0"):
+        found.raise_if_wrong()
+
+
+def test_explore_reports_races_of_the_first_schedule() -> None:
+    x = np.zeros(1, dtype=np.uint32)
+    found = explore(Launch(RACE, block=64, args=[x]), 4, progress=False)
+    assert found.first_wrong is found.runs[0]
+    assert {report.kind for report in found.runs[0].result.reports} == {"race"}
+
+
+def test_views_of_one_buffer_become_one_range() -> None:
+    rows = torch.zeros(4, 10, dtype=torch.bfloat16)
+    left, right = memory_of("left", rows[:, :6]), memory_of("right", rows[:, 6:])
+    assert left.num_bytes == (3 * 10 + 6) * 2
+    (both,) = disjoint([right, left])
+    assert (both.name, both.address, both.num_bytes) == ("left+right", rows.data_ptr(), 80)
+    apart = disjoint([memory_of("a", rows[:2]), memory_of("b", rows[2:]), memory_of("none", rows[:0])])
+    assert [m.name for m in apart] == ["a", "b"]
+
+
+def test_arrays_that_cannot_be_passed() -> None:
+    with pytest.raises(ValueError, match="negative strides"):
+        memory_of("x", np.zeros(4)[::-1])
+    with pytest.raises(ValueError, match="on meta"):
+        memory_of("x", torch.zeros(4, device="meta"))
+
+
+def test_tensor_map_of_an_array() -> None:
+    matrix = torch.zeros(64, 256, dtype=torch.bfloat16)[:, :128]
+    made = tensor_map(matrix, (16, 64), swizzle=Swizzle.B128)
+    assert made.dims == (128, 64)
+    assert made.strides == (512,)
+    assert made.box == (64, 16)
+    assert decode(made.encode()).address == matrix.data_ptr()
+    with pytest.raises(ValueError, match="box"):
+        tensor_map(matrix, (16,))
+    with pytest.raises(ValueError, match="contiguous"):
+        tensor_map(matrix.T, (16, 64))
+
+
+def test_the_c_function_encodes_as_the_python_function() -> None:
+    matrix = torch.zeros(64, 128)
+    made = tensor_map(matrix, (16, 32), swizzle=Swizzle.B128)
+    out = (ctypes.c_uint8 * BYTES)()
+    sizes, counts = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+    swizzle, dtype = int(Swizzle.B128), int(DataType.FLOAT32)
+    shape, box, ones = sizes(128, 64), counts(32, 16), counts(1, 1)
+    arguments = (dtype, 2, matrix.data_ptr(), shape, sizes(512, 0), box, ones, 0, swizzle, 0, 0)
+    assert encoder()(ctypes.addressof(out), *arguments) == 0
+    assert bytes(out) == made.encode()
+    assert encoder()(ctypes.addressof(out), dtype, 7, *arguments[2:]) == 1
+
+
+CUDA = """
+__global__ void add(float* out, const float* x, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i <= n) out[i] += x[i];
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_source(tmp_path: Path) -> None:
+    path = tmp_path / "add.cu"
+    path.write_text('#include "kernel.h"\n')
+    (tmp_path / "kernel.h").write_text(CUDA.replace("<=", "<"))
+    out, x = np.zeros(100, dtype=np.float32), np.arange(100, dtype=np.float32)
+    launch(compile_cuda(path, "sm_90a"), grid=4, block=32, args=[out, x, 100])
+    assert np.array_equal(out, x)
+    (tmp_path / "kernel.h").write_text(CUDA)
+    with pytest.raises(EmulationError) as caught:
+        launch(compile_cuda(path, "sm_90a"), grid=4, block=32, args=[out, x, 100])
+    location = caught.value.reports[0].location
+    assert location is not None
+    assert (Path(location.file).name, location.line) == ("kernel.h", 4)
+    with pytest.raises(BuildError, match="nonsense"):
+        compile_cuda("nonsense", "sm_90a")
+
+
+def test_compiler_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match="clang"):
+        compile_cuda(CUDA, compiler="clang")
