@@ -168,6 +168,20 @@ uint32_t barrier_number(Warp& w, uint32_t slot) {
   return kNumBarriers;
 }
 
+// The lanes come to a barrier: notes them and their votes. False after a report.
+bool come(Warp& w, const Instruction& i, Kind kind) {
+  const uint32_t number = barrier_number(w, i.args[0]);
+  if (number == kNumBarriers) return false;
+  NamedBarrier& barrier = w.cta->state.get<NamedBarriers>().barriers[number];
+  if (kind != Kind::Sync && kind != Kind::Arrive) {
+    const Lanes votes = i.args[5] ? ~w.predicate(i.args[4]) : w.predicate(i.args[4]);
+    barrier.votes[w.index] = (barrier.votes[w.index] & ~w.lanes) | (votes & w.lanes);
+  }
+  barrier.here[w.index] |= w.lanes;
+  entries_of(w).push_back({w.lanes, number, nullptr});
+  return true;
+}
+
 void write_result(Warp& w, uint32_t slot, Kind kind, const Generation& generation) {
   if (kind == Kind::Popc) each_lane(w, [&](int lane) { w.values<uint32_t>(slot)[lane] = generation.num_true; });
   if (kind == Kind::And) w.set_predicate(slot, generation.num_true == generation.num_voted ? kAllLanes : 0);
@@ -225,15 +239,7 @@ PTXE_OP("barrier") {
       const Step step = gather(w, i, w.live);
       if (step != Step::Execute) return step;
     }
-    const uint32_t number = barrier_number(w, i.args[0]);
-    if (number == kNumBarriers) return Step::Next;
-    NamedBarrier& barrier = w.cta->state.get<NamedBarriers>().barriers[number];
-    if (kind == Kind::Popc || kind == Kind::And || kind == Kind::Or) {
-      const Lanes votes = i.args[5] ? ~w.predicate(i.args[4]) : w.predicate(i.args[4]);
-      barrier.votes[w.index] = (barrier.votes[w.index] & ~w.lanes) | (votes & w.lanes);
-    }
-    barrier.here[w.index] |= w.lanes;
-    list.push_back({w.lanes, number, nullptr});
+    if (!come(w, i, kind)) return Step::Next;
     entry = &list.back();
   }
   const uint32_t number = entry->barrier;
