@@ -61,7 +61,7 @@ def test_missing_wait_for_stores() -> None:
 
 
 def test_missing_wait_for_loads() -> None:
-    find(without(HANDOVER, "wait_ld"), kind="race", at="again", other="load", **EIGHT_WARPS)
+    find(without(HANDOVER, "wait_ld"), kind="tcgen05-order", at="again", other="load", **EIGHT_WARPS)
 
 
 def test_missing_barrier() -> None:
@@ -84,6 +84,18 @@ def test_load_behind_a_store_of_the_same_warp() -> None:
     launch = {"block": (128, 1, 1), "globals": MBAR, **BLACKWELL}
     silent(body, **launch)
     find(without(body, "wait"), kind="race", at="load", other="store", **launch)
+
+
+def test_store_behind_a_load_of_the_same_warp() -> None:
+    body = f"""{ALLOC}
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};
+    tcgen05.wait::st.sync.aligned;
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r41];
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r2}};
+    tcgen05.wait::st.sync.aligned;
+    {FREE}
+    """
+    silent(body, block=(128, 1, 1), globals=MBAR, **BLACKWELL)
 
 
 def test_uninitialised_tensor_memory() -> None:

@@ -297,11 +297,13 @@ ShadowBlock& ClusterChecker::tmem_shadow(const Cta& cta) {
 void ClusterChecker::access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column,
                                  uint32_t num_columns, AccessKind kind) {
   WarpState& s = state(w);
-  const Pipeline& pipeline = start(writes(kind) ? s.tmem_stores : s.tmem_loads);
   Access by = self(w, kind);
-  by.component = static_cast<uint16_t>(pipeline.component);
-  by.value = pipeline.value;
-  const Observer me{&s.views, pipeline.component, pipeline.value, w.component, value(w), Proxy::Tcgen05, true};
+  if (writes(kind)) {
+    const Pipeline& stores = start(s.tmem_stores);
+    by.component = static_cast<uint16_t>(stores.component);
+    by.value = stores.value;
+  }
+  const Observer me{&s.views, by.component, by.value, w.component, value(w), Proxy::Tcgen05, true};
   apply_tmem(me, by, kind, site_of(w), cta, lane, num_lanes, column, num_columns);
 }
 

@@ -240,8 +240,8 @@ void tcgen05_fence_before(Warp& w) {
   if (!c) return;
   c->flush();
   WarpState& s = c->state(w);
-  s.tcgen05_pending.join(s.views.generic);
-  c->advance(w);
+  s.tcgen05_pending.join(s.views.tcgen05);
+  s.tcgen05_pending.raise(w.component, s.loads_waited);
 }
 
 void tcgen05_fence_after(Warp& w) {
@@ -373,25 +373,26 @@ void retire(Cluster& cluster, const Actor& actor) {
   if (!actor.pipelined) c->give_back(actor.component);
 }
 
-namespace {
+void tcgen05_wait_ld(Warp& w) {
+  ClusterChecker* c = ClusterChecker::of(*w.cluster);
+  if (!c) return;
+  c->flush();
+  c->state(w).loads_waited = c->value(w);
+  c->advance(w);
+}
 
-void wait_for_pipeline(Warp& w, Pipeline WarpState::* which) {
+void tcgen05_wait_st(Warp& w) {
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c) return;
   c->flush();
   WarpState& s = c->state(w);
-  Pipeline& pipeline = s.*which;
-  if (pipeline.component == ~0u) return;
-  s.views.generic.raise(pipeline.component, pipeline.value);
-  s.views.tcgen05.raise(pipeline.component, pipeline.value);
-  ++pipeline.value;
+  Pipeline& stores = s.tmem_stores;
+  if (stores.component == ~0u) return;
+  s.views.generic.raise(stores.component, stores.value);
+  s.views.tcgen05.raise(stores.component, stores.value);
+  ++stores.value;
   s.snapshot.reset();
 }
-
-}  // namespace
-
-void tcgen05_wait_ld(Warp& w) { wait_for_pipeline(w, &WarpState::tmem_loads); }
-void tcgen05_wait_st(Warp& w) { wait_for_pipeline(w, &WarpState::tmem_stores); }
 
 // ---------------------------------------------------------------------------------------------- accesses
 

@@ -100,7 +100,8 @@ void finish(Cluster& cluster, const Actor& actor, Warp& w);     // ... or before
 void retire(Cluster& cluster, const Actor& actor);              // gives the component back
 
 // --- accesses that do not go through resolve(): tensor memory, rectangle of lanes and columns of cta.tmem
-// By a warp (tcgen05.ld, tcgen05.st): asynchronous until tcgen05_wait_ld / tcgen05_wait_st of the same warp.
+// By a warp (tcgen05.ld, tcgen05.st): asynchronous until tcgen05_wait_ld / tcgen05_wait_st of the same warp. A store
+// that is not waited for is a race; a load may only lack tcgen05 order, as its registers are used.
 void access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column, uint32_t num_columns,
                  AccessKind kind);
 void tcgen05_wait_ld(Warp& w);

@@ -86,7 +86,11 @@ struct WarpState {
   Views observed;           // by relaxed accesses since the last fence
   bool has_observed = false;
   std::shared_ptr<const Views> snapshot;  // of views, for operations issued since they changed
-  Pipeline tensor_core, tmem_loads, tmem_stores;
+  Pipeline tensor_core, tmem_stores;
+  // tcgen05.ld up to this value of the warp's component have been waited for. They have no pipeline of their own:
+  // registers that are used have arrived, and kernels rely on that without tcgen05.wait::ld. So to leave it out is
+  // a matter of tcgen05 order, not a race.
+  uint32_t loads_waited = 0;
 };
 
 // Who accesses, and what happened before.

@@ -140,8 +140,8 @@ std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access
     case Verdict::ProxyRace:
       return "The write was made through the generic proxy, and no fence.proxy.async lies between the two.";
     case Verdict::Tcgen05Order:
-      return "The warps have synchronised, but without tcgen05.fence::before_thread_sync before and "
-             "tcgen05.fence::after_thread_sync behind it.";
+      return "The warps have synchronised, but tcgen05.wait or tcgen05.fence::before_thread_sync is missing before "
+             "that, or tcgen05.fence::after_thread_sync behind it.";
     case Verdict::GridDependency:
       return other.grid > self.grid ? "That launch has not executed griddepcontrol.wait at that point."
                                     : "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
