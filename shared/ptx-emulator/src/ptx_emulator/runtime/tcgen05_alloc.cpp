@@ -14,8 +14,9 @@ constexpr uint32_t kMinColumns = 32;  // also the unit of allocation
 constexpr uint32_t kNoColumn = ~0u;
 
 struct AllocWarp : GroupState {
-  bool arrived = false;  // at a tcgen05.alloc.cta_group::2 that has not finished
-  uint32_t ticket = 0;   // its number in the CTA
+  bool arrived = false;  // has its columns, but the other CTA of the pair is not there yet
+  uint32_t ticket = 0;   // number of this allocation in the CTA
+  uint32_t column = 0;
 };
 
 bool valid_columns(uint32_t n) { return n >= kMinColumns && n <= kTmemColumns && (n & (n - 1)) == 0; }
@@ -39,15 +40,9 @@ void mark(Tcgen05Cta& state, uint32_t column, uint32_t n, bool allocated) {
 
 // Both CTAs of a pair must come to an allocation of cta_group::2 before either goes on.
 bool pair_is_here(Warp& w, const CtaGroup& group) {
-  Tcgen05Cta& own = tcgen05_state(*w.cta);
-  AllocWarp& arrival = w.cta->warp_state[&w].get<AllocWarp>();
-  if (!arrival.arrived) {
-    arrival.arrived = true;
-    arrival.ticket = ++own.pair_allocs;
-    ++w.cluster->progress;
-  }
   Cta& peer = *group.ctas[group.ctas[0] == w.cta ? 1 : 0];
-  if (tcgen05_state(peer).pair_allocs >= arrival.ticket) return true;
+  const uint32_t ticket = w.cta->warp_state[&w].get<AllocWarp>().ticket;
+  if (tcgen05_state(peer).pair_allocs >= ticket) return true;
   w.waits_for = "tcgen05.alloc.cta_group::2 of CTA " + std::to_string(peer.linear) + ", the other one of the pair";
   return false;
 }
@@ -120,19 +115,26 @@ PTXE_OP("tcgen05.alloc") {
     report(w, Report::TmemMisuse, -1,
            "tcgen05.alloc after tcgen05.relinquish_alloc_permit of CTA " + std::to_string(w.cta->linear));
   }
-  if (group.size == 2 && !pair_is_here(w, group)) return Step::Wait;
-  const uint32_t column = find_free(state, columns);
-  if (column == kNoColumn) {
-    const size_t taken = state.allocated.count();
-    w.waits_for = "tcgen05.alloc of " + std::to_string(columns) + " columns: " + std::to_string(taken) + " of " +
-                  std::to_string(kTmemColumns) + " columns of tensor memory are allocated";
-    return Step::Wait;
+  AllocWarp& own = w.cta->warp_state[&w].get<AllocWarp>();
+  if (!own.arrived) {
+    own.column = find_free(state, columns);
+    if (own.column == kNoColumn) {
+      const size_t taken = state.allocated.count();
+      w.waits_for = "tcgen05.alloc of " + std::to_string(columns) + " columns: " + std::to_string(taken) + " of " +
+                    std::to_string(kTmemColumns) + " columns of tensor memory are allocated";
+      return Step::Wait;
+    }
+    // Before the peer can go on: the two allocate together, and its MMAs write to this CTA as well.
+    mark(state, own.column, columns, true);
+    state.allocations.push_back({own.column, columns, site_of(w)});
+    forget_tmem(*w.cta, own.column, columns);
+    own.arrived = true;
+    if (group.size == 2) own.ticket = ++state.pair_allocs;
+    ++w.cluster->progress;
   }
-  w.cta->warp_state[&w].get<AllocWarp>().arrived = false;
-  mark(state, column, columns, true);
-  state.allocations.push_back({column, columns, site_of(w)});
-  forget_tmem(*w.cta, column, columns);
-  store_address(w, i, column);
+  if (group.size == 2 && !pair_is_here(w, group)) return Step::Wait;
+  own.arrived = false;
+  store_address(w, i, own.column);
   ++w.cluster->progress;
   return Step::Next;
 }
