@@ -252,3 +252,20 @@ def test_alloc_that_can_never_be_had_is_a_deadlock() -> None:
         block=32,
     )
     assert any("512 of 512 columns" in m for m in messages)
+
+
+def test_alloc_of_a_pair_needs_both_ctas() -> None:
+    messages = findings(
+        """mov.u32 %r2, %cluster_ctarank;
+        setp.eq.u32 %p1, %r2, 0;
+        @%p1 tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [smem], 32;""",
+        block=32,
+        cluster=(2, 1, 1),
+        grid=(2, 1, 1),
+    )
+    assert any("the other one of the pair" in m for m in messages)
+
+
+def test_cta_group_2_needs_a_pair() -> None:
+    messages = findings("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [smem], 32;", block=32)
+    assert any("even number of CTAs" in m for m in messages)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from harness import run_kernel
+from ptx_emulator.errors import UnsupportedInstruction
 from tcgen05_problem import Problem, check
 
 MODES = ("none", "32B", "64B", "128B")
@@ -135,3 +137,32 @@ def test_types(problem: Problem) -> None:
 )
 def test_modifiers(problem: Problem) -> None:
     check(problem)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "tcgen05.mma.ws.cta_group::1.kind::f16 [%r2], %rd1, %rd2, %r3, %p1;",
+        "tcgen05.mma.sp.cta_group::1.kind::f16 [%r2], %rd1, %rd2, [%r4], %r3, %p1;",
+        "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale [%r2], %rd1, %rd2, %r3, [%r4], [%r5], %p1;",
+        "tcgen05.mma.cta_group::1.kind::f16.ashift [%r2], [%r4], %rd2, %r3, %p1;",
+        "tcgen05.mma.cta_group::1.kind::f8f6f4 [%r2], %rd1, %rd2, %r3, %p1, 3;",
+        "tcgen05.mma.cta_group::1.kind::f16 [%r2], %rd1, %rd2, %r3, %p1, 16;",
+        "tcgen05.mma.cta_group::2.kind::f16 [%r2], %rd1, %rd2, %r3, {%r4, %r4, %r4, %r4}, %p1;",
+        "tcgen05.mma.kind::f16 [%r2], %rd1, %rd2, %r3, %p1;",
+        "tcgen05.shift.cta_group::1.down [%r2];",
+        "tcgen05.cp.cta_group::1.128x256b.b8x16.b4x16_p64 [%r2], %rd1;",
+        "tcgen05.cp.cta_group::1.64x128b [%r2], %rd1;",
+        "tcgen05.ld.sync.aligned.16x256b.x64.b32 {%r2}, [%r3];",
+        "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r2}, [%r3];",
+        "tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r2}, [%r3];",
+    ],
+)
+def test_refused(instruction: str) -> None:
+    with pytest.raises(UnsupportedInstruction):
+        run_kernel(instruction, target="sm_100a")
+
+
+def test_tensor_memory_needs_sm_100() -> None:
+    with pytest.raises(UnsupportedInstruction):
+        run_kernel("tcgen05.wait::ld.sync.aligned;", target="sm_90a")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from harness import run_kernel
 from matrix_layouts import encode, place
+from ptx_emulator.errors import UnsupportedInstruction
 from tcgen05_problem import accumulator_bits, accumulator_values, random_values
 
 DEPTH = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "u8": 32, "s8": 32}
@@ -91,8 +92,11 @@ def fragment_places(n: int) -> dict[tuple[int, int], tuple[int, int]]:
 
 
 def fragment_a(values: np.ndarray, element: str) -> np.ndarray:
-    """[64, k] values as four registers of each thread: element i of a thread, with e elements in a register, is
-    in row (lane / 4) + 8 * (i / e % 2) and column e * (lane % 4) + i % e + 4 * e * (i / (2 * e))."""
+    """[64, k] values as four registers of each thread.
+
+    With e elements in a register, element i of a thread is in row lane / 4 + 8 * (i / e % 2) and column
+    e * (lane % 4) + i % e + 4 * e * (i / (2 * e)).
+    """
     codes = encode(values, element)
     size = codes.shape[-1]
     per = 4 // size
@@ -232,3 +236,47 @@ def test_columns(n: int, d: str) -> None:
 )
 def test_modifiers(problem: Problem) -> None:
     check(problem)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "target"),
+    [
+        ("wgmma.fence.sync.aligned;", "sm_100a"),
+        ("wgmma.wait_group.sync.aligned 9;", "sm_90a"),
+        (
+            "wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {%f1}, %rd1, %rd2, %r1, 0, %p1;",
+            "sm_90a",
+        ),
+        ("wgmma.mma_async.sync.aligned.m64n8k256.s32.b1.b1.and.popc {%r2}, %rd1, %rd2, %p1;", "sm_90a"),
+        ("wgmma.mma_async.sync.aligned.m64n12k16.f32.f16.f16 {%f1}, %rd1, %rd2, %p1, 1, 1, 0, 0;", "sm_90a"),
+        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1}, %rd1, %rd2, %p1, 1, 1, 0, 0;", "sm_90a"),
+        ("wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%f1}, %rd1, %rd2, %p1, 1, 2;", "sm_90a"),
+    ],
+)
+def test_refused(instruction: str, target: str) -> None:
+    with pytest.raises(UnsupportedInstruction):
+        run_kernel(instruction, target=target)
+
+
+def test_missing_fence_and_early_reuse_of_an_operand() -> None:
+    """Shared memory is overwritten while the product may still read it."""
+    body = """
+    mov.b32 %r2, smem;
+    mad.lo.u32 %r2, %r1, 16, %r2;
+    st.shared.v4.b32 [%r2], {0, 0, 0, 0};
+    bar.warp.sync -1;
+    fence.proxy.async.shared::cta;
+    mov.b64 %rd5, 1;
+    setp.eq.u32 %p1, 0, 1;
+    WGMMA
+    st.shared.b32 [%r2], 1;
+    wgmma.wait_group.sync.aligned 0;
+    """.replace(
+        "WGMMA",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd5, %rd5, %p1, "
+        "1, 1, 0, 0; "
+        "wgmma.commit_group.sync.aligned;",
+    )
+    result = run_kernel(body, block=(32, 1, 1), target="sm_90a", shared_bytes=4096, expect_reports=True)
+    kinds = {report.kind for report in result.reports}
+    assert kinds >= {"race", "barrier"}
