@@ -70,7 +70,8 @@ struct CopyOp : AsyncOp {
       why = "lane " + std::to_string(to.lane) + " leaves no room for it";
     }
     if (!why.empty()) {
-      report(*cta.grid, Report::TmemMisuse, actor.site, std::string("tcgen05.cp.") + form->name + " is refused: " + why);
+      report(*cta.grid, Report::TmemMisuse, actor.site,
+             std::string("tcgen05.cp.") + form->name + " is refused: " + why);
       return;
     }
     uint32_t offsets[256];
