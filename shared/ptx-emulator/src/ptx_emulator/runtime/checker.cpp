@@ -81,6 +81,10 @@ std::unique_ptr<Checker> make_checker(Cluster& cluster) {
   return std::make_unique<ClusterChecker>(cluster, static_cast<Holder&>(*entry).checks);
 }
 
+void finish_checks(Cluster& cluster) {
+  if (ClusterChecker* c = ClusterChecker::of(cluster)) c->flush();
+}
+
 Pipeline& ClusterChecker::start(Pipeline& pipeline) {
   if (pipeline.component == ~0u) {
     pipeline.component = num_components_++;

@@ -123,5 +123,7 @@ struct Checker {  // of one cluster
 };
 // After the CTAs and their numbers are known, under the machine's `starting` lock (what clusters share is made here).
 std::unique_ptr<Checker> make_checker(Cluster& cluster);
+// Before the cluster counts as finished: the last accesses are checked before another grid begins.
+void finish_checks(Cluster& cluster);
 
 }  // namespace ptxe

@@ -51,7 +51,7 @@ class SharedChecks : public GroupState {
  public:
   GlobalPage& page(uint64_t number);
   WrittenBytes& written(const MemoryMap::Range& range);
-  // Whether a finding with these instructions is new, and the limit of its kind not reached.
+  // Whether a finding with these instructions (in either order) is new, and the limit of its kind not reached.
   bool is_new(uint32_t grid, Report kind, uint32_t pc, uint32_t other_pc);
 
   std::mutex syncs_lock;
@@ -163,7 +163,6 @@ class ClusterChecker : public Checker {
 
   std::unordered_map<uint64_t, Sync> local_syncs;  // shared locations, and global ones at cta or cluster scope
   SharedChecks& shared() { return *shared_; }
-  uint32_t oldest_open_grid() const { return oldest_open_grid_; }
 
  private:
   friend class AccessCheck;

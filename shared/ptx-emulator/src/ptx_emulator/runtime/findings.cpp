@@ -53,7 +53,7 @@ WrittenBytes& SharedChecks::written(const MemoryMap::Range& range) {
 bool SharedChecks::is_new(uint32_t grid, Report kind, uint32_t pc, uint32_t other_pc) {
   const std::lock_guard<std::mutex> hold(findings_lock_);
   auto& seen = findings_[{grid, kind}].seen;
-  return seen.size() < kMaxPerKind && seen.emplace(pc, other_pc).second;
+  return seen.size() < kMaxPerKind && seen.insert(std::minmax(pc, other_pc)).second;
 }
 
 namespace {

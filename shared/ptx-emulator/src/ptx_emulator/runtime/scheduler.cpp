@@ -199,6 +199,7 @@ struct ClusterRun {
   void finish() {
     drain_async();
     for (Cta& cta : cluster->ctas) end_cta(cta);
+    finish_checks(*cluster);
     cluster->grid->finished_clusters.fetch_add(1);
     last = Outcome::Finished;
   }
