@@ -41,6 +41,8 @@ BASE_TOOLS = ("numpy", "pytest", "hypothesis", "hatchling")
 CLIENT_REQUIREMENTS = ("transformers", "matplotlib")
 TEST_HELPERS = "kernel-testing"
 CACHE_VARIABLE = "KERNEL_DISPATCH_CACHE_DIR"
+EMULATOR_CACHE_VARIABLE = "PTX_EMULATOR_CACHE_DIR"
+PEERS = ("flashinfer-python",)
 PRIVATE_CLASSIFIER = "Private :: Do Not Upload"
 
 nox.needs_version = ">=2024.4.15"
@@ -159,7 +161,9 @@ def kernel_cache() -> Path:
 
 def run_code(session: nox.Session, *command: str, **env: str) -> None:
     """Run a command that may compile kernels, with the variables `env`."""
-    session.run(*command, env={CACHE_VARIABLE: str(kernel_cache()), **env})
+    folder = kernel_cache()
+    caches = {CACHE_VARIABLE: str(folder), EMULATOR_CACHE_VARIABLE: str(folder / "ptx-emulator")}
+    session.run(*command, env={**caches, **env})
 
 
 def build_distributions(session: nox.Session, packages: Iterable[Package], into: Path, *targets: str) -> None:
@@ -219,6 +223,16 @@ def integration(session: nox.Session) -> None:
     use_base(session)
     install_packages(session, list(PACKAGES.values()), *CLIENT_REQUIREMENTS)
     run_tests(session, TESTS / "integration", *session.posargs)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Run published kernels of others on the emulator; arguments after -- go to pytest."""
+    use_base(session)
+    install_packages(session, closure(["ptx-emulator", TEST_HELPERS]))
+    # Without what they depend on, which is gigabytes: the tests import the kernels' modules alone.
+    session.install("--no-deps", "-c", str(CONSTRAINTS), *PEERS)
+    run_tests(session, TESTS / "peers", *session.posargs)
 
 
 @nox.session

@@ -7,9 +7,7 @@ import torch
 from flashinfer_mla import KV_LORA_RANK, QK_ROPE_HEAD_DIM, decode_call, installed
 from ptx_emulator import Options
 
-pytestmark = pytest.mark.skipif(
-    not installed(), reason="needs flashinfer-python; see nox -s peers"
-)
+pytestmark = pytest.mark.skipif(not installed(), reason="needs flashinfer-python; see nox -s peers")
 
 # Against float64 on the rounded inputs: P is rounded to the input's dtype, O to that of the output.
 O_BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float8_e4m3fn: 4e-2}

@@ -74,8 +74,9 @@ def test_a_read_of_an_output_is_found_and_named() -> None:
 
 
 def test_findings_name_the_line_of_the_python_source() -> None:
+    function = emulate(compile_axpy("sm_90a"), "sm_90a", read_only=("mOut",))
     with pytest.raises(EmulationError) as caught:
-        emulate(compile_axpy("sm_90a"), "sm_90a", read_only=("mOut",))(*torch.ones(3, 5), 1.0)
+        function(torch.ones(5), torch.ones(5), torch.ones(5), 1.0)
     location = caught.value.reports[0].location
     assert location is not None
     assert location.file.endswith("elementwise.py")

@@ -28,6 +28,7 @@ FOLDERS = sorted(
 ALLOWED = {
     "kernel_dispatch": set[str](),
     "kernel_testing": set[str](),
+    "ptx_emulator": set[str](),
     "mla_sm100": {"mla_core", "kernel_dispatch"},
     "mla_sm120": {"mla_core", "kernel_dispatch"},
 }

@@ -109,6 +109,7 @@ def test_every_session_requirement_is_pinned(noxfile: ModuleType) -> None:
     assert {
         *noxfile.BASE_TOOLS,
         *noxfile.CLIENT_REQUIREMENTS,
+        *noxfile.PEERS,
         "ruff",
         "mypy",
         "nox",

@@ -139,7 +139,7 @@ def _classify(mutant: Mutant, result: Result, right: bool) -> Outcome:
 
 
 def _is_one_of(item: Instruction, names: tuple[str, ...]) -> bool:
-    return any(item.name == name or item.name.startswith(name + ".") for name in names)
+    return any(item.name == name or item.name.startswith((name + ".", name + "::")) for name in names)
 
 
 def _kind(item: Instruction) -> str | None:
