@@ -86,7 +86,8 @@ def test_findings_name_the_line_of_the_python_source() -> None:
 
 def test_functions_that_cannot_be_emulated_are_refused() -> None:
     vector = cute.runtime.make_fake_compact_tensor(cutlass.Float32, (cute.sym_int32(),), assumed_align=16)
-    arguments = (vector, vector, vector, cutlass.Float32(1.0))
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    arguments = (vector, vector, vector, cutlass.Float32(1.0), stream)
     plain = cute.compile(axpy, *arguments, options="--gpu-arch sm_90a --enable-tvm-ffi")
     with pytest.raises(EmulatorError, match="PTX was not kept"):
         ptx_of(plain)

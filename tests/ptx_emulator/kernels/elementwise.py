@@ -24,10 +24,10 @@ def axpy_kernel(mX: cute.Tensor, mY: cute.Tensor, mOut: cute.Tensor, scale: Floa
 
 
 @cute.jit
-def axpy(mX: cute.Tensor, mY: cute.Tensor, mOut: cute.Tensor, scale: Float32):
+def axpy(mX: cute.Tensor, mY: cute.Tensor, mOut: cute.Tensor, scale: Float32, stream: Any):
     num_elements = cute.size(mX)
     axpy_kernel(mX, mY, mOut, scale, num_elements).launch(
-        grid=[cute.ceil_div(num_elements, BLOCK_THREADS), 1, 1], block=[BLOCK_THREADS, 1, 1]
+        grid=[cute.ceil_div(num_elements, BLOCK_THREADS), 1, 1], block=[BLOCK_THREADS, 1, 1], stream=stream
     )
 
 
@@ -35,4 +35,5 @@ def compile_axpy(arch: str, dtype: Any = cutlass.Float32) -> Any:
     """The compiled function `(x, y, out, scale)` for vectors of `dtype`."""
     length = cute.sym_int32()
     vectors = [cute.runtime.make_fake_compact_tensor(dtype, (length,), assumed_align=16) for _ in range(3)]
-    return compile_cute(axpy, *vectors, Float32(1.0), arch=arch)
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return compile_cute(axpy, *vectors, Float32(1.0), stream, arch=arch)

@@ -24,6 +24,7 @@ from ptx_emulator.targets import target as find_target
 _ARCH_VARIABLE = "CUTE_DSL_ARCH"
 _DLTENSOR_DEVICE_TYPE = 8  # bytes from the start of a DLTensor
 _DL_CUDA = 2
+_FROM_ENVIRONMENT = object()  # in place of a stream
 _compile_lock = threading.Lock()  # the DSL traces one function at a time, and its architecture is a variable
 
 
@@ -186,7 +187,7 @@ class Emulated:
             args, kwargs = execution.convert_python_pointer_args_for_tvm_ffi(args, kwargs)
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return dict(bound.arguments)
+        return {name: arg for name, arg in bound.arguments.items() if arg is not _FROM_ENVIRONMENT}
 
     def _enqueue(self, machine: Machine, module: LoadedModule, launch: CapturedLaunch) -> None:
         kernel = module.kernel(launch.kernel)
@@ -272,7 +273,11 @@ def _arrays(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _signature(compiled: Any) -> inspect.Signature:
-    """The parameters that a compiled function takes at run time."""
+    """The parameters that a compiled function takes at run time.
+
+    Without a wrapper (the DSL makes none for an architecture other than the one it runs for) it is not known
+    whether a stream is passed or taken from the environment: it may then be left out.
+    """
     execution = compiled.execution_args
     original = execution.original_signature.parameters
     wrapper = getattr(compiled, "_kwargs_wrapper", None)
@@ -281,4 +286,12 @@ def _signature(compiled: Any) -> inspect.Signature:
     else:
         names = execution.get_kwargs_wrapper_spec().arg_names
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature([inspect.Parameter(n, kind, default=original[n].default) for n in names])
+    parameters = []
+    for index, name in enumerate(names):
+        default = original[name].default
+        is_stream = "stream" in f"{name} {original[name].annotation}".lower()
+        defaults_follow = all(original[n].default is not inspect.Parameter.empty for n in names[index + 1 :])
+        if wrapper is None and is_stream and defaults_follow:
+            default = _FROM_ENVIRONMENT
+        parameters.append(inspect.Parameter(name, kind, default=default))
+    return inspect.Signature(parameters)
