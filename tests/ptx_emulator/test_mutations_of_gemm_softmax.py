@@ -2,8 +2,8 @@
 
 What may survive, and why:
 - `fence.mbarrier_init`: the kernel has it twice in a row, either one will do;
-- `mbarrier.try_wait` at the end of the load and MMA roles (producer_tail): nothing comes after it in the role,
-  and the CTAs of the pair meet again before either ends;
+- `mbarrier.try_wait` at the end of the load and MMA roles (producer_tail): nothing comes after it in the
+  role, and the pair meets again before either CTA frees its tensor memory and ends;
 - the last `cp.async.bulk.wait_group`: a CTA that ends while its copies still read its shared memory is not
   found yet, a gap of the checks.
 """
