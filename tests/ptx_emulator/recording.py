@@ -10,11 +10,12 @@ import ctypes
 import hashlib
 import json
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ptx_emulator.machine import Kernel, Machine, Result
+from ptx_emulator.machine import Machine, Result
 
 VARIABLE = "PTX_EMULATOR_RECORD"
 TYPES: dict[int, str] = {}  # data type of the array at an address, for those that say it
@@ -31,28 +32,20 @@ def install() -> None:
     enqueue, synchronize = Machine.enqueue, Machine.synchronize
     launches: dict[int, list[dict[str, Any]]] = {}
 
-    def keep_launch(
-        self: Machine,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        cluster: tuple[int, int, int] = (1, 1, 1),
-        shared_bytes: int = 0,
-        params: bytes = b"",
-        pdl: bool = False,
-    ) -> None:
-        enqueue(self, kernel, grid, block, cluster, shared_bytes, params, pdl)
-        launch = {"kernel": kernel.program.name, "grid": grid, "block": block, "cluster": cluster}
-        launches.setdefault(id(self), []).append(
-            {**launch, "shared_bytes": shared_bytes, "params": params, "target": self.device}
-        )
+    def keep_launch(self: Machine, *args: Any, **kwargs: Any) -> None:
+        enqueue(self, *args, **kwargs)
+        given = signature(enqueue).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        launch = {k: given.arguments[k] for k in ("grid", "block", "cluster", "shared_bytes", "params")}
+        launch |= {"kernel": given.arguments["kernel"].program.name, "target": self.device}
+        launches.setdefault(id(self), []).append(launch)
 
-    def keep_run(self: Machine) -> Result:
+    def keep_run(self: Machine, *args: Any, **kwargs: Any) -> Result:
         queue = launches.pop(id(self), [])
         module = self._keep[-1] if self._keep else None
         arrays = _arrays(self, set(module.variables) if module else set())
         before = [array.copy() for array in arrays]
-        result = synchronize(self)
+        result = synchronize(self, *args, **kwargs)
         if len(queue) == 1 and module and not result.reports and sum(a.nbytes for a in arrays) <= _MAX_BYTES:
             _keep(module.text, queue[0], arrays, before)
         return result
