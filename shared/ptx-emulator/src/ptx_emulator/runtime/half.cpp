@@ -61,54 +61,74 @@ template <class T, int F> struct Arithmetic {
   static uint16_t max(uint16_t a, uint16_t b) { return extreme(a, b, true); }
 };
 
-// Two of them in a word.
-template <auto F, class... A> uint32_t packed(A... values) {
-  const uint16_t low = F(static_cast<uint16_t>(values)...);
-  const uint16_t high = F(static_cast<uint16_t>(values >> 16)...);
-  return static_cast<uint32_t>(high) << 16 | low;
-}
-template <auto F> uint32_t packed1(uint32_t a) { return packed<F>(a); }
-template <auto F> uint32_t packed2(uint32_t a, uint32_t b) { return packed<F>(a, b); }
-
-// Destination, a, b, c. In steps of one width each, which compilers vectorise.
-template <class T, int F, class Lane> Step fma(Warp& w, const Instruction& i) {
-  using Half = Arithmetic<T, F>;
-  float factors[3][kLanes];
-  Lane results[kLanes] = {};
-  for (size_t shift = 0; shift < 8 * sizeof(Lane); shift += 16) {
-    for (uint32_t source = 0; source < 3; ++source) {
-      const Lane* bits = w.values<Lane>(i.args[1 + source]);
-      for (int lane = 0; lane < kLanes; ++lane)
-        factors[source][lane] = Half::load(static_cast<uint16_t>(bits[lane] >> shift));
-    }
-    float sums[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane)
-      sums[lane] = fma_to_odd(factors[0][lane], factors[1][lane], factors[2][lane]);
-    for (int lane = 0; lane < kLanes; ++lane)
-      results[lane] = static_cast<Lane>(results[lane] | static_cast<Lane>(Half::store(sums[lane])) << shift);
+// Results of halves side by side in blocks of a warp's width, one a lane, or two for packed operations. Packed and
+// single operations share the loop, which takes long to compile.
+template <auto F, class... A> [[gnu::noinline]] void compute(uint32_t blocks, uint16_t* d, const A*... sources) {
+  for (uint32_t block = 0; block < blocks; ++block) {
+    PTXE_VECTOR_LOOP
+    for (uint32_t k = block * kLanes; k < (block + 1) * kLanes; ++k) d[k] = F(sources[k]...);
   }
-  Lane* d = w.values<Lane>(i.args[0]);
-  each_lane_vector(w, [&](int lane) { d[lane] = results[lane]; });
+}
+
+// Arguments: destination, sources. A Lane is one half, or two of them.
+template <class Lane, class... A> Step on_lanes(Warp& w, const Instruction& i, void (*f)(uint32_t, uint16_t*, A...)) {
+  constexpr uint32_t kBlocks = sizeof(Lane) / sizeof(uint16_t);
+  const auto compute_to = [&]<size_t... K>(uint16_t* d, std::index_sequence<K...>) {
+    f(kBlocks, d, w.values<uint16_t>(i.args[K + 1])...);
+  };
+  uint16_t* d = w.values<uint16_t>(i.args[0]);
+  if (w.lanes == kAllLanes) {
+    compute_to(d, std::index_sequence_for<A...>{});
+  } else {
+    uint16_t results[kBlocks * kLanes];
+    compute_to(results, std::index_sequence_for<A...>{});
+    each_lane(w, [&](int lane) { std::memcpy(d + kBlocks * lane, results + kBlocks * lane, sizeof(Lane)); });
+  }
   return Step::Next;
 }
+using Half = const uint16_t;
+template <auto F, class Lane> Step unary(Warp& w, const Instruction& i) {
+  return on_lanes<Lane>(w, i, &compute<F, uint16_t>);
+}
+template <auto F, class Lane> Step binary(Warp& w, const Instruction& i) {
+  return on_lanes<Lane>(w, i, &compute<F, uint16_t, uint16_t>);
+}
 
-#define FORM(name, n, T, f, flags)                              \
-  {name, Lanewise<&Arithmetic<T, (flags)>::f>::run},            \
-  {name "x2", Lanewise<&packed##n<&Arithmetic<T, (flags)>::f>>::run}
-#define FORMS(name, n, f, flags, suffix) \
-  FORM(name suffix ".f16", n, Fp16, f, flags), FORM(name suffix ".bf16", n, Bf16, f, flags)
-#define FTZ_FORMS(name, n, f, flags, suffix) \
-  FORMS(name, n, f, flags, suffix), FORMS(name ".ftz", n, f, kFtz | (flags), suffix)
-#define SUM_FORMS(name, n, f) FTZ_FORMS(name, n, f, kPlain, ""), FTZ_FORMS(name, n, f, kSat, ".sat")
+// In steps of one width each, which compilers vectorise.
+template <class T, int F>
+[[gnu::noinline]] void compute_fma(uint32_t blocks, uint16_t* d, Half* a, Half* b, Half* c) {
+  using Of = Arithmetic<T, F>;
+  for (uint32_t first = 0; first < blocks * kLanes; first += kLanes) {
+    float factors[3][kLanes], sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) factors[0][lane] = Of::load(a[first + lane]);
+    for (int lane = 0; lane < kLanes; ++lane) factors[1][lane] = Of::load(b[first + lane]);
+    for (int lane = 0; lane < kLanes; ++lane) factors[2][lane] = Of::load(c[first + lane]);
+    for (int lane = 0; lane < kLanes; ++lane)
+      sums[lane] = fma_to_odd(factors[0][lane], factors[1][lane], factors[2][lane]);
+    for (int lane = 0; lane < kLanes; ++lane) d[first + lane] = Of::store(sums[lane]);
+  }
+}
+template <class T, int F, class Lane> Step fma(Warp& w, const Instruction& i) {
+  return on_lanes<Lane>(w, i, &compute_fma<T, F>);
+}
+
+#define FORM(name, arity, T, f, flags)                            \
+  {name, &arity<&Arithmetic<T, (flags)>::f, uint16_t>},           \
+  {name "x2", &arity<&Arithmetic<T, (flags)>::f, uint32_t>}
+#define FORMS(name, arity, f, flags, suffix) \
+  FORM(name suffix ".f16", arity, Fp16, f, flags), FORM(name suffix ".bf16", arity, Bf16, f, flags)
+#define FTZ_FORMS(name, arity, f, flags, suffix) \
+  FORMS(name, arity, f, flags, suffix), FORMS(name ".ftz", arity, f, kFtz | (flags), suffix)
+#define SUM_FORMS(name, arity, f) FTZ_FORMS(name, arity, f, kPlain, ""), FTZ_FORMS(name, arity, f, kSat, ".sat")
 #define EXTREME_FORMS(f)                                                                  \
-  FTZ_FORMS(#f, 2, f, kPlain, ""), FTZ_FORMS(#f, 2, f, kNan, ".NaN"),                     \
-  FTZ_FORMS(#f, 2, f, kXorSign, ".xorsign.abs"), FTZ_FORMS(#f, 2, f, kNan | kXorSign, ".NaN.xorsign.abs")
+  FTZ_FORMS(#f, binary, f, kPlain, ""), FTZ_FORMS(#f, binary, f, kNan, ".NaN"),                     \
+  FTZ_FORMS(#f, binary, f, kXorSign, ".xorsign.abs"), FTZ_FORMS(#f, binary, f, kNan | kXorSign, ".NaN.xorsign.abs")
 
 const Register kRegister[] = {
-    SUM_FORMS("add", 2, add), SUM_FORMS("sub", 2, sub), SUM_FORMS("mul", 2, mul),
+    SUM_FORMS("add", binary, add), SUM_FORMS("sub", binary, sub), SUM_FORMS("mul", binary, mul),
     EXTREME_FORMS(min), EXTREME_FORMS(max),
-    FTZ_FORMS("neg", 1, neg, kPlain, ""), FTZ_FORMS("abs", 1, abs, kPlain, ""),
-    FORMS("tanh", 1, tanh, kPlain, ""),
+    FTZ_FORMS("neg", unary, neg, kPlain, ""), FTZ_FORMS("abs", unary, abs, kPlain, ""),
+    FORMS("tanh", unary, tanh, kPlain, ""),
 };
 
 #define FMA(suffix, flags)                                                                                       \
@@ -120,13 +140,13 @@ const Register kFma[] = {
     FMA(".ftz.relu", kFtz | kRelu),
 };
 
-template <auto F, uint32_t NumValues> Step counted(Warp& w, const Instruction& i) {
-  count(w, Count::Exponentials, static_cast<uint64_t>(std::popcount(w.lanes)) * NumValues);
-  return Lanewise<F>::run(w, i);
+template <auto F, class Lane> Step counted(Warp& w, const Instruction& i) {
+  count(w, Count::Exponentials, static_cast<uint64_t>(std::popcount(w.lanes)) * (sizeof(Lane) / sizeof(uint16_t)));
+  return unary<F, Lane>(w, i);
 }
-#define EX2(type, T, flags)                                     \
-  {"ex2." type, &counted<&Arithmetic<T, flags>::ex2, 1>},       \
-  {"ex2." type "x2", &counted<&packed1<&Arithmetic<T, flags>::ex2>, 2>}
+#define EX2(type, T, flags)                                       \
+  {"ex2." type, &counted<&Arithmetic<T, flags>::ex2, uint16_t>},  \
+  {"ex2." type "x2", &counted<&Arithmetic<T, flags>::ex2, uint32_t>}
 
 const Register kEx2[] = {EX2("f16", Fp16, kPlain), EX2("bf16", Bf16, kFtz)};
 

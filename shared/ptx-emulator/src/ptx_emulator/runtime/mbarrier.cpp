@@ -99,14 +99,14 @@ void add_tx(const Origin& from, Cta& cta, uint32_t offset, MBarrier& b, int64_t 
 
 // The mbarrier that `lane` addresses; null after a report. The object is accessed as an atomic would be, so that an
 // initialisation that is not ordered before shows as a race.
-struct Target {
+struct MBarrierAt {
   Place place;
   MBarrier* barrier = nullptr;
   explicit operator bool() const { return barrier != nullptr; }
 };
 
-Target target_of(Warp& w, Space space, uint64_t address, int lane, const char* what, bool accessed = true) {
-  Target target{locate(w, space, address, kMBarrierBytes, kMBarrierBytes, lane)};
+MBarrierAt target_of(Warp& w, Space space, uint64_t address, int lane, const char* what, bool accessed = true) {
+  MBarrierAt target{locate(w, space, address, kMBarrierBytes, kMBarrierBytes, lane)};
   if (!target.place) return target;
   if (target.place.home != Place::Shared) {
     report(w, Report::BarrierMisuse, lane, format("%s on an address that is not in shared memory.", what));
@@ -119,8 +119,8 @@ Target target_of(Warp& w, Space space, uint64_t address, int lane, const char* w
 }
 
 // The same for an asynchronous operation, which accesses the mbarrier in the generic proxy.
-Target target_of(Cluster& cluster, uint32_t address, const Actor& actor, const char* what) {
-  Target target;
+MBarrierAt target_of(Cluster& cluster, uint32_t address, const Actor& actor, const char* what) {
+  MBarrierAt target;
   const Origin from{cluster, actor.site};
   Cta* cta = cta_of(cluster, address);
   const uint32_t offset = address & kOffsetMask;
@@ -138,7 +138,7 @@ Target target_of(Cluster& cluster, uint32_t address, const Actor& actor, const c
   return target;
 }
 
-bool same_barrier(const Target& a, const Target& b) { return a.barrier && a.barrier == b.barrier; }
+bool same_barrier(const MBarrierAt& a, const MBarrierAt& b) { return a.barrier && a.barrier == b.barrier; }
 
 // Arguments: address, space, ...
 constexpr uint32_t kSpaceArg = 4;
@@ -149,7 +149,7 @@ enum ArriveFlags : uint32_t { kRelaxed = 1, kNoComplete = 2, kDrop = 4, kExpectT
 uint64_t token_of(const MBarrier& b) { return b.phase << kPendingBits | b.pending; }
 
 // One lane's arrival. `released`: the warp has already released into this phase of the barrier.
-void arrive_lane(Warp& w, const Target& target, uint32_t count, uint32_t tx, uint32_t flags, int lane, bool released) {
+void arrive_lane(Warp& w, const MBarrierAt& target, uint32_t count, uint32_t tx, uint32_t flags, int lane, bool released) {
   const Origin from{*w.cluster, site_of(w, lane)};
   MBarrier& b = *target.barrier;
   Cta& cta = *target.place.cta;
@@ -174,7 +174,7 @@ void arrive_lane(Warp& w, const Target& target, uint32_t count, uint32_t tx, uin
   }
 }
 
-void check_remote_alive(Warp& w, const Target& target, int lane) {
+void check_remote_alive(Warp& w, const MBarrierAt& target, int lane) {
   const Cta& cta = *target.place.cta;
   if (&cta == w.cta) return;
   const bool alive = std::any_of(cta.warps.begin(), cta.warps.end(), [](const Warp& other) { return other.live != 0; });
@@ -184,7 +184,7 @@ void check_remote_alive(Warp& w, const Target& target, int lane) {
 }
 
 // Whether the phase that a lane waits for is complete.
-bool is_complete(Warp& w, const Target& target, uint64_t wanted, bool parity, int lane) {
+bool is_complete(Warp& w, const MBarrierAt& target, uint64_t wanted, bool parity, int lane) {
   const MBarrier& b = *target.barrier;
   if (parity) return (b.phase & 1) != (wanted & 1);
   const uint64_t phase = wanted >> kPendingBits;
@@ -203,14 +203,14 @@ enum WaitFlags : uint32_t { kParity = 1, kWaitRelaxed = 2 };
 
 struct WaitResult {
   Lanes complete = 0;
-  Target missing;  // of one lane whose phase is not complete
+  MBarrierAt missing;  // of one lane whose phase is not complete
 };
 
 WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, predicate, wanted, flags
   const AddressArgs address(i, 0);
   const uint32_t flags = i.args[7];
   WaitResult result;
-  Target last;
+  MBarrierAt last;
   uint64_t last_address = ~0ull;
   bool acquired = false;  // from the barrier of the lane before
   each_lane(w, [&](int lane) {
@@ -242,7 +242,7 @@ WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, 
   return result;
 }
 
-std::string wait_text(const Target& target) {
+std::string wait_text(const MBarrierAt& target) {
   const MBarrier& b = *target.barrier;
   return format("mbarrier 0x%x of CTA %u (rank %u), phase %" PRIu64 " (parity %u): %u of %u arrivals missing, tx-count %" PRId64,
                 target.place.offset, target.place.cta->linear, target.place.cta->rank, b.phase,
@@ -277,7 +277,7 @@ void resume(Warp& w) {
 }  // namespace
 
 void mbarrier_complete_tx(Cluster& cluster, uint32_t address, uint32_t bytes, const Actor& actor) {
-  const Target target = target_of(cluster, address, actor, "A completed transaction");
+  const MBarrierAt target = target_of(cluster, address, actor, "A completed transaction");
   if (!target) return;
   MBarrier& b = *target.barrier;
   finish(cluster, actor, b.arriving);
@@ -286,7 +286,7 @@ void mbarrier_complete_tx(Cluster& cluster, uint32_t address, uint32_t bytes, co
 }
 
 void mbarrier_arrive(Cluster& cluster, uint32_t address, const Actor& actor) {
-  const Target target = target_of(cluster, address, actor, "An asynchronous arrival");
+  const MBarrierAt target = target_of(cluster, address, actor, "An asynchronous arrival");
   if (!target) return;
   MBarrier& b = *target.barrier;
   finish(cluster, actor, b.arriving);
@@ -295,12 +295,12 @@ void mbarrier_arrive(Cluster& cluster, uint32_t address, const Actor& actor) {
 }
 
 void mbarrier_arrive(Warp& w, uint32_t address, uint32_t count, int lane) {
-  const Target target = target_of(w, Space::SharedCluster, address, lane, "An arrival");
+  const MBarrierAt target = target_of(w, Space::SharedCluster, address, lane, "An arrival");
   if (target) arrive_lane(w, target, count, 0, 0, lane, false);
 }
 
 void mbarrier_add_pending(Warp& w, uint32_t address, uint32_t count, int lane) {
-  const Target target = target_of(w, Space::SharedCluster, address, lane, "An increment of the pending count");
+  const MBarrierAt target = target_of(w, Space::SharedCluster, address, lane, "An increment of the pending count");
   if (!target) return;
   target.barrier->pending += count;
   if (target.barrier->pending <= kMaxCount) return;
@@ -332,7 +332,7 @@ std::string describe_mbarriers(Cta& cta) {
   std::sort(offsets.begin(), offsets.end());
   std::string text;
   for (const uint32_t offset : offsets) {
-    Target target;
+    MBarrierAt target;
     target.place.cta = &cta;
     target.place.offset = offset;
     target.barrier = &table[offset];
@@ -374,7 +374,7 @@ PTXE_OP("mbarrier.init") {  // address, space, count
 PTXE_OP("mbarrier.inval") {  // address, space
   const AddressArgs address(i, 0);
   each_lane(w, [&](int lane) {
-    const Target target = target_of(w, space_of(i), address.at(w, lane), lane, "mbarrier.inval", false);
+    const MBarrierAt target = target_of(w, space_of(i), address.at(w, lane), lane, "mbarrier.inval", false);
     if (!target) return;
     const MBarrier& b = *target.barrier;
     Cta& cta = *target.place.cta;
@@ -394,10 +394,10 @@ PTXE_OP("mbarrier.inval") {  // address, space
 PTXE_OP("mbarrier.arrive") {  // address, space, state, count, tx bytes, flags
   const AddressArgs address(i, 0);
   const uint32_t flags = i.args[8];
-  Target last;
+  MBarrierAt last;
   uint64_t last_phase = 0;
   each_lane(w, [&](int lane) {
-    const Target target = target_of(w, space_of(i), address.at(w, lane), lane, "mbarrier.arrive", !last);
+    const MBarrierAt target = target_of(w, space_of(i), address.at(w, lane), lane, "mbarrier.arrive", !last);
     if (!target) return;
     check_remote_alive(w, target, lane);
     const bool released = same_barrier(target, last) && target.barrier->phase == last_phase;
@@ -415,7 +415,7 @@ PTXE_OP("mbarrier.tx") {  // address, space, bytes, whether they are completed (
   const bool completed = i.args[6];
   const char* name = completed ? "mbarrier.complete_tx" : "mbarrier.expect_tx";
   each_lane(w, [&](int lane) {
-    const Target target = target_of(w, space_of(i), address.at(w, lane), lane, name);
+    const MBarrierAt target = target_of(w, space_of(i), address.at(w, lane), lane, name);
     if (!target) return;
     const int64_t bytes = w.values<uint32_t>(i.args[5])[lane];
     add_tx({*w.cluster, site_of(w, lane)}, *target.place.cta, target.place.offset, *target.barrier,
