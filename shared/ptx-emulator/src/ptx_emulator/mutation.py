@@ -91,7 +91,8 @@ def survey(
 
     Args:
         run: runs the module it is given, under the schedules it likes, and returns all findings and whether
-            the results were right. It is called first with the unchanged module, which must be right and silent.
+            the results were right. It is called first with the unchanged module, which must be right and
+            silent.
 
     Raises:
         EmulatorError: the unchanged kernel is wrong or has findings.

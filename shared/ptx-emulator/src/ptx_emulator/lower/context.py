@@ -258,15 +258,18 @@ def immediate_bits(immediate: Immediate, type_name: str) -> int:
     if immediate.bits is not None:
         if type_name in ("f32", "b32", "u32", "s32") and immediate.bits_width == 64:
             number = struct.unpack("<d", struct.pack("<Q", immediate.bits))[0]
-            return struct.unpack("<I", struct.pack("<f", number))[0]
+            return _bits_of_float("<f", number)
         return immediate.bits
     if isinstance(immediate.value, float):
         if bits == 64:
-            return struct.unpack("<Q", struct.pack("<d", immediate.value))[0]
+            return _bits_of_float("<d", immediate.value)
         if bits == 32:
-            return struct.unpack("<I", struct.pack("<f", immediate.value))[0]
+            return _bits_of_float("<f", immediate.value)
         raise ValueError(f"the literal {immediate.value} cannot be a {type_name}")
     if type_name in ("f32", "f64"):
-        packed = struct.pack("<f" if bits == 32 else "<d", float(immediate.value))
-        return int.from_bytes(packed, "little")
+        return _bits_of_float("<f" if bits == 32 else "<d", float(immediate.value))
     return immediate.value & ((1 << bits) - 1)
+
+
+def _bits_of_float(form: str, value: float) -> int:
+    return int.from_bytes(struct.pack(form, value), "little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass, field
 
 
@@ -114,7 +115,7 @@ class Variable:
     bytes: int
     align: int
     extern: bool = False
-    data: bytes | None = None
+    data: builtins.bytes | None = None
 
 
 @dataclass
