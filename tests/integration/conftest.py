@@ -1,4 +1,7 @@
-"""The clients under test are the examples; models have random weights and nothing is downloaded."""
+"""The clients under test are the examples; models have random weights and nothing is downloaded.
+
+What runs on the emulator is kept if that is asked for, as in `tests/ptx_emulator`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,12 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/gdn_mtp", "tests/ptx_emulator")]
+
+import recording
+
+recording.install()
 
 
 @pytest.fixture(scope="session", autouse=True)

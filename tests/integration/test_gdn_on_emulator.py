@@ -1,0 +1,125 @@
+"""The CuTe DSL kernels of gdn_mtp on the emulator, for GPUs that are not there, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cutlass.cute.runtime import make_fake_stream
+from gdn_mtp.cute.config import KernelConfig
+from gdn_mtp.cute.kernel import GatedDeltaRule
+from gdn_mtp.cute.kernel_kmajor import GatedDeltaRuleKMajor
+from gdn_mtp.cute.kernels import KERNELS
+from gdn_mtp.cute.trace import fake_arguments
+from gdn_mtp.problem import GatedDeltaRuleProblem, short_dtype
+from gdn_support import BF16, FP32, NAN, Case, assert_result, assert_same_bits
+from kernel_dispatch import Arch
+from ptx_emulator import Emulated, compile_cute, emulate, explore
+from recording import TYPES
+from torch import Tensor
+
+SCHEDULES = 3  # fair, greedy, asynchronous copies late
+UNTOUCHED_SLOTS = 2
+
+
+def emulated(problem: GatedDeltaRuleProblem, arch: str, tactic: str) -> Emulated:
+    """The kernel of one tactic, with its host code."""
+    config = KERNELS.config(problem, Arch.from_name(arch), tactic)
+    kernel = GatedDeltaRule if isinstance(config, KernelConfig) else GatedDeltaRuleKMajor
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    compiled = compile_cute(kernel(config), *fake_arguments(config), stream, arch=arch)
+    return emulate(compiled, arch, uninitialised=("output",))
+
+
+def problem_of(case: Case, layout: str = "vk", intermediate: str = "none") -> GatedDeltaRuleProblem:
+    return GatedDeltaRuleProblem(
+        B=case.B, T=case.T, H=case.H, HV=case.HV, K=case.K, V=case.V,
+        io_dtype=case.io, gate_dtype=case.gates, dt_bias_dtype=case.bias, state_dtype=case.state,
+        state_layout=layout, intermediate=intermediate, index_dtype=torch.int32 if layout == "vk" else None,
+    )  # fmt: skip
+
+
+def run(
+    function: Emulated,
+    inputs: dict[str, Tensor],
+    state: Tensor,
+    output: Tensor,
+    indices: Tensor | None = None,
+    buffer: Tensor | None = None,
+) -> None:
+    """All schedules: no findings, and the same bits."""
+    tokens = [inputs[name] for name in ("q", "k", "v", "a", "b", "A_log", "dt_bias")]
+    scale = inputs["q"].shape[-1] ** -0.5
+    for tensor in (*tokens, state, output, indices, buffer):
+        if tensor is not None:
+            TYPES[tensor.data_ptr()] = str(tensor.dtype).removeprefix("torch.")
+    call = function.call(*tokens, scale, state, indices, None, buffer, None, output)
+    explore(call, SCHEDULES, progress=False).raise_if_wrong()
+
+
+def id_of(value: str | int | torch.dtype) -> str:
+    if isinstance(value, bool):
+        return "cached" if value else "final"
+    return (
+        short_dtype(value)
+        if isinstance(value, torch.dtype)
+        else f"T{value}"
+        if isinstance(value, int)
+        else value
+    )
+
+
+def on_cpu(case: Case) -> dict[str, Tensor]:
+    return {name: x.cpu() for name, x in case.inputs().items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "tactic", "tokens", "state", "cached"),
+    [
+        ("sm_90a", "w2t1s", 1, FP32, False),
+        ("sm_90a", "w4t1r", 4, BF16, True),
+        ("sm_90a", "w4t1e", 8, FP32, True),
+        ("sm_100a", "w4t1s", 4, FP32, True),
+        ("sm_100a", "w4t1e", 8, BF16, False),
+        ("sm_120a", "w2t1f", 4, BF16, True),
+        ("sm_120a", "w4t1s", 1, FP32, False),
+    ],
+    ids=id_of,
+)
+def test_pool_of_states(arch: str, tactic: str, tokens: int, state: torch.dtype, cached: bool) -> None:
+    case = Case(B=3, T=tokens, H=1, HV=2, K=64, V=64, state=state)
+    function = emulated(problem_of(case, intermediate="buffer" if cached else "none"), arch, tactic)
+    inputs = on_cpu(case)
+    indices = torch.tensor([3, -1, 0], dtype=torch.int32)
+    valid = indices >= 0
+    slots = indices[valid].long()
+    pool = torch.full((2 + UNTOUCHED_SLOTS, case.HV, case.V, case.K), NAN, dtype=state)
+    pool[slots] = case.states(2).cpu()
+    before = pool.clone()
+    output = torch.full((case.B, case.T, case.HV, case.V), NAN, dtype=case.io)
+    buffer = torch.full((case.B, case.T, *pool.shape[1:]), NAN, dtype=state) if cached else None
+    run(function, inputs, pool, output, indices, buffer)
+
+    entry = before[indices.long().clamp_min(0)]
+    expected = case.reference(inputs, entry, initial_state_indices=torch.tensor([0, -1, 2]))
+    expected = expected._replace(
+        state=expected.state[valid], intermediate_states=expected.intermediate_states[valid]
+    )
+    stored = None if buffer is None else buffer[valid]
+    assert_result(case, expected, output, pool[slots], intermediate_states=stored, q=inputs["q"])
+    assert bool((output[~valid] == 0).all())
+    assert_same_bits(pool[1:3], before[1:3], "slots nobody names")
+    if buffer is not None:
+        assert bool(buffer[~valid].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("arch", "state"), [("sm_90a", FP32), ("sm_100a", BF16), ("sm_120a", FP32)], ids=id_of
+)
+def test_k_major_states(arch: str, state: torch.dtype) -> None:
+    case = Case(B=3, T=1, H=1, HV=2, K=64, V=64, state=state)
+    function = emulated(problem_of(case, "kv"), arch, "c32")
+    inputs, states = on_cpu(case), case.states(3, "kv").cpu()
+    expected = case.reference(inputs, states, state_layout="kv")
+    output = torch.full((case.B, case.T, case.HV, case.V), NAN, dtype=case.io)
+    run(function, inputs, states, output)
+    assert_result(case, expected, output, states, q=inputs["q"], layout="kv")
