@@ -5,6 +5,7 @@ What runs on the emulator is kept if that is asked for, as in `tests/ptx_emulato
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -18,9 +19,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/gdn_mtp", "tests/ptx_emulator")]
 
-import recording
-
-recording.install()
+importlib.import_module("emulator_recording").install()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,10 +1,11 @@
-"""The CuTe DSL kernels of gdn_mtp on the emulator, for GPUs that are not there, against the float64 reference."""
+"""The CuTe DSL kernels of gdn_mtp on the emulator, for three architectures, against the float64 reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from cutlass.cute.runtime import make_fake_stream
+from emulator_recording import TYPES
 from gdn_mtp.cute.config import KernelConfig
 from gdn_mtp.cute.kernel import GatedDeltaRule
 from gdn_mtp.cute.kernel_kmajor import GatedDeltaRuleKMajor
@@ -14,7 +15,6 @@ from gdn_mtp.problem import GatedDeltaRuleProblem, short_dtype
 from gdn_support import BF16, FP32, NAN, Case, assert_result, assert_same_bits
 from kernel_dispatch import Arch
 from ptx_emulator import Emulated, compile_cute, emulate, explore
-from recording import TYPES
 from torch import Tensor
 
 SCHEDULES = 3  # fair, greedy, asynchronous copies late

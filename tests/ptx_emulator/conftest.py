@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import recording
+import emulator_recording
 
-recording.install()
+emulator_recording.install()

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from emulator_recording import TYPES
 from ptx_emulator.machine import LoadedModule, Machine, Result
-from recording import TYPES
 
 _PRELUDE = """.version 8.8
 .target {target}

@@ -35,7 +35,7 @@ _FLAGS = (
     "-fno-trapping-math",  # else comparisons of floats keep loops from being vectorised
     "-ffp-contract=off",
 )
-_LEVEL = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic")  # -O3 takes a fifth longer to compile
+_LEVEL = ("-O2", "-ftree-vectorize")  # -O3 takes a fifth longer to compile
 _SELDOM_LEVEL = ("-O1",)
 # What executes seldom, or copies and waits: it would be no faster for more, and takes a third longer to compile.
 _LESS_OPTIMISED = frozenset(
