@@ -1,0 +1,80 @@
+"""The matrix rate that mma.sync reaches from registers on this device: the ceiling of compute-bound decode."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernel_testing import time_cuda_us
+
+WARPS, TILES, STEPS = 8, 16, 2000
+SOURCE = """
+extern "C" __global__ void __launch_bounds__(256) mma_rate(float* out) {
+  float c[%(tiles)d][4];
+  for (int t = 0; t < %(tiles)d; ++t) c[t][0] = c[t][1] = c[t][2] = c[t][3] = threadIdx.x * t;
+  unsigned a[4] = {threadIdx.x * 2654435761u, 0x3c003c01u, 0x3c023c03u, 0x3c043c05u}, b[2] = {0x3c063c07u, 0x3c083c09u};
+  for (int i = 0; i < %(steps)d; ++i) {
+#pragma unroll
+    for (int t = 0; t < %(tiles)d; ++t)
+      asm volatile("%(mma)s {%%0, %%1, %%2, %%3}, {%%4, %%5, %%6, %%7}, {%%8, %%9}, {%%0, %%1, %%2, %%3};"
+                   : "+f"(c[t][0]), "+f"(c[t][1]), "+f"(c[t][2]), "+f"(c[t][3])
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+  float sum = 0;
+  for (int t = 0; t < %(tiles)d; ++t) sum += c[t][0] + c[t][1] + c[t][2] + c[t][3];
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+"""
+INSTRUCTIONS = {
+    "bf16": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", 16),
+    "fp16": ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 16),
+    "fp8": ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", 32),
+}
+
+
+def mma_tflops(dtype: str, arch: str) -> float:
+    """TFLOP/s of a plain loop of independent mma.sync in every warp of every SM."""
+    instruction, depth = INSTRUCTIONS[dtype]
+    function = compile_function(
+        SOURCE % {"mma": instruction, "tiles": TILES, "steps": STEPS}, "mma_rate", arch
+    )
+    from cuda.bindings import driver
+
+    blocks = 2 * torch.cuda.get_device_properties().multi_processor_count
+    out = torch.empty(blocks * WARPS * 32, device="cuda")
+
+    def launch() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        parameters = ((out.data_ptr(),), (ctypes.c_void_p,))
+        (status,) = driver.cuLaunchKernel(function, blocks, 1, 1, WARPS * 32, 1, 1, 0, stream, parameters, 0)
+        assert not int(status), status
+
+    microseconds = time_cuda_us({"mma": [launch]}, repeats=7)["mma"]
+    return 2 * 16 * 8 * depth * TILES * STEPS * WARPS * blocks / microseconds / 1e6
+
+
+def compile_function(source: str, name: str, arch: str) -> Any:
+    """A kernel compiled by NVRTC and loaded on the current device."""
+    from cuda.bindings import driver, nvrtc
+
+    status, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+    assert not int(status), status
+    options = [b"-std=c++17", f"-arch={arch}".encode()]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    assert not int(status), status
+    status, size = nvrtc.nvrtcGetCUBINSize(program)
+    code = b" " * size
+    (status,) = nvrtc.nvrtcGetCUBIN(program, code)
+    assert not int(status), status
+    status, library = driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)
+    assert not int(status), status
+    status, kernel = driver.cuLibraryGetKernel(library, name.encode())
+    assert not int(status), status
+    return driver.CUfunction(int(kernel))
+
+
+def folder_name(device_name: str) -> str:
+    """What a folder of results is called after: "h100" of "NVIDIA H100 80GB HBM3"."""
+    return Path(device_name.removeprefix("NVIDIA ").split()[0].lower()).name

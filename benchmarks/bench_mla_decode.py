@@ -1,0 +1,237 @@
+"""Times a provider of MLA decode beside the torch provider and the device's ceilings, all in one run.
+
+    python benchmarks/bench_mla_decode.py --provider sm120
+    python benchmarks/bench_mla_decode.py --provider sm120 --cells B64-H128-s8192-bf16 --tactics
+
+`--provider sm120` means the provider of mla-sm120 for the device at hand: sm120, sm121, or on a Hopper GPU the
+sm_90a build of the same sources, `sm90`. Before it is timed, every variant is compared with float64 at the very
+shape, for the first and the last request, every element; one that is wrong is not timed. A time is the median
+of replays of a CUDA graph, variants in turn, with the L2 cache cold. Ceilings are measured in the same run: copy
+bandwidth, and the rate of mma.sync from registers. The exit status is 1 if ours is wrong or there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _mla_cases import DTYPES, Call, Cell
+from _mla_ceilings import folder_name, mma_tflops
+from kernel_dispatch import as_arch, providers, resolve
+from kernel_testing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cuda_us
+from mla_core import plan
+
+CELLS = [
+    *(
+        Cell(dtype, batch, 128, seq)
+        for dtype in ("bf16", "fp8")
+        for batch, seq in ((32, 4096), (64, 8192), (128, 4096))
+    ),
+    *(Cell(dtype, batch, 16, 8192) for dtype in ("bf16", "fp8") for batch in (32, 64, 128)),
+    *(Cell(dtype, 1, heads, 65536) for dtype in ("bf16", "fp8") for heads in (8, 16, 32, 64, 128)),
+    Cell("bf16", 32, 32, 8192),
+    Cell("bf16", 32, 64, 8192),
+    Cell("bf16", 64, 16, 8192, q_len=4),
+    Cell("fp16", 64, 128, 8192),
+    Cell("bf16", 64, 128, 8192, page_size=16),
+    Cell("bf16", 1, 16, 8192),
+    Cell("bf16", 4, 128, 8192),
+]
+TORCH_CELLS = 2  # the torch provider is slow: it is timed on the first cells of each dtype only
+PROVIDERS_OF = {"sm120": {"sm_90": "sm90", "sm_120": "sm120", "sm_121": "sm121"}}
+DISTRIBUTIONS = ("mla-core", "mla-sm120", "kernel-dispatch", "cuda-bindings")
+HOST_CALLS, HOST_BATCHES = 300, 11
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--provider", default="sm120", help="sm120, or the name of any other provider")
+    parser.add_argument("--cells", nargs="+", help="shapes such as B64-q1-H128-p64-s8192-bf16")
+    parser.add_argument("--tactics", action="store_true", help="time every tactic")
+    parser.add_argument("--no-torch", action="store_true", help="leave the torch provider out")
+    parser.add_argument("--repeats", type=int, default=9, help="replays per variant (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for results.json and report.txt")
+    return parser.parse_args(arguments)
+
+
+def parse_cell(text: str) -> Cell:
+    """A cell from its name; what the name leaves out has its default."""
+    fields = dict(re.findall(r"\b(B|q|H|p|s)(\d+)", text))
+    dtype = text.rsplit("-", 1)[-1]
+    if dtype not in DTYPES or not {"B", "H", "s"} <= fields.keys():
+        raise SystemExit(f"--cells: {text!r}, expected for instance B64-q1-H128-p64-s8192-bf16")
+    sizes = {name: int(value) for name, value in fields.items()}
+    return Cell(dtype, sizes["B"], sizes["H"], sizes["s"], sizes.get("q", 1), sizes.get("p", 64))
+
+
+def tactic_plans(cell: Cell, backend: str, device: torch.device, every: bool) -> dict[str, Any]:
+    """Plans by the name of their tactic, the heuristic's choice first."""
+    from mla_core.plan import plan_selection
+
+    selection = resolve(cell.problem, device, backend)
+    names = selection.kernel.tactics(cell.problem, as_arch(device)) if every else [selection.tactic]
+    from dataclasses import replace
+
+    return {name: plan_selection(replace(selection, tactic=name), cell.problem, device) for name in names}
+
+
+def measure(
+    cell: Cell, options: argparse.Namespace, backend: str, device: torch.device, with_torch: bool
+) -> dict:
+    """Times in microseconds by variant, each checked first."""
+    plans = {
+        f"{backend} {name}": made
+        for name, made in tactic_plans(cell, backend, device, options.tactics).items()
+    }
+    if with_torch:
+        plans["torch"] = plan(cell.problem, device, "torch")
+    workspace_nbytes = max(made.workspace_nbytes for made in plans.values())
+    calls = [
+        Call(cell, device, workspace_nbytes)
+        for _ in range(min(8, calls_for_cold_l2(cell.necessary_bytes, device)))
+    ]
+    variants = {}
+    for name, made in plans.items():
+        for call in calls[:1]:
+            call.out.fill_(float("nan"))
+            call.lse.fill_(float("nan"))
+            positional, named = call.arguments
+            made.run(*positional, **named)
+            torch.cuda.synchronize()
+            call.check(cell, name)
+        used = calls[:1] if name == "torch" else calls
+        variants[name] = [
+            lambda made=made, call=call: made.run(*call.arguments[0], **call.arguments[1]) for call in used
+        ]
+    repeats = options.repeats
+    return {
+        "workspace_nbytes": workspace_nbytes,
+        "us": {
+            name: time_cuda_us({name: runs}, repeats=3 if name == "torch" else repeats)[name]
+            for name, runs in variants.items()
+        },
+    }
+
+
+def host_us(backend: str, device: torch.device) -> float:
+    """Median host time of Plan.run, with one launch, on a problem too small to fill the queue."""
+    cell = Cell("bf16", 1, 16, 32)
+    made = plan(cell.problem, device, backend)
+    call = Call(cell, device, made.workspace_nbytes)
+    positional, named = call.arguments
+    samples = []
+    for _ in range(HOST_BATCHES):
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(HOST_CALLS):
+            made.run(*positional, **named)
+        samples.append((time.perf_counter_ns() - start) / 1e3 / HOST_CALLS)
+    return sorted(samples)[len(samples) // 2]
+
+
+def resources(backend: str) -> dict[str, dict[str, int]]:
+    """Registers, local memory, shared memory and blocks per SM of every kernel of mla-sm120 on this device."""
+    from cuda.bindings import driver
+    from mla_sm120.config import DTYPE_UNITS, SMEM_BYTES, TILE_ROWS
+    from mla_sm120.load import load_kernel
+
+    attributes = driver.CUfunction_attribute
+    arch, index = as_arch(None).name, torch.cuda.current_device()
+    found = {}
+    for unit in DTYPE_UNITS.values():
+        for tile in TILE_ROWS:
+            function = load_kernel(unit, f"mla_decode_m{tile}", arch, index)
+            kernel = driver.CUkernel(int(function))
+            _, loaded = driver.cuKernelGetFunction(kernel)
+            _, registers = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, loaded)
+            _, local = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, loaded)
+            _, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(loaded, 256, SMEM_BYTES)
+            figures = {
+                "registers": registers,
+                "local_bytes": local,
+                "smem_bytes": SMEM_BYTES,
+                "blocks_per_sm": blocks,
+            }
+            found[f"{unit} m{tile}"] = figures
+    return found
+
+
+def main() -> int:
+    options = parse_arguments()
+    if not torch.cuda.is_available():
+        print("bench_mla_decode.py needs a CUDA device", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch = as_arch(device)
+    backend = PROVIDERS_OF.get(options.provider, {}).get(arch.base, options.provider)
+    if backend not in {entry.name for entry in providers("mla_core.decode.v1")}:
+        print(f"--provider {options.provider}: no provider {backend!r} is installed", file=sys.stderr)
+        return 1
+    cells = [parse_cell(text) for text in options.cells] if options.cells else CELLS
+    copy_gb_s = copy_bandwidth_gb_s(device)
+    rates = {dtype: mma_tflops(dtype, arch.name) for dtype in sorted({cell.dtype for cell in cells})}
+    lines = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    record: dict[str, Any] = {"environment": environment(*DISTRIBUTIONS), "provider": backend}
+    record |= {"copy_gb_s": copy_gb_s, "mma_tflops": rates, "command": " ".join(sys.argv), "cells": {}}
+    say(json.dumps(record["environment"]))
+    say(
+        f"copy {copy_gb_s:.0f} GB/s; mma.sync "
+        + ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in rates.items())
+    )
+    if options.provider == "sm120":
+        record["resources"] = resources(backend)
+        for name, figures in record["resources"].items():
+            say(f"{name}: " + ", ".join(f"{value} {what}" for what, value in figures.items()))
+    record["host_us"] = host_us(backend, device)
+    say(f"host: Plan.run {record['host_us']:.1f} us")
+    say(
+        f"{'cell':32s} {'variant':16s} {'us':>9s} {'GB/s':>6s} {'of copy':>8s} {'TFLOP/s':>8s} {'of mma':>7s}"
+    )
+    failed = False
+    timed_torch: dict[str, int] = {}
+    for cell in cells:
+        with_torch = not options.no_torch and timed_torch.get(cell.dtype, 0) < TORCH_CELLS
+        timed_torch[cell.dtype] = timed_torch.get(cell.dtype, 0) + 1
+        try:
+            result = measure(cell, options, backend, device, with_torch)
+        except AssertionError as error:
+            say(f"{cell!s:32s} WRONG: {error}")
+            failed = True
+            continue
+        record["cells"][str(cell)] = result
+        for name, us in result["us"].items():
+            gb_s, tflops = cell.necessary_bytes / us / 1e3, cell.flops / us / 1e6
+            say(
+                f"{cell!s:32s} {name:16s} {us:9.1f} {gb_s:6.0f} {gb_s / copy_gb_s:8.2f} {tflops:8.1f} "
+                f"{tflops / rates[cell.dtype]:7.2f}"
+            )
+        torch.cuda.empty_cache()
+    out = (
+        options.out
+        or Path(__file__).parent
+        / "results"
+        / f"mla_{options.provider}-{folder_name(torch.cuda.get_device_name())}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "report.txt").write_text("\n".join(lines) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+// Merges the partial results of the splits of a row: weights 2^(lse_partial - lse), in a fixed order.
+// Block (row, quarter of the columns): lane i has columns 4 i to 4 i + 3 of the quarter, and warp w the splits
+// w, w + warps, ...
+#include "block.cuh"
+#include "kernel.h"
+#include "store.cuh"
+
+namespace mla {
+
+constexpr int kMaxCombineWarps = 8;
+constexpr int kQuarterColumns = 128;
+
+template <class Element>
+__device__ __forceinline__ void store_four(unsigned char* row, int column, float4 v, bool aligned) {
+  store_pair(OutRow<Element>{row}, column, v.x, v.y, aligned);
+  store_pair(OutRow<Element>{row}, column + 2, v.z, v.w, aligned);
+}
+
+__device__ __forceinline__ void combine(const DecodeParams& p) {
+  __shared__ float4 sums[kMaxCombineWarps][32];
+  const int lane = threadIdx.x;
+  const int warp = threadIdx.y;
+  const int64 rows_per_request = static_cast<int64>(p.q_len) * p.num_heads;
+  const int64 total_rows = rows_per_request * p.batch;
+  const int64 partial_row = blockIdx.x;
+  Block block;
+  block.request = static_cast<int>(partial_row / rows_per_request);
+  const int row = static_cast<int>(partial_row - block.request * rows_per_request);
+  const bool ragged = p.cum_seq_lens_q != nullptr;
+  wait_for_previous_grid();
+  block.first_token = ragged ? p.cum_seq_lens_q[block.request] : 0;
+  const int q_len = ragged ? p.cum_seq_lens_q[block.request + 1] - block.first_token : p.q_len;
+  if (row >= q_len * p.num_heads) return;
+
+  const float* lse_partial = p.lse_partial + partial_row;
+  float lse_max = -infinity();
+  for (int split = lane; split < p.num_splits; split += 32)
+    lse_max = fmaxf(lse_max, lse_partial[split * total_rows]);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, lanes));
+  if (lse_max == -infinity()) lse_max = 0.0f;  // no split has a key
+  float total = 0.0f;
+  for (int split = lane; split < p.num_splits; split += 32)
+    total += exp2_approx(lse_partial[split * total_rows] - lse_max);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+
+  const int column = blockIdx.y * kQuarterColumns + lane * 4;
+  const float* o_partial = p.o_partial + partial_row * kLatentDim + column;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+  for (int split = warp; split < p.num_splits; split += blockDim.y) {
+    const float lse = lse_partial[split * total_rows];
+    if (lse == -infinity()) continue;  // nothing was written there
+    const float weight = exp2_approx(lse - lse_max);
+    const float4 o = *reinterpret_cast<const float4*>(o_partial + split * total_rows * kLatentDim);
+    sum.x += weight * o.x, sum.y += weight * o.y, sum.z += weight * o.z, sum.w += weight * o.w;
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0) return;
+  for (int other = 1; other < static_cast<int>(blockDim.y); ++other) {
+    const float4 more = sums[other][lane];
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+  }
+  const float output_scale = p.output_scale_device != nullptr ? *p.output_scale_device : p.output_scale;
+  const float scale = total == 0.0f ? 0.0f : output_scale / total;
+  sum.x *= scale, sum.y *= scale, sum.z *= scale, sum.w *= scale;
+  const int64 offset =
+      block.offset(row, p.num_heads, p.out_stride[0], p.out_stride[1], p.out_stride[2], ragged);
+  unsigned char* out = static_cast<unsigned char*>(p.out);
+  if (p.out_type == kOutBf16) store_four<Bf16>(out + offset * 2, column, sum, p.out_aligned);
+  if (p.out_type == kOutFp16) store_four<Fp16>(out + offset * 2, column, sum, p.out_aligned);
+  if (p.out_type == kOutE4m3) store_four<E4m3>(out + offset, column, sum, p.out_aligned);
+  if (p.lse != nullptr && blockIdx.y == 0 && lane == 0) {
+    const float lse_log2 = total == 0.0f ? -infinity() : lse_max + log2_approx(total);
+    p.lse[block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, ragged)] =
+        lse_log2 * 0.69314718055994531f;
+  }
+}
+
+}  // namespace mla
+
+extern "C" __global__ void __launch_bounds__(32 * mla::kMaxCombineWarps)
+    mla_combine(const __grid_constant__ mla::DecodeParams params) {
+  mla::combine(params);
+}

@@ -1,0 +1,49 @@
+"""The kernels as `kernel_dispatch` sees them: workspace, tactics, and how one is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from kernel_dispatch import Arch, ArgumentError
+from mla_core import DecodeProblem
+
+from .config import DTYPE_UNITS, SMEM_BYTES, TILE_ROWS, Division, tactics
+from .launch import Launcher
+from .load import load_kernel
+
+
+class DecodeKernels:
+    """The kernels behind the providers `sm120`, `sm121` and `sm90`."""
+
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
+        """Partial results of the tactic that needs the most."""
+        return max(Division.of(problem, arch, f"m{tile}").splits.workspace_bytes for tile in TILE_ROWS)
+
+    def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
+        """The tile that fits the rows first; `-whole` does not split the keys of a request."""
+        return tactics(problem)
+
+    def prepare(
+        self, problem: DecodeProblem, arch: Arch, device: torch.device, tactic: str
+    ) -> Callable[..., None]:
+        """The launcher of a tactic. Loads its cubin, which is compiled first if there is none."""
+        if arch.smem_optin_bytes < SMEM_BYTES:
+            raise ArgumentError(
+                "device",
+                f"{device} has {arch.smem_optin_bytes} bytes of shared memory per block, "
+                f"expected {SMEM_BYTES}",
+            )
+        division = Division.of(problem, arch, tactic)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        decode = load_kernel(
+            DTYPE_UNITS[problem.q_dtype], f"mla_decode_m{division.tile_rows}", arch.name, index
+        )
+        combine = None
+        if division.num_splits > 1:
+            combine = load_kernel("combine", "mla_combine", arch.name, index)
+        pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
+        return Launcher(problem, division, decode, combine, index, pdl)
+
+
+KERNELS = DecodeKernels()

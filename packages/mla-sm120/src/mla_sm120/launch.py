@@ -1,0 +1,257 @@
+"""Launches: parameters packed as `cuda/params.h` lays them out, and one or two calls of the driver.
+
+The driver is called through cuda-bindings. The tensor map of a cache is encoded when the cache is first seen, and
+again only for a cache at another address or of another shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from kernel_dispatch import ArgumentError
+from mla_core import DecodeProblem
+
+from .config import BOX_KEYS, KV_LORA_RANK, QK_ROPE_HEAD_DIM, SMEM_BYTES, Division
+
+THREADS = 256
+COMBINE_MAX_WARPS = 8
+COMBINE_COLUMN_BLOCKS = 4
+CHUNK_ELEMENTS = 64
+CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
+TENSOR_MAP_BYTES = 128
+STRIDE_ALIGN_BYTES = 16  # of the address and the strides of what TMA reads
+OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
+
+# DecodeParams after the tensor map: pointers, strides in elements, scales, sizes and flags.
+PARAMETERS = struct.Struct("<10Q9q2f10i")
+PARAMETER_BYTES = 384
+
+
+class MapKey(NamedTuple):
+    """What a tensor map is encoded from; strides in elements."""
+
+    address: int
+    num_pages: int
+    page_stride: int
+    key_stride: int
+
+
+class _ThreadState(threading.local):
+    """Buffers of one thread: parameters, and the configurations of the launches, whose stream is set per call."""
+
+    def __init__(self, make_configs: Any) -> None:
+        self.parameters = ctypes.create_string_buffer(PARAMETER_BYTES)
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
+        self.pointers_address = ctypes.addressof(self.pointers)
+        self.map_key: MapKey | None = None
+        self.configs = make_configs()
+
+
+class Launcher:
+    """Launches one problem on one device; the arguments are those of every launcher of `mla_core.decode.v1`."""
+
+    def __init__(
+        self,
+        problem: DecodeProblem,
+        division: Division,
+        decode: Any,
+        combine: Any,
+        device_index: int,
+        pdl: bool,
+    ) -> None:
+        self.problem = problem
+        self.division = division
+        self._decode = decode
+        self._combine = combine
+        self._device_index = device_index
+        self._pdl = pdl
+        self._out_type = OUT_TYPES[problem.out_dtype]
+        self._state = _ThreadState(self._make_configs)
+
+    def __call__(
+        self,
+        query: torch.Tensor,  # [batch, q_len, num_heads, 576], or ragged [total_q, num_heads, 576]
+        kv_cache: torch.Tensor,  # [num_pages, page_size, 576]
+        block_tables: torch.Tensor,  # [batch, max_pages] int32
+        seq_lens: torch.Tensor,  # [batch] int32
+        cum_seq_lens_q: torch.Tensor | None,  # [batch + 1] int32
+        softmax_scale: float | torch.Tensor,
+        output_scale: float | torch.Tensor,
+        out: torch.Tensor,  # [..., num_heads, 512]
+        lse: torch.Tensor | None,  # [..., num_heads] float32
+        workspace: torch.Tensor | None,
+    ) -> None:
+        """Write `out` and, where given, `lse`, on the current stream of the device."""
+        index = self._device_index
+        if query.device.index != index or torch.cuda.current_device() != index:
+            raise ArgumentError(
+                "query",
+                f"on {query.device} with cuda:{torch.cuda.current_device()} current, expected both to be "
+                f"cuda:{index}, which the plan is for",
+            )
+        state = self._state
+        key = MapKey(kv_cache.data_ptr(), kv_cache.shape[0], kv_cache.stride(0), kv_cache.stride(1))
+        if key != state.map_key:
+            state.parameters[:TENSOR_MAP_BYTES] = encode_map(key, self.problem)
+            state.map_key = key
+        self._pack(
+            state.parameters,
+            query,
+            block_tables,
+            seq_lens,
+            cum_seq_lens_q,
+            softmax_scale,
+            output_scale,
+            out,
+            lse,
+            workspace,
+        )
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        for config, function in state.configs:
+            config.hStream = stream
+            (status,) = _driver().cuLaunchKernelEx(config, function, state.pointers_address, 0)
+            if status:
+                raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
+
+    def _pack(
+        self,
+        into: Any,
+        query: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cum_seq_lens_q: torch.Tensor | None,
+        softmax_scale: float | torch.Tensor,
+        output_scale: float | torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        workspace: torch.Tensor | None,
+    ) -> None:
+        problem, splits = self.problem, self.division.splits
+        # A ragged query has no dimension of requests.
+        query_stride = query.stride() if cum_seq_lens_q is None else (0, *query.stride())
+        out_stride = out.stride() if cum_seq_lens_q is None else (0, *out.stride())
+        lse_stride = (0, 0)
+        if lse is not None:
+            lse_stride = lse.stride()[:2] if cum_seq_lens_q is None else (0, lse.stride(0))
+        query_address, out_address = query.data_ptr(), out.data_ptr()
+        query_units = STRIDE_ALIGN_BYTES // query.element_size()
+        query_aligned = query_address % STRIDE_ALIGN_BYTES == 0 and not any(
+            s % query_units for s in query_stride[:3]
+        )
+        out_aligned = out_address % (2 * out.element_size()) == 0 and not any(s % 2 for s in out_stride[:3])
+        o_partial = 0
+        if self.division.num_splits > 1:
+            assert workspace is not None
+            o_partial = workspace.data_ptr()
+        softmax_on_device = isinstance(softmax_scale, torch.Tensor)
+        output_on_device = isinstance(output_scale, torch.Tensor)
+        PARAMETERS.pack_into(
+            into,
+            TENSOR_MAP_BYTES,
+            query_address,
+            out_address,
+            0 if lse is None else lse.data_ptr(),
+            o_partial,
+            o_partial + splits.o_partial_bytes if o_partial else 0,
+            block_tables.data_ptr(),
+            seq_lens.data_ptr(),
+            0 if cum_seq_lens_q is None else cum_seq_lens_q.data_ptr(),
+            softmax_scale.data_ptr() if isinstance(softmax_scale, torch.Tensor) else 0,
+            output_scale.data_ptr() if isinstance(output_scale, torch.Tensor) else 0,
+            *query_stride[:3],
+            *out_stride[:3],
+            *lse_stride,
+            block_tables.stride(0),
+            0.0 if softmax_on_device else softmax_scale,
+            0.0 if output_on_device else output_scale,
+            problem.batch,
+            problem.q_len,
+            problem.num_heads,
+            problem.page_size.bit_length() - 1,
+            self.division.num_splits,
+            self._out_type,
+            query_aligned,
+            out_aligned,
+            0,
+            0,
+        )
+
+    def _make_configs(self) -> list[tuple[Any, Any]]:
+        problem, num_splits = self.problem, self.division.num_splits
+        row_tiles = -(-problem.rows // self.division.tile_rows)
+        grid = (row_tiles, num_splits, problem.batch)
+        configs = [(self._config(grid, (THREADS, 1), SMEM_BYTES), self._decode)]
+        if num_splits > 1:
+            grid = (problem.batch * problem.rows, COMBINE_COLUMN_BLOCKS, 1)
+            block = (32, min(num_splits, COMBINE_MAX_WARPS))
+            configs.append((self._config(grid, block, 0), self._combine))
+        return configs
+
+    def _config(self, grid: tuple[int, int, int], block: tuple[int, int], smem_bytes: int) -> Any:
+        driver = _driver()
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = *block, 1
+        config.sharedMemBytes = smem_bytes
+        if self._pdl:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        return config
+
+
+def map_shape(
+    key: MapKey, page_size: int, element_bytes: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Dimensions, strides in bytes (but the first) and box of a cache's tensor map.
+
+    Columns are cut into chunks of 64, so that a box arrives as [9 chunks, 16 keys, 64 columns].
+    """
+    dims = (CHUNK_ELEMENTS, page_size, CHUNKS, key.num_pages)
+    strides = (key.key_stride, CHUNK_ELEMENTS, key.page_stride)
+    return dims, tuple(stride * element_bytes for stride in strides), (CHUNK_ELEMENTS, BOX_KEYS, CHUNKS, 1)
+
+
+def encode_map(key: MapKey, problem: DecodeProblem) -> bytes:
+    """The tensor map of a cache. Raises ArgumentError naming kv_cache where TMA cannot read it."""
+    driver = _driver()
+    element_bytes = problem.kv_dtype.itemsize
+    dims, strides, box = map_shape(key, problem.page_size, element_bytes)
+    for what, value in (("its address", key.address), *(("a stride in bytes", stride) for stride in strides)):
+        if value % STRIDE_ALIGN_BYTES:
+            raise ArgumentError(
+                "kv_cache",
+                f"{what} is {value}, expected a multiple of {STRIDE_ALIGN_BYTES} for this provider",
+            )
+    types = driver.CUtensorMapDataType
+    swizzles = driver.CUtensorMapSwizzle
+    number = driver.cuuint32_t
+    size = driver.cuuint64_t
+    status, tensor_map = driver.cuTensorMapEncodeTiled(
+        types.CU_TENSOR_MAP_DATA_TYPE_UINT8 if element_bytes == 1 else types.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        len(dims),
+        key.address,
+        [size(dim) for dim in dims],
+        [size(stride) for stride in strides],
+        [number(extent) for extent in box],
+        [number(1)] * len(dims),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzles.CU_TENSOR_MAP_SWIZZLE_64B if element_bytes == 1 else swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status:
+        raise ArgumentError("kv_cache", f"no tensor map for shape {dims}, strides {strides}: {status.name}")
+    return ctypes.string_at(int(tensor_map.getPtr()), TENSOR_MAP_BYTES)
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver

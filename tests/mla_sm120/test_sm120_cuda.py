@@ -1,0 +1,182 @@
+"""The kernels on a GPU against float64: every path, CUDA graphs, streams, same bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import mla_core
+import pytest
+import torch
+from kernel_dispatch import ArgumentError, as_arch, resolve
+from kernel_testing import poison_
+from mla_core.plan import Plan, plan_selection
+from mla_sm120 import config
+from sm120_cases import E4M3, FP16, Case, Inputs
+
+BACKENDS = {"sm_90": "sm90", "sm_120": "sm120", "sm_121": "sm121"}
+ARCH = as_arch(None)
+BACKEND = BACKENDS.get(ARCH.base, "")
+pytestmark = pytest.mark.skipif(not BACKEND, reason="needs a GPU of SM90, SM120 or SM121")
+
+LENGTHS = (0, 1, 127, 128, 1000, 8192)
+MATRIX = [
+    Case(LENGTHS, dtype, num_heads, q_len, page_size)
+    for dtype, page_size, num_heads, q_len in itertools.product(
+        ("bf16", "fp16", "e4m3"), (16, 32, 64, 128), (1, 8, 16, 32, 64, 96, 128), (1, 2, 4)
+    )
+]
+BATCHES = [
+    Case((0, 1, 33, 127, 300)[: batch % 5 + 1] * (batch // (batch % 5 + 1)), dtype, num_heads)
+    for dtype, num_heads, batch in itertools.product(("bf16", "e4m3"), (16, 128), (3, 64, 1024))
+]
+RAGGED = [
+    Case((9, 130, 2, 70), q_lens=(2, 1, 4, 0)),
+    Case((300,), "e4m3", 128, q_lens=(3,)),
+    Case((0, 5, 64, 4000), "fp16", 7, page_size=16, q_lens=(1, 5, 2, 1)),
+]
+
+
+@pytest.fixture(autouse=True)
+def cold_memory() -> Iterator[None]:
+    yield
+    torch.cuda.synchronize()
+
+
+def plan_of(inputs: Inputs, tactic: str | None = None) -> Plan:
+    selection = resolve(inputs.problem, torch.device("cuda", torch.cuda.current_device()), BACKEND)
+    if tactic is not None:
+        selection = replace(selection, tactic=tactic)
+    return plan_selection(selection, inputs.problem, torch.device("cuda", torch.cuda.current_device()))
+
+
+def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:
+    if workspace is None:
+        workspace = torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device="cuda")
+    arguments = {"softmax_scale": inputs.case.scale, "cum_seq_lens_q": inputs.cum_seq_lens_q, **options}
+    plan.run(*inputs.positional, out=inputs.out, lse=inputs.lse, workspace=workspace, **arguments)
+
+
+@pytest.mark.parametrize("case", MATRIX + BATCHES + RAGGED, ids=str)
+def test_matches_float64(case: Case) -> None:
+    inputs = Inputs(case, "cuda")
+    run(plan_of(inputs), inputs)
+    inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize(
+    "tactic", [f"m{tile}{end}" for tile in config.TILE_ROWS for end in ("", config.WHOLE)]
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+def test_every_tactic(dtype: str, tactic: str) -> None:
+    inputs = Inputs(Case((500, 0, 77, 1), dtype, 24, 3), "cuda")
+    run(plan_of(inputs, tactic), inputs)
+    inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP16, E4M3], ids=str)
+def test_output_dtypes_and_scales_on_the_device(dtype: str, out_dtype: torch.dtype) -> None:
+    inputs = Inputs(Case((300, 31), dtype, 16, 2, out_dtype=out_dtype), "cuda")
+    scales = {"softmax_scale": torch.tensor([inputs.case.scale]), "output_scale": torch.tensor([-2.5])}
+    mla_core.decode(
+        *inputs.positional,
+        out=inputs.out,
+        lse=inputs.lse,
+        return_lse=True,
+        backend=BACKEND,
+        **{name: scale.cuda() for name, scale in scales.items()},
+    )
+    inputs.check(inputs.out, inputs.lse, output_scale=-2.5)
+
+
+def test_absent_pages() -> None:
+    inputs = Inputs(Case((300, 130, 64), num_heads=4, q_len=2), "cuda")
+    lengths = inputs.seq_lens.tolist()
+    inputs.block_tables[0, 1], inputs.block_tables[1, 2], inputs.block_tables[2, 0] = -1, -5, -1
+    run(plan_of(inputs), inputs)
+    want, lse = mla_core.decode_reference(
+        *(tensor.cpu() for tensor in inputs.positional), softmax_scale=inputs.case.scale
+    )
+    assert lengths == inputs.seq_lens.tolist()
+    assert (inputs.out.cpu().double() - want).abs().max() < 2.0**-6
+    assert torch.equal(inputs.lse.cpu().isneginf(), lse.isneginf())
+
+
+def test_strided_tensors() -> None:
+    inputs = Inputs(Case((300, 5), num_heads=8, q_len=2), "cuda")
+    query, cache = torch.zeros(2, 2, 9, 579), torch.full((len(inputs.kv_cache), 70, 640), float("nan"))
+    query, cache = query.bfloat16().cuda()[:, :, 1:, 3:], cache.bfloat16().cuda()[:, :64, :576]
+    query.copy_(inputs.query)
+    cache.copy_(inputs.kv_cache)
+    out = torch.full((2, 2, 8, 515), float("nan"), dtype=torch.bfloat16, device="cuda")[..., 3:]
+    inputs.query, inputs.kv_cache = query, cache
+    inputs.out = out
+    run(plan_of(inputs), inputs)
+    inputs.kv_cache = cache.contiguous()
+    inputs.check(out, inputs.lse)
+
+
+def test_a_cache_that_tma_cannot_read_is_named() -> None:
+    inputs = Inputs(Case((5,)), "cuda")
+    inputs.kv_cache = torch.zeros(4, 64, 577, dtype=torch.bfloat16, device="cuda")[..., :576]
+    with pytest.raises(ArgumentError, match="kv_cache"):
+        run(plan_of(inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str) -> None:
+    case = Case((1000, 0, 1, 300, 8000) * 4, dtype, 20, 2)
+    inputs = Inputs(case, "cuda")
+    plan = plan_of(inputs, "m64-whole")
+    run(plan, inputs)
+    first = inputs.out.clone()
+    run(plan, inputs)
+    assert torch.equal(inputs.out.view(torch.uint8), first.view(torch.uint8))
+    for request in range(len(case.lengths)):
+        alone = Inputs(replace(case, lengths=case.lengths[request : request + 1]), "cuda")
+        alone.query, alone.kv_cache = inputs.query[request : request + 1], inputs.kv_cache
+        alone.block_tables = inputs.block_tables[request : request + 1]
+        run(plan_of(alone, "m64-whole"), alone)
+        assert torch.equal(alone.out.view(torch.uint8)[0], first.view(torch.uint8)[request])
+
+
+def test_graph_replays_with_changed_lengths_and_tables() -> None:
+    lengths = ((3000, 0, 67), (5, 2900, 64))
+    cases = [Case(given, num_heads=16, q_len=2, seed=seed) for seed, given in enumerate(lengths)]
+    static, other = (Inputs(case, "cuda") for case in cases)
+    plan = plan_of(static)
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    run(plan, static, workspace)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(plan, static, workspace)
+    for inputs in (static, other):
+        if inputs is other:
+            static.query.copy_(other.query)
+            static.seq_lens.copy_(other.seq_lens)
+            static.kv_cache[: len(other.kv_cache)] = other.kv_cache
+            columns = min(static.block_tables.shape[1], other.block_tables.shape[1])
+            static.block_tables[:, :columns] = other.block_tables[:, :columns]
+        poison_(static.out)
+        poison_(static.lse)
+        graph.replay()
+        inputs.check(static.out, static.lse)
+
+
+def test_two_streams_at_once() -> None:
+    pairs = [
+        (Inputs(Case((5000, 70, 900), num_heads=16, seed=seed), "cuda"), torch.cuda.Stream())
+        for seed in (1, 2)
+    ]
+    plan = plan_of(pairs[0][0])
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for inputs, stream in pairs:
+            with torch.cuda.stream(stream):
+                run(plan, inputs)
+    torch.cuda.synchronize()
+    for inputs, _ in pairs:
+        inputs.check(inputs.out, inputs.lse)

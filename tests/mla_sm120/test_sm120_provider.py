@@ -1,0 +1,106 @@
+"""What the providers take and say, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import kernel_dispatch
+import pytest
+import torch
+from kernel_dispatch import Arch, NoKernelError, as_arch
+from mla_core import DecodeProblem, workspace_nbytes
+from mla_sm120 import config, launch, provider, sources
+from mla_sm120.config import Division
+
+PROBLEM = DecodeProblem(batch=3, q_len=2, num_heads=16, page_size=64, max_seq_len=8192)
+
+
+@pytest.mark.parametrize(("arch", "name"), [("sm_120a", "sm120"), ("sm_121a", "sm121"), ("sm_90a", "sm90")])
+def test_explain_says_what_will_run(arch: str, name: str) -> None:
+    report = kernel_dispatch.explain(PROBLEM, arch)
+    assert report.chosen == name
+    others = {"sm120", "sm121", "sm90"} - {name}
+    for other in others:
+        assert re.search(rf"{other} +declined .*is for sm_", str(report))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"page_size": 8, "max_pages": None}, "page_size = 8"),
+        ({"page_size": 48, "max_pages": None}, "page_size = 48"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank"),
+        ({"batch": 70000}, "batch = 70000"),
+    ],
+    ids=str,
+)
+def test_declines_with_a_reason(changes: dict[str, int], reason: str) -> None:
+    problem = replace(PROBLEM, **changes)
+    with pytest.raises(NoKernelError, match=reason):
+        kernel_dispatch.resolve(problem, as_arch("sm_120a"), "sm120")
+
+
+@pytest.mark.parametrize(
+    ("registered", "version", "expected"),
+    [
+        (provider.SM120, "12.6", "compute capability 12.0.*CUDA 12.8 or newer.*CUDA 12.6"),
+        (provider.SM121, "12.9", "compute capability 12.1.*DGX Spark.*CUDA 13.0 or newer.*CUDA 12.9"),
+        (provider.SM120, "12.8", None),
+        (provider.SM121, "13.0", None),
+        (provider.SM121, None, None),
+    ],
+    ids=str,
+)
+def test_each_gpu_names_the_cuda_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+    registered: kernel_dispatch.Provider,
+    version: str | None,
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", version)
+    reason = registered.supports(PROBLEM, as_arch(registered.archs[0]))
+    assert reason is None if expected is None else re.search(expected, str(reason))
+
+
+def test_a_device_with_less_shared_memory_is_declined() -> None:
+    arch = replace(Arch.from_name("sm_120a"), smem_optin_bytes=65536)
+    assert "65536 bytes of shared memory" in str(config.objection(PROBLEM, arch))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "q_len", "tile"),
+    [(1, 1, 16), (8, 2, 16), (16, 1, 16), (16, 2, 32), (96, 1, 64), (128, 4, 64)],
+)
+def test_the_tile_follows_the_rows(num_heads: int, q_len: int, tile: int) -> None:
+    problem = replace(PROBLEM, num_heads=num_heads, q_len=q_len)
+    names = config.tactics(problem)
+    assert names[0] == f"m{tile}"
+    assert len(set(names)) == 2 * len(config.TILE_ROWS)
+
+
+def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> None:
+    arch = as_arch("sm_120a")
+    needed = workspace_nbytes(PROBLEM, arch, "sm120")
+    for name in config.tactics(PROBLEM):
+        division = Division.of(PROBLEM, arch, name)
+        assert division.splits.workspace_bytes <= needed
+        assert (division.num_splits == 1) == name.endswith(config.WHOLE)
+
+
+def test_a_cache_is_cut_into_chunks_of_64_columns() -> None:
+    key = launch.MapKey(address=0, num_pages=7, page_stride=64 * 640, key_stride=640)
+    dims, strides, box = launch.map_shape(key, 64, 2)
+    assert dims == (64, 64, 9, 7)
+    assert strides == (640 * 2, 128, 64 * 640 * 2)
+    assert box == (64, 16, 9, 1)
+
+
+def test_parameters_fill_the_struct() -> None:
+    assert launch.TENSOR_MAP_BYTES + launch.PARAMETERS.size <= launch.PARAMETER_BYTES
+    text = (sources.CUDA_FOLDER / "params.h").read_text()
+    assert f"sizeof(DecodeParams) == {launch.PARAMETER_BYTES}" in text
+    header = (sources.CUDA_FOLDER / "config.h").read_text()
+    assert f"kMaxSmemBytes = {config.SMEM_BYTES};" in header
+    assert f"kBoxKeys = {config.BOX_KEYS};" in header
+    assert f"kTileKeys = {config.TILE_KEYS};" in header
