@@ -124,7 +124,7 @@ Step store(Warp& w, const Instruction& i) {
     }
     for (Lanes rest = to.granted; rest; rest &= rest - 1) {
       const int lane = __builtin_ctz(rest);
-      const T value = read_register<T>(w, slot, bits, lane);
+      T value = read_register<T>(w, slot, bits, lane);  // not const: clang's __atomic_store asks for that
       if constexpr (sizeof(T) <= 8) {
         if (strong) {
           __atomic_store(reinterpret_cast<T*>(to.data[lane] + at), &value, __ATOMIC_RELEASE);
