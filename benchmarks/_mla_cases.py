@@ -1,4 +1,4 @@
-"""Inputs of an MLA decode call, its float64 result with the bound it is held to, and what it must move and compute."""
+"""Inputs of an MLA decode call, its float64 result with its bound, and what it must move and compute."""
 
 from __future__ import annotations
 

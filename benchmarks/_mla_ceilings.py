@@ -1,4 +1,4 @@
-"""The matrix rate that mma.sync reaches from registers on this device: the ceiling of compute-bound decode."""
+"""The rate that mma.sync reaches from registers on this device: the ceiling of compute-bound decode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ SOURCE = """
 extern "C" __global__ void __launch_bounds__(256) mma_rate(float* out) {
   float c[%(tiles)d][4];
   for (int t = 0; t < %(tiles)d; ++t) c[t][0] = c[t][1] = c[t][2] = c[t][3] = threadIdx.x * t;
-  unsigned a[4] = {threadIdx.x * 2654435761u, 0x3c003c01u, 0x3c023c03u, 0x3c043c05u}, b[2] = {0x3c063c07u, 0x3c083c09u};
+  unsigned a[4] = {threadIdx.x * 2654435761u, 0x3c003c01u, 0x3c023c03u, 0x3c043c05u};
+  unsigned b[2] = {0x3c063c07u, 0x3c083c09u};
   for (int i = 0; i < %(steps)d; ++i) {
 #pragma unroll
     for (int t = 0; t < %(tiles)d; ++t)

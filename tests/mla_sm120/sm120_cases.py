@@ -1,4 +1,4 @@
-"""Decode problems with poisoned memory on any device, their float64 results, and the bounds of every element."""
+"""Decode problems with poisoned memory on any device, their float64 results, and every element's bound."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Inputs:
     def _token(
         self, query: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """LSE, output, and the bound of what rounded weights and float32 sums add to the output's rounding."""
+        """LSE, output, and the bound of what rounded weights and float32 sums add to its rounding."""
         scores = self.case.scale * query.double() @ keys.T
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.unsqueeze(-1))

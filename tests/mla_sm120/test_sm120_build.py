@@ -1,4 +1,4 @@
-"""What the compiler makes of the sources for every architecture: registers, stack, shared memory, instructions."""
+"""What the compiler makes of the sources for every architecture: registers, stack, instructions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REPORT = re.compile(
     r".*?Used (\d+) registers",
     re.DOTALL,
 )
-# Bytes of stack on sm_90a, the stand-in: its mma.sync of e4m3 is made of conversions and others, and ptxas leaves
-# the tile of 64 rows, which needs nearly all registers, a few bytes short.
+# Bytes of stack on sm_90a, the stand-in: its mma.sync of e4m3 is made of conversions and other mma.sync, and
+# ptxas leaves the tile of 64 rows, which needs nearly all registers, a few short.
 KNOWN_STACK_BYTES = {("sm_90a", "mla_decode_m64"): 128}
 TENSOR_OPCODES = {"HMMA.16816": 0x23C, "QMMA": 0x27A}  # the low twelve bits of an instruction
 

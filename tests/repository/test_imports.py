@@ -37,7 +37,7 @@ DEFAULT_ALLOWED = {"kernel_dispatch"}
 KERNEL_LANGUAGES = {"cutlass", "triton", "tilelang", "tvm_ffi", "cuda", "cupy", "numba"}
 
 # Import names of distributions whose name differs from what is imported.
-DISTRIBUTION_OF = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi", "cuda": "cuda-python"}
+DISTRIBUTION_OF = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi", "cuda": "cuda-bindings"}
 
 
 @dataclass(frozen=True)

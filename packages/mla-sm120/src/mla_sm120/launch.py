@@ -1,7 +1,7 @@
 """Launches: parameters packed as `cuda/params.h` lays them out, and one or two calls of the driver.
 
-The driver is called through cuda-bindings. The tensor map of a cache is encoded when the cache is first seen, and
-again only for a cache at another address or of another shape.
+The driver is called through cuda-bindings. The tensor map of a cache is encoded when the cache is first seen,
+and again only for a cache at another address or of another shape.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MapKey(NamedTuple):
 
 
 class _ThreadState(threading.local):
-    """Buffers of one thread: parameters, and the configurations of the launches, whose stream is set per call."""
+    """Buffers of one thread: parameters, and configurations of launches, whose stream is set per call."""
 
     def __init__(self, make_configs: Any) -> None:
         self.parameters = ctypes.create_string_buffer(PARAMETER_BYTES)
@@ -49,10 +49,11 @@ class _ThreadState(threading.local):
         self.pointers_address = ctypes.addressof(self.pointers)
         self.map_key: MapKey | None = None
         self.configs = make_configs()
+        self.launch = _driver().cuLaunchKernelEx
 
 
 class Launcher:
-    """Launches one problem on one device; the arguments are those of every launcher of `mla_core.decode.v1`."""
+    """Launches one problem on one device; takes what every launcher of `mla_core.decode.v1` takes."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class Launcher:
         state = self._state
         key = MapKey(kv_cache.data_ptr(), kv_cache.shape[0], kv_cache.stride(0), kv_cache.stride(1))
         if key != state.map_key:
-            state.parameters[:TENSOR_MAP_BYTES] = encode_map(key, self.problem)
+            ctypes.memmove(state.parameters, encode_map(key, self.problem), TENSOR_MAP_BYTES)
             state.map_key = key
         self._pack(
             state.parameters,
@@ -113,7 +114,7 @@ class Launcher:
         stream = torch._C._cuda_getCurrentRawStream(index)
         for config, function in state.configs:
             config.hStream = stream
-            (status,) = _driver().cuLaunchKernelEx(config, function, state.pointers_address, 0)
+            (status,) = state.launch(config, function, state.pointers_address, 0)
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
 
@@ -134,7 +135,7 @@ class Launcher:
         # A ragged query has no dimension of requests.
         query_stride = query.stride() if cum_seq_lens_q is None else (0, *query.stride())
         out_stride = out.stride() if cum_seq_lens_q is None else (0, *out.stride())
-        lse_stride = (0, 0)
+        lse_stride: tuple[int, ...] = (0, 0)
         if lse is not None:
             lse_stride = lse.stride()[:2] if cum_seq_lens_q is None else (0, lse.stride(0))
         query_address, out_address = query.data_ptr(), out.data_ptr()

@@ -1,7 +1,7 @@
 """From sources or packaged cubins to kernels on a device.
 
-A cubin of the wheel is taken if it was compiled from the sources that are installed. Otherwise NVRTC compiles,
-once, into the compile cache.
+A cubin of the wheel is taken if it was compiled from the sources that are installed. Otherwise NVRTC
+compiles, once, into the compile cache.
 """
 
 from __future__ import annotations

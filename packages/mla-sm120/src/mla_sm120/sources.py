@@ -1,7 +1,7 @@
 """The CUDA sources and how they are compiled; needs the standard library only, for the build hook reads it.
 
-A cubin holds the kernels of one dtype, or the combine kernel, for one architecture. A folder of cubins has the
-hash of the sources that they were compiled from beside them.
+A cubin holds the kernels of one dtype, or the combine kernel, for one architecture. A folder of cubins has
+the hash of the sources that they were compiled from beside them.
 """
 
 from __future__ import annotations

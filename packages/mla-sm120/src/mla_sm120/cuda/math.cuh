@@ -149,6 +149,7 @@ struct Softmax {
     store_weights(ring, octet * kOctetRows + lane / 4, lane % 4, s);
     tile_sum += __shfl_xor_sync(0xffffffffu, tile_sum, 1);
     tile_sum += __shfl_xor_sync(0xffffffffu, tile_sum, 2);
+    __syncwarp();  // the quad has read the row's maximum
     if (lane % 4 == 0) {
       st_shared(row_state, decay);
       st_shared(row_state + (C::kMaxOffset - C::kDecayOffset), max);
