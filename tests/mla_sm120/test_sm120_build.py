@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from mla_sm120 import sources
+from mla_sm120 import load, sources
 
 NVCC = sources.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -95,3 +95,20 @@ def test_every_cubin_has_its_place(tmp_path: Path) -> None:
     names = {path.name for path in sources.build_cubins(NVCC, tmp_path)}
     expected = {sources.cubin_name(unit, arch) for unit in sources.UNITS for arch in sources.nvcc_archs(NVCC)}
     assert names == expected | {sources.HASH_NAME}
+
+
+def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert NVCC is not None
+    arch = sources.nvcc_archs(NVCC)[0]
+    (tmp_path / sources.cubin_name("combine", arch)).write_bytes(b"a cubin")
+    digest = tmp_path / sources.HASH_NAME
+    digest.write_text(sources.sources_digest())
+    monkeypatch.setattr(load, "PACKAGED", tmp_path)
+    assert load.cubin("combine", arch).parent == tmp_path
+    digest.write_text("0" * 64)
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr(load, "_compile", lambda unit, arch, into: (into / "compiled").write_text(unit))
+    monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
+    assert tmp_path / "cache" in load.cubin("combine", arch).parents
