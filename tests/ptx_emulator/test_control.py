@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from harness import run_kernel
-from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
 from ptx_emulator.reports import EmulationError
 
 STORE = "add.u64 %rd2, %rd1, %rd0; st.global.u32 [%rd2], %r2;"
@@ -128,6 +128,39 @@ def test_divergence_at_an_aligned_instruction():
     result = run_kernel(body, out, expect_reports=True)
     report = next(r for r in result.reports if r.kind == "divergence")
     assert "0-3" in report.message
+
+
+def test_a_finding_at_one_instruction_is_reported_once():
+    out = np.zeros(1, dtype=np.uint32)
+    body = """
+    mov.u32 %r2, 0;
+    LOOP: ld.global.u32 %r3, [%rd1+4096]; add.u32 %r2, %r2, 1; setp.lt.u32 %p1, %r2, 5; @%p1 bra LOOP;
+    """
+    (report,) = run_kernel(body, out, block=(1, 1, 1), expect_reports=True).reports
+    assert (report.kind, report.times) == ("out-of-bounds", 5)
+
+
+def test_allowed_findings_are_kept_apart():
+    out = np.zeros(1, dtype=np.uint32)
+    result = run_kernel("ld.global.u32 %r3, [%rd1+4096];", out, allow=("out-of-bounds",))
+    assert result.reports == []
+    assert [report.kind for report in result.allowed] == ["out-of-bounds"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"allow": ("typo",)}, "allow"),
+        ({"workers": 0}, "workers"),
+        ({"schedule": "slow"}, "schedule"),
+        ({"shared_bytes": -5}, "shared_bytes"),
+        ({"block": (32, -1, -1)}, "block"),
+        ({"grid": (1, 70000, 1)}, "grid"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(options: dict[str, object], name: str):
+    with pytest.raises(EmulatorError, match=f"^{name}:"):
+        run_kernel("", np.zeros(1, dtype=np.uint32), **options)
 
 
 def test_trap_stops_the_grid():

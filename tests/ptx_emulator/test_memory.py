@@ -408,7 +408,7 @@ def test_misaligned_shared() -> None:
 def test_other_cta_as_own() -> None:
     body = "mov.u32 %r5, smem; xor.b32 %r5, %r5, 0x1000000; st.shared::cta.b32 [%r5], 1;"
     found = findings(body, grid=(2, 1, 1), cluster=(2, 1, 1), shared_bytes=128)
-    assert [kind for kind, _, _ in found] == ["out-of-bounds"] * 2
+    assert [kind for kind, _, _ in found] == ["out-of-bounds"]
     assert ".shared::cta memory of CTA rank" in found[0][2]
 
 

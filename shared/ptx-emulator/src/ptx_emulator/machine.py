@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +19,7 @@ from ptx_emulator.errors import EmulatorError
 from ptx_emulator.program import Program, lower
 from ptx_emulator.ptx.module import Module
 from ptx_emulator.ptx.parser import parse
-from ptx_emulator.reports import EmulationError, Report, reports_from_json
+from ptx_emulator.reports import KINDS, EmulationError, Report, reports_from_json
 from ptx_emulator.targets import target as find_target
 
 _WARPS = {"fair": 0, "greedy": 1, "random": 2}
@@ -161,11 +161,15 @@ class LoadedModule:
 
 @dataclass
 class Result:
-    """What a run of the queue gave: findings, and per launch what was executed."""
+    """What a run of the queue gave: findings, and per launch what was executed.
+
+    `allowed` are the findings of kinds that the machine was told to allow; `reports` are all others.
+    """
 
     reports: list[Report]
     counts: list[LaunchCounts]
     spans: list[dict[str, Any]] = field(default_factory=list)
+    allowed: list[Report] = field(default_factory=list)
 
     def raise_reports(self) -> None:
         """Raises EmulationError if something was found."""
@@ -187,9 +191,11 @@ class Machine:
         trace: whether spans for a timeline are recorded.
         early_dependents: whether a grid launched with programmatic stream serialization starts as early as
             its predecessor allows, or only when that has completed.
+        allow: kinds of findings that go to `Result.allowed`, such as `tcgen05-order`: the fences that the PTX
+            ISA asks for behind an mbarrier, and that published kernels leave out.
 
     Raises:
-        EmulatorError: an unknown device or schedule.
+        EmulatorError: an unknown device, schedule or kind of finding.
     """
 
     def __init__(
@@ -202,7 +208,9 @@ class Machine:
         workers: int | None = None,
         trace: bool = False,
         early_dependents: bool = True,
+        allow: Collection[str] = (),
     ) -> None:
+        self._handle: int | None = None
         self.device = device
         self.target = find_target(device)
         pair = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
@@ -223,7 +231,14 @@ class Machine:
             early_dependents,
             seed,
         )
-        self._handle: int | None = None
+        unknown = sorted(set(allow) - set(KINDS))
+        if unknown:
+            raise EmulatorError(
+                f"allow: {unknown[0]!r} is not a kind of finding; those are {', '.join(KINDS)}"
+            )
+        if workers is not None and workers < 1:
+            raise EmulatorError(f"workers: {workers}, at least 1 is needed")
+        self._allow = frozenset(allow)
         self._launches: list[tuple[Kernel, int]] = []  # kernel, warps per CTA
         self._keep: list[Any] = []
         self._ranges: dict[int, tuple[str, int, int]] = {}  # base -> name, bytes, flags
@@ -299,8 +314,10 @@ class Machine:
             runtime.ptxe_synchronize(self._pointer())
         locations = {kernel.program.name: kernel.program.locations for kernel, _ in self._launches}
         findings = json.loads(runtime.ptxe_findings(self._pointer()).decode())
+        reports = reports_from_json(findings, locations)
         result = Result(
-            reports=reports_from_json(findings, locations),
+            reports=[report for report in reports if report.kind not in self._allow],
+            allowed=[report for report in reports if report.kind in self._allow],
             counts=list(self._counts()),
             spans=json.loads(runtime.ptxe_spans(self._pointer()).decode()),
         )
@@ -356,8 +373,15 @@ class Machine:
         if total > self.target.max_shared_bytes:
             raise EmulatorError(
                 f"shared_bytes: {program.name} asks for {total} bytes of shared memory, "
-                f"{program.static_shared_bytes} of them static; {self.target.name} has {self.target.max_shared_bytes}"
+                f"{program.static_shared_bytes} of them static; {self.target.name} has "
+                f"{self.target.max_shared_bytes}"
             )
+        if shared_bytes < 0:
+            raise EmulatorError(f"shared_bytes: {shared_bytes} is negative")
+        if min(block) < 1 or block[2] > 64:
+            raise EmulatorError(f"block: {block}, every direction has at least 1 thread, z at most 64")
+        if grid[0] >= 2**31 or max(grid[1:]) > 65535:
+            raise EmulatorError(f"grid: {grid} has more than 2**31 - 1 CTAs in x, or 65,535 in y or z")
         threads = block[0] * block[1] * block[2]
         if not 0 < threads <= 1024:
             raise EmulatorError(f"block: {block} has {threads} threads, a CTA has 1 to 1024")

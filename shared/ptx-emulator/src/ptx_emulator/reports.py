@@ -21,7 +21,6 @@ KINDS = {
     "divergence": "Divergence at .aligned instructions",
     "barrier": "Misuse of barriers",
     "tmem": "Misuse of tensor memory",
-    "shared-size": "Shared memory over the limit",
     "grid-dependency": "Accesses that need griddepcontrol.wait",
     "unsupported": "Not supported",
     "trap": "Traps",
@@ -61,7 +60,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """One finding. `kind` is a key of `KINDS`, `other` the earlier side of a race, `launch` counts from 0."""
+    """One finding.
+
+    `kind` is a key of `KINDS`, `other` the earlier side of a race, `launch` counts from 0; `times` says how
+    often it was found at the same instructions.
+    """
 
     kind: str
     message: str
@@ -69,6 +72,7 @@ class Report:
     launch: int
     site: Site
     other: Site | None = None
+    times: int = 1
 
     @property
     def line(self) -> int:
@@ -92,6 +96,8 @@ class Report:
 
     def __str__(self) -> str:
         text = f"{self.kind} in {self.kernel} at {self.site}: {self.message}"
+        if self.times > 1:
+            text += f" (and {self.times - 1} times more)"
         return f"{text}\n    the other one: {self.other}" if self.other else text
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,6 +153,7 @@ def _report(finding: Mapping[str, Any], locations: Mapping[int, Location]) -> Re
         launch=finding["grid"],
         site=_site(finding["site"], locations),
         other=_site(other, locations) if other else None,
+        times=finding.get("times", 1),
     )
 
 

@@ -19,6 +19,7 @@ class Options:
         trace: whether a timeline is recorded, in `Result.spans`.
         early_dependents: whether a grid launched with programmatic stream serialization starts as early as
             its predecessor allows, or only when that has completed.
+        allow: kinds of findings that are put into `Result.allowed` and never raised; see `Machine`.
         strict: whether findings are raised as EmulationError; otherwise they are in `Result.reports`.
         progress: whether a bar shows how many clusters have run.
     """
@@ -29,6 +30,7 @@ class Options:
     workers: int | None = None
     trace: bool = False
     early_dependents: bool = True
+    allow: tuple[str, ...] = ()
     strict: bool = True
     progress: bool = False
 
@@ -42,4 +44,5 @@ class Options:
             workers=self.workers,
             trace=self.trace,
             early_dependents=self.early_dependents,
+            allow=self.allow,
         )

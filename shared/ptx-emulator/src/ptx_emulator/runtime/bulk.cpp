@@ -169,7 +169,9 @@ bool all_done(const ThreadGroups& groups, uint32_t allowed, bool read_only) {
 // Takes the effects of all groups but the last `allowed`.
 void take_groups(Warp& w, ThreadGroups& groups, uint32_t allowed, bool read_only) {
   for (size_t k = 0; k + allowed < groups.committed.size(); ++k) {
-    if (groups.committed[k]) acquire(w, read_only ? groups.committed[k]->read : groups.committed[k]->written);
+    if (!groups.committed[k]) continue;
+    groups.committed[k]->waited = true;
+    acquire(w, read_only ? groups.committed[k]->read : groups.committed[k]->written);
   }
   while (groups.committed.size() > allowed) {
     const BulkGroupPtr& first = groups.committed.front();
@@ -197,6 +199,7 @@ void GroupedCopy::join_group(Warp& w, int lane, uint64_t completion) {
   group = open_bulk_group(w, lane);
   ++group->reading;
   ++group->writing;
+  group->site = site_of(w, lane);
   reader = issue_at(w, lane, completion - kEngineLatency);
   writer = issue_at(w, lane, completion);
 }
@@ -216,6 +219,21 @@ bool GroupedCopy::step(Cluster& cluster) {
   retire(cluster, writer);
   --group->writing;
   return true;
+}
+
+void check_bulk_groups_at_exit(Cta& cta) {
+  auto check = [&](const BulkGroupPtr& group) {
+    if (!group || group->waited) return;
+    report(*cta.grid, Report::Race, group->site,
+           "The CTA ends while this copy may still read its shared memory: no thread waits for it with "
+           "cp.async.bulk.wait_group.");
+  };
+  for (auto& [warp, table] : cta.warp_state) {
+    for (const ThreadGroups& groups : table.get<BulkGroups>().lanes) {
+      check(groups.open);
+      for (const BulkGroupPtr& group : groups.committed) check(group);
+    }
+  }
 }
 
 uint64_t through_copy_engine(Warp& w, uint64_t bytes, const char* name) {

@@ -13,6 +13,8 @@ namespace ptxe {
 struct BulkGroup {
   uint32_t reading = 0;  // copies that have not read their source
   uint32_t writing = 0;  // copies that have not written their destination
+  bool waited = false;   // for the reading at least
+  Site site;             // of its last copy
   Sync read, written;
 };
 using BulkGroupPtr = std::shared_ptr<BulkGroup>;
@@ -33,6 +35,9 @@ struct GroupedCopy : AsyncOp {
   virtual void read(Cluster& cluster) = 0;   // source to buffer
   virtual void write(Cluster& cluster) = 0;  // buffer to destination
 };
+
+// Reports copies that read the CTA's shared memory and that no thread has waited for.
+void check_bulk_groups_at_exit(Cta& cta);
 
 // Takes `bytes` through the copy engine of the warp's CTA; the virtual time at which the last one has arrived.
 uint64_t through_copy_engine(Warp& w, uint64_t bytes, const char* name);

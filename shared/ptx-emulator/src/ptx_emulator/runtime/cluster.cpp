@@ -1,6 +1,7 @@
 // The start and the end of a cluster: shared memory, registers, special registers.
 #include <algorithm>
 
+#include "bulk.h"
 #include "program.h"
 
 namespace ptxe {
@@ -179,6 +180,7 @@ std::unique_ptr<Cluster> make_cluster(Grid& grid, uint32_t linear) {
 
 void end_cta(Cta& cta) {
   check_barriers_at_exit(cta);
+  check_bulk_groups_at_exit(cta);
   check_tmem_at_exit(cta);
 }
 

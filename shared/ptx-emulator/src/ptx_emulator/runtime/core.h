@@ -132,7 +132,7 @@ std::string lanes_text(Lanes lanes);  // "0-3,7"
 
 enum class Report : uint8_t {
   OutOfBounds, Misaligned, Uninitialised, Race, ProxyRace, Tcgen05Order, Deadlock, Divergence, BarrierMisuse,
-  TmemMisuse, SharedOverflow, GridDependency, Unsupported, Trap,
+  TmemMisuse, GridDependency, Unsupported, Trap,
 };
 
 // Records a report at the executing instruction. `lane` -1: the whole warp. `other` is the earlier side of a race.
