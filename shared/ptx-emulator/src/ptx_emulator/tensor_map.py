@@ -1,20 +1,20 @@
 """The 128-byte tensor map: what `cuTensorMapEncodeTiled` makes, and back.
 
-The layout follows what the host code of compiled CuTe DSL functions writes:
+The layout is that of `cuTensorMapEncodeTiled` of driver 580.159.04 on an H200; the host code of compiled CuTe
+DSL functions writes the same, and for sm_100 sets bit 1 of the word at 8, which means nothing here.
 
 | where | what |
 |---|---|
 | bytes 0 to 7 | address |
-| word at 8 | bit 1 set; 4-6 rank - 1; 7-10 type; 13-14 swizzle; 16 tf32; 18 set; 19 atoms of 32 bytes |
+| word at 8 | 4-6 rank - 1; 7-10 type; 11-12 interleave; 13-14 swizzle; 15 NaN fill; 16 tf32; 17-18 L2 |
 | words at 12, 16, 20, 24 | strides 1 to 4 in units of 16 bytes, low 32 bits |
 | word at 28 | their upper 4 bits, a nibble each |
 | words at 32 to 48 | dimensions - 1 |
+| word at 52 | element strides - 1, three bits each |
 | bytes 55 to 59 | box - 1 |
 
-The rest is this emulator's own choice, in bits that are zero there or agree: in the word at 8 the
-interleave (11 to 12), the fill of out-of-bounds elements (15), the L2 promotion (17 to 18, so that
-bit 18 means 128 bytes) and the atomicity of the swizzle (19 to 20); in the word at 52 the element
-strides - 1, three bits each. Bytes 64 to 127 mean nothing.
+Bits 19 to 20 of the word at 8 are the atomicity of the swizzle, where only 19 (32 bytes) was seen. Bytes 64
+to 127 mean nothing. The element stride of dimension 0 is ignored without interleave.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ MAX_BOX = 256
 MAX_ELEMENT_STRIDE = 8
 
 _FLAGS, _STRIDES, _STRIDES_HIGH, _DIMS, _ELEMENT_STRIDES, _BOX = 8, 12, 28, 32, 52, 55
-_ALWAYS_SET = 1 << 1
 
 
 class DataType(IntEnum):
@@ -183,8 +182,7 @@ class TensorMap:
         steps = 0
         for index in range(self.rank):
             struct.pack_into("<I", out, _DIMS + 4 * index, self.dims[index] - 1)
-            # The step of dimension 0 is ignored without interleave, and 1 is written.
-            steps |= (self.steps[index] - 1 if index or self.interleave else 0) << 3 * index
+            steps |= (self.steps[index] - 1) << 3 * index
         struct.pack_into("<I", out, _ELEMENT_STRIDES, steps)
         out[_BOX : _BOX + self.rank] = bytes(length - 1 for length in self.box)
         return bytes(out)
@@ -231,7 +229,7 @@ def decode(data: bytes) -> TensorMap:
         raise ValueError(f"a tensor map has {BYTES} bytes, not {len(data)}")
     (flags,) = struct.unpack_from("<I", data, _FLAGS)
     rank = (flags >> 4 & 7) + 1
-    if not flags & _ALWAYS_SET or rank > MAX_RANK:
+    if not any(data[:8]) or rank > MAX_RANK:
         raise ValueError("these bytes are not a tensor map")
     code = flags >> 7 & 15
     data_type = next(t for t, c in _CODES.items() if c == code)
@@ -258,8 +256,7 @@ def _flags(tensor_map: TensorMap) -> int:
     mode = min(tensor_map.swizzle, Swizzle.B128)
     tf32 = tensor_map.data_type in _TF32.values()
     return (
-        _ALWAYS_SET
-        | (tensor_map.rank - 1) << 4
+        (tensor_map.rank - 1) << 4
         | _CODES[tensor_map.data_type] << 7
         | tensor_map.interleave << 11
         | mode << 13

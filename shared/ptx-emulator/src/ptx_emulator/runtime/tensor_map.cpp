@@ -22,7 +22,6 @@ struct Bits {
   uint32_t mask() const { return (1u << count) - 1; }
   uint32_t in(uint32_t word) const { return word >> first & mask(); }
 };
-constexpr uint32_t kAlwaysSet = 1u << 1;
 constexpr Bits kRank{4, 3};  // less 1
 constexpr Bits kType{7, 4};
 constexpr Bits kInterleave{11, 2};
@@ -88,11 +87,11 @@ uint32_t TensorMap::element_bits() const {
 
 bool decode_tensor_map(const uint8_t* bytes, TensorMap& map, std::string& why) {
   const uint32_t flags = load_word(bytes, kFlags);
-  if (!(flags & kAlwaysSet)) {
-    why = "there is no tensor map in the format of this emulator";
+  std::memcpy(&map.address, bytes, sizeof map.address);
+  if (!map.address) {
+    why = "there is no tensor map: its address is null";
     return false;
   }
-  std::memcpy(&map.address, bytes, sizeof map.address);
   map.rank = kRank.in(flags) + 1;
   map.type = static_cast<ElementType>(kType.in(flags));
   if (kTf32.in(flags)) map.type = map.type == ElementType::F32Ftz ? ElementType::TF32Ftz : ElementType::TF32;
@@ -107,7 +106,8 @@ bool decode_tensor_map(const uint8_t* bytes, TensorMap& map, std::string& why) {
   for (uint32_t d = 0; d < kMaxRank && d < map.rank; ++d) {
     map.dims[d] = load_word(bytes, kDims + 4 * d) + 1ull;
     map.box[d] = bytes[kBox + d] + 1u;
-    map.element_strides[d] = (steps >> kElementStrideBits * d & 7) + 1;
+    const bool ignored = d == 0 && !map.interleave;
+    map.element_strides[d] = ignored ? 1 : (steps >> kElementStrideBits * d & 7) + 1;
     if (d == 0) continue;
     const uint64_t units = load_word(bytes, kStrides + 4 * (d - 1)) | static_cast<uint64_t>(high >> 4 * (d - 1) & 15) << 32;
     map.strides[d] = units * kStrideUnit;
