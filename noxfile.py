@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 TESTS = ROOT / "tests"
 
-BASE_TOOLS = ("numpy", "pytest", "hypothesis", "hatchling")
+BASE_TOOLS = ("numpy", "ml-dtypes", "pytest", "hypothesis", "hatchling")
 CLIENT_REQUIREMENTS = ("transformers", "matplotlib")
 TEST_HELPERS = "kernel-testing"
 CACHE_VARIABLE = "KERNEL_DISPATCH_CACHE_DIR"
