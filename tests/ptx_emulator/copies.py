@@ -5,6 +5,17 @@ from itertools import product
 import numpy as np
 from ptx_emulator.tensor_map import BYTES, DataType, Swizzle, TensorMap
 
+# What a reducing copy makes of the old value and the one that is copied.
+REDUCTIONS = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "inc": lambda old, limit: np.where(old >= limit, 0, old + 1),
+    "dec": lambda old, limit: np.where((old == 0) | (old > limit), limit, old - 1),
+}
 # Where each 16-byte chunk of a 128-byte line of shared memory goes, line by line: the tables of the PTX ISA.
 PATTERNS = {
     Swizzle.NONE: ["01234567"],

@@ -10,6 +10,30 @@ from itertools import product
 import ml_dtypes
 import numpy as np
 
+OPERANDS = 1024  # offset of an image in shared memory
+
+
+def copy_image(source: str, num_bytes: int) -> str:
+    """PTX for 128 threads that copies an image at `source` to `OPERANDS`, for the async proxy to read.
+
+    %mbar is the start of shared memory; %n, %step, %more and %r2 to %r6 are used.
+    """
+    return f"""
+    shl.b32 %n, %r1, 4;
+    copy:
+    cvt.u64.u32 %step, %n;
+    add.u64 %step, %step, {source};
+    ld.global.v4.b32 {{%r2, %r3, %r4, %r5}}, [%step];
+    add.u32 %r6, %n, %mbar;
+    st.shared.v4.b32 [%r6+{OPERANDS}], {{%r2, %r3, %r4, %r5}};
+    add.u32 %n, %n, 2048;
+    setp.lt.u32 %more, %n, {num_bytes};
+    @%more bra copy;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    """
+
+
 ELEMENT_BYTES = {
     "f16": 2,
     "bf16": 2,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from harness import run_kernel
-from matrix_layouts import NUMPY_TYPES, Placement, encode, place
+from matrix_layouts import NUMPY_TYPES, OPERANDS, Placement, copy_image, encode, place
 from ptx_emulator.machine import Result
 
 KIND_OF = {
@@ -35,7 +35,6 @@ CODES = {
     "s8": 1,
 }
 D_CODES = {"f16": 0, "f32": 1, "s32": 2}
-OPERANDS = 1024  # offset of A in shared memory
 LANES = 128
 
 
@@ -187,18 +186,7 @@ def body(problem: Problem, a: Placement | None, b: Placement, image_bytes: int) 
     // shared memory: image[rank]
     mul.wide.u32 %from, %rank, {image_bytes};
     add.u64 %from, %from, %rd1;
-    shl.b32 %n, %r1, 4;
-    copy:
-    cvt.u64.u32 %step, %n;
-    add.u64 %step, %step, %from;
-    ld.global.v4.b32 {{%r2, %r3, %r4, %r5}}, [%step];
-    add.u32 %r6, %n, %mbar;
-    st.shared.v4.b32 [%r6+{OPERANDS}], {{%r2, %r3, %r4, %r5}};
-    add.u32 %n, %n, 2048;
-    setp.lt.u32 %more, %n, {image_bytes};
-    @%more bra copy;
-    fence.proxy.async.shared::cta;
-    bar.sync 0;
+    {copy_image("%from", image_bytes)}
     ld.shared.b32 %base, [smem+16];
     // tensor memory: D from array 2 [cta][column][lane], A from array 3
     mad.lo.u32 %r7, %rank, {columns * LANES * 4}, 0;

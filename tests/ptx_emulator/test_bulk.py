@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from copies import REDUCTIONS
 from harness import run_kernel
 
 SCHEDULES = [
@@ -232,16 +233,6 @@ def random_values(dtype: Any, seed: int, count: int) -> np.ndarray:
     return (rng.standard_normal(count) * 100).astype(dtype)
 
 
-FUNCTIONS = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "inc": lambda old, limit: np.where(old >= limit, 0, old + 1),
-    "dec": lambda old, limit: np.where((old == 0) | (old > limit), limit, old - 1),
-}
 TYPES = {
     "u32": np.uint32,
     "s32": np.int32,
@@ -273,7 +264,7 @@ def test_reduction_in_global_memory(what: str):
     if what.startswith(("inc", "dec")):
         operand[:8], memory[:8] = (5, 5, 5, 0, 0, 9, 2**32 - 1, 3), (4, 5, 6, 0, 1, 2**32 - 1, 7, 0)
     with np.errstate(over="ignore"):
-        expected = FUNCTIONS[what.split(".")[0]](memory, operand)
+        expected = REDUCTIONS[what.split(".")[0]](memory, operand)
     body = (
         INIT
         + FILL.format(source=1)

@@ -561,7 +561,23 @@ def test_last_block_reduction_without_fence() -> None:
     )
 
 
-GRID_BARRIER = """
+def meet(number: int) -> str:
+    """All CTAs of a grid meet: thread 0 of each counts, and waits for the count in %r9. %p2: not thread 0."""
+    return f"""
+bar.sync 0;
+@%p2 bra join{number};
+membar.gl;
+atom.global.add.u32 %r7, [%rd2], 1;
+poll{number}:
+ld.acquire.gpu.global.u32 %r8, [%rd2];
+setp.lt.u32 %p3, %r8, %r9;
+@%p3 bra poll{number};
+join{number}:
+bar.sync 0;
+"""
+
+
+GRID_BARRIER = f"""
 mov.u32 %r2, %ctaid.x;
 mul.wide.u32 %rd5, %r2, 4;
 add.u64 %rd6, %rd1, %rd5;
@@ -569,32 +585,14 @@ xor.b32 %r3, %r2, 1;
 mul.wide.u32 %rd7, %r3, 4;
 add.u64 %rd8, %rd1, %rd7;
 setp.eq.u32 %p1, %r1, 32;
+setp.ne.u32 %p2, %r1, 0;
 mov.u32 %r9, 4;
 again:
 @%p1 st.global.u32 [%rd6], %r9;  // <write>
-bar.sync 0;
-setp.ne.u32 %p2, %r1, 0;
-@%p2 bra join;
-membar.gl;
-atom.global.add.u32 %r7, [%rd2], 1;
-poll:
-ld.acquire.gpu.global.u32 %r8, [%rd2];
-setp.lt.u32 %p3, %r8, %r9;
-@%p3 bra poll;
-join:
-bar.sync 0;
+{meet(1)}
 ld.global.u32 %r10, [%rd8];  // <read>
 add.u32 %r9, %r9, 4;
-bar.sync 0;
-@%p2 bra join2;
-membar.gl;
-atom.global.add.u32 %r7, [%rd2], 1;
-poll2:
-ld.acquire.gpu.global.u32 %r8, [%rd2];
-setp.lt.u32 %p3, %r8, %r9;
-@%p3 bra poll2;
-join2:
-bar.sync 0;
+{meet(2)}
 add.u32 %r9, %r9, 4;
 setp.lt.u32 %p4, %r9, 24;
 @%p4 bra again;

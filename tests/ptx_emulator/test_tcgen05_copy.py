@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tcgen05_problem
 from harness import run_kernel
-from matrix_layouts import Placement, layout, swizzle
+from matrix_layouts import OPERANDS, Placement, copy_image, layout, swizzle
 from tcgen05_problem import Problem, body, solve
 
 LANES = 128
@@ -46,18 +46,7 @@ setp.lt.u32 %first, %r1, 32;
 setp.eq.u32 %issue, %r1, 0;
 @%first tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [smem+16], 32;
 @%issue mbarrier.init.shared::cta.b64 [%mbar], 1;
-shl.b32 %n, %r1, 4;
-copy:
-cvt.u64.u32 %step, %n;
-add.u64 %step, %step, %rd1;
-ld.global.v4.b32 {{%r2, %r3, %r4, %r5}}, [%step];
-add.u32 %r6, %n, %mbar;
-st.shared.v4.b32 [%r6+1024], {{%r2, %r3, %r4, %r5}};
-add.u32 %n, %n, 2048;
-setp.lt.u32 %more, %n, {bytes};
-@%more bra copy;
-fence.proxy.async.shared::cta;
-bar.sync 0;
+{copy}
 ld.shared.b32 %base, [smem+16];
 mov.b32 %r2, 0x55555555;
 tcgen05.st.sync.aligned.32x32b.x8.b32 [%base], {{%r2, %r2, %r2, %r2, %r2, %r2, %r2, %r2}};
@@ -94,7 +83,8 @@ def test_copy(form: str, mode: str, gap: int) -> None:
     image = np.zeros(-(-len(placed.data) // 2048) * 2048, dtype=np.uint8)
     image[: len(placed.data)] = placed.data
     out = np.zeros((LANES, 8), dtype=np.uint32)
-    text = COPY.format(bytes=len(image), descriptor=placed.tcgen05_descriptor(1024), form=form)
+    copy, descriptor = copy_image("%rd1", len(image)), placed.tcgen05_descriptor(OPERANDS)
+    text = COPY.format(copy=copy, descriptor=descriptor, form=form)
     run_kernel(text, image, out, block=(128, 1, 1), target="sm_100a", shared_bytes=1024 + len(image))
     expected = np.full((LANES, 8), 0x55555555, dtype=np.uint32)
     for lane, row in enumerate(SOURCE_ROWS[form]):

@@ -5,7 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from copies import aligned, box_positions, boxed, map_of, swizzled, tensor_map_array
+from copies import REDUCTIONS, aligned, box_positions, boxed, map_of, swizzled, tensor_map_array
 from harness import run_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,18 +232,6 @@ def test_store_of_every_rank(rank: int, shape: tuple[int, ...], box: tuple[int, 
             expected[at] = value
     store(tensor, tensor_map, start, values.tobytes())
     np.testing.assert_array_equal(tensor, expected)
-
-
-REDUCTIONS = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "inc": lambda old, limit: np.where(old >= limit, 0, old + 1),
-    "dec": lambda old, limit: np.where((old == 0) | (old > limit), limit, old - 1),
-}
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)

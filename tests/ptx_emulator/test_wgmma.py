@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from harness import run_kernel
-from matrix_layouts import encode, place
+from matrix_layouts import OPERANDS, copy_image, encode, place
 from ptx_emulator.errors import UnsupportedInstruction
 from tcgen05_problem import accumulator_bits, accumulator_values, random_values
 
 DEPTH = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "u8": 32, "s8": 32}
-OPERANDS = 1024  # offset of A in shared memory
 M, THREADS = 64, 128
 
 
@@ -122,18 +121,7 @@ def body(p: Problem, image_bytes: int, a_descriptor: int, b_descriptor: int) -> 
     .reg .b64 %ad, %bd, %step;
     .reg .pred %more, %scale;
     mov.b32 %mbar, smem;
-    shl.b32 %n, %r1, 4;
-    copy:
-    cvt.u64.u32 %step, %n;
-    add.u64 %step, %step, %rd1;
-    ld.global.v4.b32 {{%r2, %r3, %r4, %r5}}, [%step];
-    add.u32 %r6, %n, %mbar;
-    st.shared.v4.b32 [%r6+{OPERANDS}], {{%r2, %r3, %r4, %r5}};
-    add.u32 %n, %n, 2048;
-    setp.lt.u32 %more, %n, {image_bytes};
-    @%more bra copy;
-    fence.proxy.async.shared::cta;
-    bar.sync 0;
+    {copy_image("%rd1", image_bytes)}
     mad.wide.u32 %rd5, %r1, {4 * count}, %rd2;
     {loads}
     mad.wide.u32 %rd6, %r1, 16, %rd3;

@@ -256,16 +256,6 @@ class Machine:
         flags = (READ_ONLY if read_only else 0) | (0 if initialised else UNINITIALISED)
         self._keep_range(name, address, num_bytes, flags)
 
-    def load(self, text: str) -> LoadedModule:
-        """Parses a PTX module and places its variables in memory.
-
-        Raises:
-            PtxSyntaxError: what cannot be parsed.
-        """
-        module = LoadedModule(text, self.device)
-        self.attach(module)
-        return module
-
     def attach(self, module: LoadedModule) -> None:
         """Makes the variables of a module that is already loaded accessible here, too."""
         spaces = {variable.name: variable.space for variable in module.module.variables}

@@ -159,8 +159,8 @@ def _dropped(body: list[Instruction | Label], index: int) -> list[Instruction | 
     assert isinstance(item, Instruction)
     instead: list[Instruction | Label] = []
     if _is_one_of(item, _POLLS):
-        always = ("eq", "u32"), (item.operands[0], Immediate(0), Immediate(0))
-        instead = [replace(item, opcode="setp", modifiers=always[0], operands=always[1])]
+        operands = (item.operands[0], Immediate(0), Immediate(0))
+        instead = [replace(item, opcode="setp", modifiers=("eq", "u32"), operands=operands)]
     return [*body[:index], *instead, *body[index + 1 :]]
 
 

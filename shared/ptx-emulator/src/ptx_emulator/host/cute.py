@@ -16,7 +16,7 @@ from typing import Any
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.arrays import Memory, is_array, memories_of
 from ptx_emulator.host.cute_host import CapturedLaunch, HostFunction
-from ptx_emulator.host.job import finish
+from ptx_emulator.host.job import finish, give
 from ptx_emulator.host.options import Options
 from ptx_emulator.machine import LoadedModule, Machine, Result
 from ptx_emulator.targets import target as find_target
@@ -154,14 +154,7 @@ class Emulated:
         module = module or self.module
         machine = options.machine(self.device)
         machine.attach(module)
-        for memory in self.memories(arguments):
-            machine.add_range(
-                memory.name,
-                memory.address,
-                memory.num_bytes,
-                initialised=memory.initialised,
-                read_only=memory.read_only,
-            )
+        give(machine, self.memories(arguments))
         self.launches = []
         self._host(
             lambda launch: self._enqueue(machine, module, launch), *map(_on_device, arguments.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -25,6 +25,18 @@ class Job(Protocol):
 
     def run(self, options: Options | None = None) -> Result:
         """Runs the launches once, in place."""
+
+
+def give(machine: Machine, memories: Iterable[Memory]) -> None:
+    """Makes memory accessible to the kernels of a machine."""
+    for memory in memories:
+        machine.add_range(
+            memory.name,
+            memory.address,
+            memory.num_bytes,
+            initialised=memory.initialised,
+            read_only=memory.read_only,
+        )
 
 
 def finish(machine: Machine, options: Options) -> Result:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.arrays import Memory, disjoint, is_array, memories_of, memory_of
-from ptx_emulator.host.job import finish
+from ptx_emulator.host.job import finish, give
 from ptx_emulator.host.options import Options
 from ptx_emulator.machine import Kernel, LoadedModule, Machine, Result
 from ptx_emulator.tensor_map import TensorMap
@@ -73,14 +73,7 @@ class Launch:
         """Appends the launch to the stream of a machine; see `run`."""
         module = module or self.module()
         machine.attach(module)
-        for memory in self.memories():
-            machine.add_range(
-                memory.name,
-                memory.address,
-                memory.num_bytes,
-                initialised=memory.initialised,
-                read_only=memory.read_only,
-            )
+        give(machine, self.memories())
         kernel = module.kernel(self.kernel)
         machine.enqueue(
             kernel,

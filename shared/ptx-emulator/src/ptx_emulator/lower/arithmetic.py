@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ptx_emulator.lower import compare, integer  # noqa: F401  (they register opcodes)
 from ptx_emulator.lower.context import Lowering
 from ptx_emulator.lower.half import (
     HALF_TYPES,

@@ -15,7 +15,6 @@ from ptx_emulator.ptx.module import (
     Operand,
     Register,
     Symbol,
-    Variable,
     Vector,
 )
 
@@ -197,6 +196,13 @@ class Lowering:
         assert self._current is not None
         return self._current
 
+    @property
+    def sm(self) -> int:
+        """Number of the architecture: 100 for sm_100a."""
+        match = re.search(r"(\d+)", self.arch)
+        assert match is not None, self.arch
+        return int(match[1])
+
     def unsupported(self, why: str) -> UnsupportedInstruction:
         """An error that names the current instruction: `raise ctx.unsupported("...")`."""
         return UnsupportedInstruction(self.current.name, self.current.line, self.function.name, why)
@@ -245,9 +251,6 @@ class Lowering:
                 self.specials[value] = f"param:{parameter.offset + symbol.offset}"
                 return self.read(value)
         raise self.unsupported(f"{symbol.name} is not a variable or a parameter")
-
-    def variable(self, name: str) -> Variable | None:
-        return next((v for v in self.function.variables if v.name == name), None)
 
 
 def immediate_bits(immediate: Immediate, type_name: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptx_emulator.lower.context import Lowering
-from ptx_emulator.lower.memory import sm_number, take_space
+from ptx_emulator.lower.memory import take_space
 from ptx_emulator.lower.modifiers import Modifiers, operands
 from ptx_emulator.lower.registry import lowers
 from ptx_emulator.ptx.module import Instruction, Operand, Vector
@@ -50,7 +50,7 @@ def lower_ldmatrix(ctx: Lowering, instruction: Instruction) -> None:
         fragment, rows, num_registers = _COLUMNS8, 16, 2
     else:
         raise ctx.unsupported("there is no such combination of shape, number, transposition and type")
-    if type_name != "b16" and sm_number(ctx) < 100:
+    if type_name != "b16" and ctx.sm < 100:
         raise ctx.unsupported("8-bit matrices need sm_100")
     register, address = operands(ctx, instruction, 2)
     ctx.emit(
@@ -77,7 +77,7 @@ def lower_stmatrix(ctx: Lowering, instruction: Instruction) -> None:
         fragment = _COLUMN_PAIRS8
     else:
         raise ctx.unsupported("there is no such combination of shape, transposition and type")
-    if sm_number(ctx) < (100 if type_name == "b8" else 90):
+    if ctx.sm < (100 if type_name == "b8" else 90):
         raise ctx.unsupported("stmatrix needs sm_90, with 8-bit elements sm_100")
     address, register = operands(ctx, instruction, 2)
     ctx.emit(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from ptx_emulator.lower.context import Lowering, Use, bits_of
 from ptx_emulator.lower.modifiers import Modifiers, operands
 from ptx_emulator.lower.registry import lowers
@@ -40,13 +38,6 @@ _POLICIES = {  # opaque to the program
     "evict_normal": 0x1000000000000000,
     "evict_unchanged": 0x16F0000000000000,
 }
-
-
-def sm_number(ctx: Lowering) -> int:
-    """100 for sm_100a."""
-    match = re.search(r"(\d+)", ctx.arch)
-    assert match is not None, ctx.arch
-    return int(match[1])
 
 
 def take_space(modifiers: Modifiers) -> tuple[str | None, int]:
@@ -120,7 +111,7 @@ def _check_vector(
     num_bytes = count * bits_of(type_name) // 8
     if num_bytes <= _VECTOR_BYTES:
         return
-    if num_bytes > _WIDE_VECTOR_BYTES or sm_number(ctx) < 100 or space not in ("global", None):
+    if num_bytes > _WIDE_VECTOR_BYTES or ctx.sm < 100 or space not in ("global", None):
         raise ctx.unsupported(
             f"an access has at most {_VECTOR_BYTES} bytes ({_WIDE_VECTOR_BYTES} in global memory from sm_100)"
         )

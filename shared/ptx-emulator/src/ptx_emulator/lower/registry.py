@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ LowerFunction = Callable[["Lowering", Instruction], None]
 
 GROUPS = (
     "arithmetic",
+    "integer",
     "half",
+    "compare",
     "convert",
     "move",
     "memory",
@@ -80,7 +83,8 @@ def opcodes() -> dict[str, str]:
     return {opcode: lowered.op_class for opcode, lowered in sorted(_TABLE.items())}
 
 
+@cache
 def load_groups() -> None:
-    """Imports the files of all instruction groups."""
+    """Imports the files of all instruction groups, once."""
     for group in GROUPS:
         import_module(f"ptx_emulator.lower.{group}")

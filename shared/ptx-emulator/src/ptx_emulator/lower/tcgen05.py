@@ -40,7 +40,7 @@ COPIES = {
 
 
 def begin(ctx: Lowering, instruction: Instruction) -> Modifiers:
-    if not ctx.arch.startswith(("sm_10", "sm_11")):
+    if not 100 <= ctx.sm < 120:
         raise ctx.unsupported(f"{ctx.arch} has no tensor memory")
     return Modifiers(ctx, instruction)
 

@@ -34,7 +34,7 @@ MAX_N = 256
 
 
 def begin(ctx: Lowering, instruction: Instruction, what: str) -> Modifiers:
-    if not ctx.arch.startswith("sm_90"):
+    if ctx.sm != 90:
         raise ctx.unsupported(f"{ctx.arch} has no wgmma")
     modifiers = Modifiers(ctx, instruction)
     for name in (what, "sync", "aligned"):

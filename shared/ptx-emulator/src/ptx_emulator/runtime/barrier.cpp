@@ -10,7 +10,6 @@
 
 namespace ptxe {
 
-std::string describe_mbarriers(Cta& cta);  // mbarrier.cpp
 
 namespace {
 
@@ -215,19 +214,6 @@ void try_complete(Cluster& cluster, ClusterBarrier& barrier, Waited& missing) {
 }
 
 }  // namespace
-
-std::string describe_barriers(Cta& cta) {
-  std::string text = describe_mbarriers(cta);
-  auto& named = cta.state.get<NamedBarriers>().barriers;
-  for (uint32_t number = 0; number < kNumBarriers; ++number) {
-    const Generation& generation = *named[number].current;
-    if (!generation.arrivals) continue;
-    text += barrier_name(cta, number) + ": " + std::to_string(generation.arrived) + " of " +
-            count_text(generation.expected) + " arrived; missing warps: " +
-            list_warps(missing_warps(cta, generation)) + "\n";
-  }
-  return text;
-}
 
 // Arguments: barrier, threads (0: all), kind; of a reduction also: result, predicate, whether it is negated.
 PTXE_OP("barrier") {

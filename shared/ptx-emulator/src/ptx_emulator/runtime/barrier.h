@@ -19,8 +19,6 @@ void mbarrier_add_pending(Warp& w, uint32_t address, uint32_t count, int lane);
 
 // Called when all threads of a CTA have exited and its asynchronous operations are complete.
 void check_barriers_at_exit(Cta& cta);
-// All mbarriers and named barriers of a CTA that somebody may wait for, one per line; for the report of a deadlock.
-std::string describe_barriers(Cta& cta);
 // A try_wait may give up after a time limit. When nothing else can run, this lets every waiting try_wait return
 // false once; false if none waits. All stuck again without progress in between is a deadlock.
 bool wake_try_waits(Cluster& cluster);

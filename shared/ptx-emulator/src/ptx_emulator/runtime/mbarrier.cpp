@@ -325,22 +325,6 @@ bool wake_try_waits(Cluster& cluster) {
   return wakes.suspended != 0;
 }
 
-std::string describe_mbarriers(Cta& cta) {
-  std::vector<uint32_t> offsets;
-  auto& table = cta.state.get<MBarriers>().by_offset;
-  for (const auto& entry : table) offsets.push_back(entry.first);
-  std::sort(offsets.begin(), offsets.end());
-  std::string text;
-  for (const uint32_t offset : offsets) {
-    MBarrierAt target;
-    target.place.cta = &cta;
-    target.place.offset = offset;
-    target.barrier = &table[offset];
-    text += wait_text(target) + "\n";
-  }
-  return text;
-}
-
 PTXE_OP("mbarrier.init") {  // address, space, count
   const AddressArgs address(i, 0);
   each_lane(w, [&](int lane) {

@@ -53,7 +53,6 @@ struct Options {
   bool check = false;
   bool trace = false;
   bool early_dependents = true;  // run a dependent grid as early as the hint allows
-  uint64_t max_steps = 0;        // warp instructions before a grid counts as hung; 0: no limit
 };
 
 struct Finding {
@@ -113,7 +112,6 @@ struct Machine {
   std::atomic<bool> stopped{false};
   std::atomic<uint64_t> epoch{0};  // raised when any cluster made progress
   std::atomic<uint64_t> steps{0};
-  std::atomic<uint64_t> async_steps{0};
   std::unordered_map<std::string, std::unique_ptr<GroupState>> shared_state;
 };
 

@@ -131,7 +131,6 @@ struct ClusterRun {
     if (policy == AsyncPolicy::Late) k = free.back();
     if (policy == AsyncPolicy::Random) k = free[random(static_cast<uint32_t>(free.size()))];
     ++cluster->progress;
-    cluster->machine->async_steps.fetch_add(1, std::memory_order_relaxed);
     AsyncOp* op = ops[k].get();
     if (op->step(*cluster)) {
       const auto at = std::find_if(ops.begin(), ops.end(), [&](const auto& o) { return o.get() == op; });
