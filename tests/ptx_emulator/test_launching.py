@@ -188,6 +188,37 @@ def test_cuda_source(tmp_path: Path) -> None:
         compile_cuda("nonsense", "sm_90a")
 
 
+INLINED = """.version 8.0
+.target sm_90
+.address_size 64
+.file 1 "kernel.cu"
+.file 2 "helpers.h"
+.visible .entry k(.param .u64 x)
+{
+.reg .b32 %r<2>; .reg .b64 %rd<2>;
+ld.param.u64 %rd1, [x];
+.loc 1 6 3
+.loc 2 4 3, function_name $L__info_string0, inlined_at 1 6 3
+ld.global.b32 %r1, [%rd1+4000];
+ret;
+}
+.section .debug_str
+{
+$L__info_string0:
+.b8 95,90,54,104,101,108,112,101,114,80,102,105,0
+}
+"""
+
+
+def test_a_finding_in_inlined_code_names_the_helper_and_its_caller() -> None:
+    with pytest.raises(EmulationError) as caught:
+        launch(INLINED, args=[np.zeros(4, dtype=np.float32)])
+    report = caught.value.reports[0]
+    assert report.location is not None
+    assert (report.location.file, report.location.line) == ("helpers.h", 4)
+    assert "helpers.h:4 (helper), inlined at kernel.cu:6 (PTX line 12)" in str(caught.value)
+
+
 def test_compiler_that_is_not_known() -> None:
     with pytest.raises(ValueError, match="clang"):
         compile_cuda(CUDA, compiler="clang")

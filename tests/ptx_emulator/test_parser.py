@@ -96,11 +96,44 @@ def test_a_branch_to_a_later_label():
 def test_source_lines():
     text = (
         f'{HEADER}.file 1 "kernel.cu"\n.visible .entry k() {{\n.loc 1 12 3\nbar.sync 0;\n'
-        ".loc 1 20 1, function_name $L__info, inlined_at 1 30 2\nmembar.gl;\nret;\n}"
+        ".loc 1 0 1\nmembar.gl;\nret;\n}"
     )
     first, second, third = parse(text).functions["k"].body
     assert (first.location, first.line) == (Location("kernel.cu", 12), 7)
-    assert second.location == third.location == Location("kernel.cu", 20)
+    assert second.location is third.location is None
+
+
+INLINED = """.file 1 "kernel.cu"
+.file 2 "helpers.h"
+.visible .entry k() {
+.loc 1 6 3
+bar.sync 0;
+.loc 2 4 3, function_name $L__info_string0, inlined_at 1 6 3
+bar.sync 1;
+.loc 2 2 31, function_name $L__info_string1, inlined_at 2 4 3
+bar.sync 2;
+.loc 2 4 3, function_name $L__info_string0, inlined_at 1 9 7
+.loc 2 2 31, function_name $L__info_string1, inlined_at 2 4 3
+ret;
+}
+.section .debug_str
+{
+$L__info_string0:
+.b8 95,90,54,104,101,108,112,101,114,80,102,105,0
+$L__info_string1:
+.b8 95,90,78,50,110,115,53,105,110,110,101,114,69,118,0
+
+}
+"""
+
+
+def test_inlined_source_lines_know_where_they_were_inlined():
+    call, helper, inner, again = (i.location for i in parse(HEADER + INLINED).functions["k"].body)
+    assert call == Location("kernel.cu", 6)
+    assert helper == Location("helpers.h", 4, "helper", call)
+    assert inner == Location("helpers.h", 2, "ns::inner", helper)
+    assert again.inlined_at == Location("helpers.h", 4, "helper", Location("kernel.cu", 9))
+    assert str(inner) == ("helpers.h:2 (ns::inner), inlined at helpers.h:4 (helper), inlined at kernel.cu:6")
 
 
 def test_parameters_are_laid_out_by_alignment():

@@ -34,7 +34,8 @@ def test_report_has_source_and_other_side() -> None:
     assert "gemm.py:3 (PTX line 12), CTA 1, warp 0" in text
     assert "gemm.py:7 (PTX line 40), CTA 0, warp 2, lane 5" in text
     (read_back,) = json.loads(reports_json([report]))
-    assert read_back["other"]["location"] == {"file": "gemm.py", "line": 7}
+    expected = {"file": "gemm.py", "line": 7, "function": "", "inlined_at": None}
+    assert read_back["other"]["location"] == expected
 
 
 def test_error_groups_findings() -> None:

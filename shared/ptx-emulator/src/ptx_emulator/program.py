@@ -135,10 +135,10 @@ def _lay_out(variables: list[Variable]) -> tuple[dict[str, int], int]:
 def _pack(
     ops: list[Op], slots: dict[Value, int], operations: dict[str, int], name: str
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    code = np.zeros(len(ops), dtype=INSTRUCTION)
+    code = []
     args: list[int] = []
     classes: dict[str, int] = {}
-    for k, op in enumerate(ops):
+    for op in ops:
         if op.name not in operations:
             raise UnsupportedInstruction(op.name, op.line, name, "the runtime has no such operation")
         first = len(args)
@@ -147,14 +147,7 @@ def _pack(
             args.append(slots[arg.value] if isinstance(arg, Use) else int(arg) & 0xFFFFFFFF)  # type: ignore[arg-type]
         guard = slots[op.guard.value] if op.guard is not None else -1
         op_class = classes.setdefault(op.op_class, len(classes))
-        code[k] = (
-            operations[op.name],
-            first,
-            len(op.args),
-            guard,
-            op.guard_negated,
-            op.aligned,
-            op_class,
-            op.line,
+        code.append(
+            (operations[op.name], first, len(op.args), guard, op.guard_negated, op.aligned, op_class, op.line)
         )
-    return code, np.array(args, dtype=np.uint32), list(classes)
+    return np.array(code, dtype=INSTRUCTION), np.array(args, dtype=np.uint32), list(classes)

@@ -43,11 +43,11 @@ class Site:
 
     @property
     def place(self) -> str:
-        """`kernel.py:12 (PTX line 340)`, or the PTX line alone."""
+        """`kernel.py:12 (PTX line 340)`, or the PTX line alone; inlined code with the places of its calls."""
         if not self.line:
             return "no single instruction"
         ptx = f"PTX line {self.line}"
-        return f"{self.location.file}:{self.location.line} ({ptx})" if self.location else ptx
+        return f"{self.location} ({ptx})" if self.location else ptx
 
     @property
     def thread(self) -> str:

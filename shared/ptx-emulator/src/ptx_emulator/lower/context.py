@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
 
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.ptx.module import (
@@ -24,6 +26,7 @@ CLOCKS |= {"globaltimer": 64, "globaltimer_lo": 32, "globaltimer_hi": 32}
 SPECIAL_BITS = {"gridid": 64, "current_graph_exec": 64}
 
 
+@cache
 def bits_of(type_name: str) -> int:
     """Width of a PTX type in bits; a predicate has width 1."""
     if type_name == "pred":
@@ -36,16 +39,14 @@ def bits_of(type_name: str) -> int:
     return int(match[1])
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A virtual register of the program: from the PTX, a temporary, a constant or a special register."""
 
     name: str
     bits: int  # 1 for a predicate
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A value as an argument of an operation. A lane that does not execute keeps what it had."""
 
     value: Value
@@ -91,6 +92,7 @@ class Lowering:
     labels: dict[str, int] = field(default_factory=dict)
     constants: dict[Value, int] = field(default_factory=dict)
     specials: dict[Value, str] = field(default_factory=dict)
+    _declared: dict[str, Value] = field(default_factory=dict)  # registers that were used so far
     _current: Instruction | None = None
     _op_class: str = ""
     _temporaries: int = 0
@@ -104,12 +106,16 @@ class Lowering:
     def src(self, operand: Operand, type_name: str) -> Use:
         """A register, literal, special register or address that is read; a literal fills all lanes."""
         bits = bits_of(type_name)
-        if isinstance(operand, Immediate):
+        if isinstance(operand, Register):
+            if bits == 1:
+                return self._predicate(operand)
+            known = self._declared.get(operand.name)
+            if known is not None:
+                return Use(known, reads=True, writes=False)
+        elif isinstance(operand, Immediate):
             return self.constant(immediate_bits(operand, type_name), bits)
-        if isinstance(operand, Symbol):
+        elif isinstance(operand, Symbol):
             return self._symbol(operand, bits)
-        if isinstance(operand, Register) and bits == 1:
-            return self._predicate(operand)
         clock = self.clock_of(operand)
         if clock is not None:
             value = self.temporary(CLOCKS[clock])
@@ -218,9 +224,13 @@ class Lowering:
         if operand.name == "_":
             assert bits is not None
             return self.temporary(bits)
+        known = self._declared.get(operand.name)
+        if known is not None:
+            return known
         declared = self.function.registers.get(operand.name)
         if declared is not None:
-            return Value(operand.name, bits_of(declared))
+            value = self._declared[operand.name] = Value(operand.name, bits_of(declared))
+            return value
         name = operand.name.removeprefix("%")
         if not operand.name.startswith("%"):
             raise self.unsupported(f"register {operand.name} was not declared")

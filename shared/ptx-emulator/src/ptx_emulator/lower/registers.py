@@ -7,6 +7,7 @@ that diverged keep their values while others write theirs.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ptx_emulator.lower.context import Op, Use, Value
@@ -85,8 +86,7 @@ def _intervals(ops: list[Op], blocks: list[Block], fixed: set[Value]) -> dict[Va
                     values.append(use.value)
                     first.append(index)
                     last.append(index)
-                last[n] = max(last[n], index)
-                first[n] = min(first[n], index)
+                last[n] = index  # blocks are in order
                 bit = 1 << n
                 if use.reads and not written & bit:
                     exposed |= bit
@@ -97,12 +97,7 @@ def _intervals(ops: list[Op], blocks: list[Block], fixed: set[Value]) -> dict[Va
             written |= defined
         reads_first[b], writes[b] = exposed, written
     live_in = _liveness(blocks, reads_first, writes)
-    for b, block in enumerate(blocks):
-        live_out = 0
-        for s in block.successors:
-            live_out |= live_in[s]
-        _extend(live_in[b], block.start, first, last)
-        _extend(live_out, block.end - 1, first, last)
+    _extend(live_in, blocks, first, last)
     return {value: (first[n], last[n]) for n, value in enumerate(values)}
 
 
@@ -122,10 +117,26 @@ def _liveness(blocks: list[Block], reads_first: list[int], writes: list[int]) ->
     return live_in
 
 
-def _extend(live: int, index: int, first: list[int], last: list[int]) -> None:
-    while live:
-        low = live & -live
-        n = low.bit_length() - 1
-        first[n] = min(first[n], index)
-        last[n] = max(last[n], index)
-        live ^= low
+def _extend(live_in: list[int], blocks: list[Block], first: list[int], last: list[int]) -> None:
+    """Makes intervals reach from the first block that a value enters to the last that it leaves."""
+    seen = 0
+    for b, block in enumerate(blocks):
+        for n in _bits(live_in[b] & ~seen):
+            first[n] = min(first[n], block.start)
+        seen |= live_in[b]
+    seen = 0
+    for block in reversed(blocks):
+        live_out = 0
+        for s in block.successors:
+            live_out |= live_in[s]
+        for n in _bits(live_out & ~seen):
+            last[n] = max(last[n], block.end - 1)
+        seen |= live_out
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """The numbers of the bits that are set."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low

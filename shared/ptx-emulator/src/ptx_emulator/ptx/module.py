@@ -60,10 +60,21 @@ Operand = Register | Immediate | Symbol | Vector | Address | Pair
 
 @dataclass(frozen=True)
 class Location:
-    """A place in the source that the PTX was made from (`.loc`)."""
+    """A place in the source that the PTX was made from (`.loc`).
+
+    In code that was inlined, `function` is the function that holds the place, where the PTX names it, and
+    `inlined_at` the place of its call, which may be in inlined code again.
+    """
 
     file: str
     line: int
+    function: str = ""
+    inlined_at: Location | None = None
+
+    def __str__(self) -> str:
+        """`helpers.h:12 (scale), inlined at kernel.cu:40`."""
+        text = f"{self.file}:{self.line}" + (f" ({self.function})" if self.function else "")
+        return f"{text}, inlined at {self.inlined_at}" if self.inlined_at else text
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ renamed `name#scope`, so that every name is unique in its function.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from ptx_emulator.errors import PtxSyntaxError
-from ptx_emulator.ptx.lexer import Token, tokens
+from ptx_emulator.ptx.lexer import tokens
+from ptx_emulator.ptx.locations import Locations
 from ptx_emulator.ptx.module import (
     Address,
     Function,
@@ -31,7 +31,7 @@ from ptx_emulator.ptx.module import (
 _SPACES = (".global", ".const", ".shared", ".local")
 _LINKAGE = (".visible", ".extern", ".weak", ".common")
 _BRANCHES = ("bra", "brx")
-_END = Token("mark", "", 0)
+_END = ""  # behind the last token
 
 Expression = Register | Immediate | Symbol
 
@@ -52,6 +52,7 @@ class _Scope:
         self.number = number
         self.outer = outer
         self.registers: dict[str, str] = {}
+        self.known: dict[str, Register] = {}  # as operands, those of outer scopes that were used here, too
         self.labels: dict[str, str] = {}
 
     def rename(self, name: str) -> str:
@@ -74,58 +75,57 @@ class _Scope:
         return None
 
 
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
-
-
 class _Parser:
     def __init__(self, text: str) -> None:
-        self._tokens = list(tokens(text))
+        self._tokens, self._lines = tokens(text)
+        self._tokens += [_END, _END]
+        self._lines += [0, 0]
         self._at = 0
-        # The table of files may come behind the functions that refer to it.
-        self._files = {int(number): name for number, name in _FILE.findall(text)}
+        self._locations = Locations(text)
         self._location: Location | None = None
         self._function: Function | None = None
         self._scope = _Scope(0, None)
         self._scopes = 0
         self._branches: list[tuple[int, _Scope]] = []  # index in the body, scope: labels may come later
         self._tables: list[tuple[str, tuple[str, ...], _Scope]] = []
+        self._words: dict[str, tuple[str, tuple[str, ...]]] = {}  # opcode and modifiers of `ld.global.b32`
 
     # ------------------------------------------------------------------ tokens
 
-    def _peek(self) -> Token:
-        return self._tokens[self._at] if self._at < len(self._tokens) else _END
+    def _peek(self) -> str:
+        return self._tokens[self._at]
 
-    def _next(self) -> Token:
-        token = self._peek()
-        self._at += 1
+    def _next(self) -> str:
+        token = self._tokens[self._at]
+        if token is not _END:
+            self._at += 1
         return token
 
     def _take(self, text: str) -> bool:
-        if self._peek().text == text:
+        if self._tokens[self._at] == text:
             self._at += 1
             return True
         return False
 
-    def _expect(self, text: str) -> Token:
-        token = self._next()
-        if token.text != text:
-            raise self._error(f"{text!r} was expected, not {token.text!r}", token)
-        return token
+    def _expect(self, text: str) -> None:
+        if not self._take(text):
+            raise self._error(f"{text!r} was expected, not {self._peek()!r}")
 
-    def _error(self, message: str, token: Token | None = None) -> PtxSyntaxError:
-        token = token or self._peek()
-        return PtxSyntaxError(f"PTX line {token.line}: {message}")
+    def _error(self, message: str, at: int | None = None) -> PtxSyntaxError:
+        line = self._lines[self._at if at is None else at]
+        return PtxSyntaxError(f"PTX line {line}: {message}" if line else f"at the end of the PTX: {message}")
 
     def _skip_statement(self) -> None:
-        while self._next().text not in (";", ""):
+        while self._next() not in (";", _END):
             pass
 
     def _integer(self) -> int:
         sign = -1 if self._take("-") else 1
-        token = self._next()
-        if token.kind != "number":
-            raise self._error(f"a number was expected, not {token.text!r}", token)
-        return sign * _number(token.text)
+        token = self._peek()
+        if not _is_number(token):
+            raise self._error(f"a number was expected, not {token!r}")
+        self._at += 1
+        return sign * _number(token)
 
     def _integers(self) -> tuple[int, ...]:
         values = [self._integer()]
@@ -137,14 +137,14 @@ class _Parser:
 
     def module(self) -> Module:
         module = Module("", "")
-        while self._peek() is not _END:
-            word = self._peek().text
+        while self._peek() != _END:
+            word = self._peek()
             if word == ".version":
                 self._next()
-                module.version = self._next().text
+                module.version = self._next()
             elif word == ".target":
                 self._next()
-                module.target = self._next().text
+                module.target = self._next()
                 while self._take(","):
                     self._next()
             elif word == ".address_size":
@@ -168,18 +168,18 @@ class _Parser:
             self._integer()
 
     def _section(self) -> None:
-        while self._next().text != "{":
+        while self._next() not in ("{", _END):
             pass
         depth = 1
         while depth:
-            text = self._next().text
-            depth += (text == "{") - (text == "}")
+            text = self._next()
+            depth += (text == "{") - (text in ("}", _END))
 
     def _declaration(self, module: Module) -> None:
         extern = False
-        while self._peek().text in _LINKAGE:
-            extern |= self._next().text == ".extern"
-        word = self._peek().text
+        while self._peek() in _LINKAGE:
+            extern |= self._next() == ".extern"
+        word = self._peek()
         if word in _SPACES:
             module.variables.append(self._variable(extern))
         elif word == ".entry":
@@ -193,17 +193,17 @@ class _Parser:
 
     def _device_function(self) -> None:
         """A `.func`: only declarations are read over; calls go to functions the lowering knows."""
-        start = self._next()
-        while self._peek().text not in (";", "{", ""):
+        start = self._at
+        while self._peek() not in (";", "{", _END):
             self._next()
         if not self._take(";"):
             raise self._error("a .func with a body is not supported: compile with inlining", start)
 
     def _variable(self, extern: bool) -> Variable:
-        space = self._next().text.removeprefix(".")
+        space = self._next().removeprefix(".")
         align, element_bytes = 1, 0
-        while self._peek().text.startswith("."):
-            word = self._next().text
+        while self._peek().startswith("."):
+            word = self._next()
             if word == ".align":
                 align = self._integer()
             elif word.startswith(".v") and word[2:].isdigit():
@@ -215,10 +215,10 @@ class _Parser:
             else:
                 size = _type_bytes(word)
                 element_bytes = size * -element_bytes if element_bytes < 0 else size
-        name = self._next().text
+        name = self._next()
         count = 1
         while self._take("["):
-            count *= 0 if self._peek().text == "]" else self._integer()
+            count *= 0 if self._peek() == "]" else self._integer()
             self._expect("]")
         data = self._initializer(element_bytes) if self._take("=") else None
         if data is not None and count == 0:
@@ -231,7 +231,7 @@ class _Parser:
             return _literal_bytes(self._expression(), element_bytes)
         data = b""
         while not self._take("}"):
-            if self._peek().text == "{":
+            if self._peek() == "{":
                 data += self._initializer(element_bytes)
             else:
                 data += _literal_bytes(self._expression(), element_bytes)
@@ -241,16 +241,16 @@ class _Parser:
     # ------------------------------------------------------------------ kernels
 
     def _entry(self) -> Function:
-        name = self._next()
-        function = Function(name.text, line=name.line)
+        line = self._lines[self._at]
+        function = Function(self._next(), line=line)
         if self._take("("):
             self._parameters(function)
-        while self._peek().text.startswith("."):
-            directive = self._next().text.removeprefix(".")
+        while self._peek().startswith("."):
+            directive = self._next().removeprefix(".")
             if directive == "pragma":
                 self._skip_statement()
             else:
-                number_follows = self._peek().kind == "number"
+                number_follows = _is_number(self._peek())
                 function.directives[directive] = self._integers() if number_follows else ()
         if self._take(";"):
             return function
@@ -267,17 +267,17 @@ class _Parser:
         while not self._take(")"):
             self._expect(".param")
             align, size = 0, 0
-            while self._peek().text.startswith("."):
-                word = self._next().text
+            while self._peek().startswith("."):
+                word = self._next()
                 if word == ".align":
                     align = self._integer()
                 elif word in (".ptr", ".global", ".const", ".shared", ".local"):
                     continue
                 else:
                     size = _type_bytes(word)
-                    if self._peek().text == ".ptr":
+                    if self._peek() == ".ptr":
                         self._pointer_attributes()
-            name = self._next().text
+            name = self._next()
             natural = size
             if self._take("["):
                 size *= self._integer()
@@ -290,54 +290,57 @@ class _Parser:
 
     def _pointer_attributes(self) -> None:
         self._expect(".ptr")
-        while self._peek().text.startswith("."):
-            if self._next().text == ".align":
+        while self._peek().startswith("."):
+            if self._next() == ".align":
                 self._integer()
 
     def _body(self, function: Function) -> None:
         while True:
-            token = self._peek()
-            if token is _END:
-                raise self._error("the body of a kernel is not closed")
-            if self._take("}"):
+            token = self._tokens[self._at]
+            if token == ".loc":
+                self._source_location()
+            elif token == "{":
+                self._at += 1
+                self._scopes += 1
+                self._scope = _Scope(self._scopes, self._scope)
+            elif token == "}":
+                self._at += 1
                 if self._scope.outer is None:
                     return
                 self._scope = self._scope.outer
-            elif self._take("{"):
-                self._scopes += 1
-                self._scope = _Scope(self._scopes, self._scope)
-            elif self._take(";"):
-                continue
-            elif token.kind == "word" and self._tokens[self._at + 1].text == ":":
+            elif token == ";":
+                self._at += 1
+            elif token == _END:
+                raise self._error("the body of a kernel is not closed")
+            elif self._tokens[self._at + 1] == ":":
                 self._label(function)
-            elif token.text.startswith("."):
+            elif token[0] == ".":
                 self._body_directive(function)
             else:
                 self._instruction(function)
 
     def _label(self, function: Function) -> None:
+        line = self._lines[self._at]
         name = self._next()
         self._expect(":")
-        unique = self._scope.rename(name.text)
-        self._scope.labels[name.text] = unique
-        if self._peek().text == ".branchtargets":
+        unique = self._scope.rename(name)
+        self._scope.labels[name] = unique
+        if self._peek() == ".branchtargets":
             self._next()
-            targets = [self._next().text]
+            targets = [self._next()]
             while self._take(","):
-                targets.append(self._next().text)
+                targets.append(self._next())
             self._expect(";")
             self._tables.append((unique, tuple(targets), self._scope))
-        elif self._peek().text == ".callprototype":
+        elif self._peek() == ".callprototype":
             self._skip_statement()
         else:
-            function.body.append(Label(unique, name.line))
+            function.body.append(Label(unique, line))
 
     def _body_directive(self, function: Function) -> None:
-        word = self._peek().text
+        word = self._peek()
         if word == ".reg":
             self._register_declaration(function)
-        elif word == ".loc":
-            self._source_location()
         elif word in _SPACES:
             function.variables.append(self._variable(extern=False))
         elif word in (".pragma", ".param", ".callprototype"):
@@ -349,11 +352,11 @@ class _Parser:
 
     def _register_declaration(self, function: Function) -> None:
         self._expect(".reg")
-        type_name = self._next().text.removeprefix(".")
+        type_name = self._next().removeprefix(".")
         if type_name.startswith("v") and type_name[1:].isdigit():
             raise self._error("vector registers are not supported")
         while True:
-            name = self._next().text
+            name = self._next()
             if self._take("<"):
                 count = self._integer()
                 self._expect(">")
@@ -363,45 +366,61 @@ class _Parser:
             for each in names:
                 unique = self._scope.rename(each)
                 self._scope.registers[each] = unique
+                self._scope.known[each] = Register(unique)
                 function.registers[unique] = type_name
             if not self._take(","):
                 break
         self._expect(";")
 
     def _source_location(self) -> None:
-        self._expect(".loc")
-        file, line = self._integer(), self._integer()
-        self._integer()
-        while self._take(","):  # function_name …, inlined_at file line column
-            while self._peek().text not in (",", ";") and not self._statement_begins():
-                self._next()
-        self._location = Location(self._files.get(file, f"file {file}"), line) if line else None
-
-    def _statement_begins(self) -> bool:
-        """Whether the token is on a later line than the one before: `.loc` has no semicolon."""
-        return self._peek().line > self._tokens[self._at - 1].line
+        """`.loc` has no semicolon: it ends with its line."""
+        start, line = self._at + 1, self._lines[self._at]
+        end = start
+        while self._lines[end] == line and self._tokens[end] != ";":
+            end += 1
+        words = self._tokens[start:end]
+        if len(words) < 3 or not all(map(_is_number, words[:3])):
+            raise self._error("a file, a line and a column were expected behind .loc")
+        self._location = self._locations.at(words)
+        self._at = end
 
     def _instruction(self, function: Function) -> None:
-        line = self._peek().line
+        tokens = self._tokens
+        line = self._lines[self._at]
         guard = None
-        if self._take("@"):
+        if tokens[self._at] == "@":
+            self._at += 1
             negated = self._take("!")
-            name = self._next().text
+            name = self._next()
             guard = Register(self._scope.register(name) or name, negated)
-        word = self._next()
-        if word.kind != "word":
-            raise self._error(f"{word.text!r} begins no instruction", word)
-        opcode, *modifiers = word.text.split(".")
+        word = tokens[self._at]
+        split = self._words.get(word)
+        if split is None:
+            if not _is_word(word):
+                raise self._error(f"{word!r} begins no instruction")
+            opcode, *modifiers = word.split(".")
+            split = self._words[word] = (opcode, tuple(modifiers))
+        self._at += 1
         operands: list[Operand] = []
-        while not self._take(";"):
-            operands.append(self._operand())
-            if not self._take(",") and self._peek().text != ";":
-                raise self._error(f"';' was expected after an operand, not {self._peek().text!r}")
-        if opcode in _BRANCHES:
+        known = self._scope.known
+        while True:
+            token = tokens[self._at]
+            if token == ";":
+                self._at += 1
+                break
+            operand: Operand | None = known.get(token)
+            if operand is not None and tokens[self._at + 1] in (",", ";"):
+                self._at += 1
+            else:
+                operand = self._operand()
+            operands.append(operand)
+            if tokens[self._at] == ",":
+                self._at += 1
+            elif tokens[self._at] != ";":
+                raise self._error(f"';' was expected after an operand, not {tokens[self._at]!r}")
+        if split[0] in _BRANCHES:
             self._branches.append((len(function.body), self._scope))
-        function.body.append(
-            Instruction(opcode, tuple(modifiers), tuple(operands), line, guard, self._location)
-        )
+        function.body.append(Instruction(*split, tuple(operands), line, guard, self._location))
 
     def _resolve_labels(self, function: Function) -> None:
         for index, scope in self._branches:
@@ -449,8 +468,8 @@ class _Parser:
         offset = 0
         if isinstance(base, Symbol) and base.offset:
             base, offset = Symbol(base.name), base.offset
-        while self._peek().text in ("+", "-"):
-            sign = -1 if self._next().text == "-" else 1
+        while self._peek() in ("+", "-"):
+            sign = -1 if self._next() == "-" else 1
             offset += sign * self._integer()
         coordinates: list[Operand] = []
         while self._take(","):
@@ -461,21 +480,33 @@ class _Parser:
 
     def _expression(self) -> Expression:
         negative = self._take("-")
-        token = self._next()
-        if token.kind == "number":
-            immediate = _immediate(token.text)
+        token = self._peek()
+        known = self._scope.known.get(token)
+        if known is not None and not negative:
+            self._at += 1
+            return known
+        if _is_number(token):
+            self._at += 1
+            immediate = _immediate(token)
             return replace(immediate, value=-immediate.value) if negative else immediate
-        if token.kind != "word" or negative:
-            raise self._error(f"an operand was expected, not {token.text!r}", token)
-        unique = self._scope.register(token.text)
-        if unique is not None:
-            return Register(unique)
-        if token.text.startswith("%") or token.text == "_":
-            return Register(token.text)
-        if token.text == "WARP_SZ":
+        if not _is_word(token) or negative:
+            raise self._error(f"an operand was expected, not {token!r}")
+        self._at += 1
+        unique = self._scope.register(token)
+        if unique is not None or token[0] == "%" or token == "_":
+            return self._scope.known.setdefault(token, Register(unique or token))
+        if token == "WARP_SZ":
             return Immediate(32)
-        offset = self._integer() if self._peek().text == "+" and self._take("+") else 0
-        return Symbol(token.text, offset)
+        offset = self._integer() if self._take("+") else 0
+        return Symbol(token, offset)
+
+
+def _is_number(token: str) -> bool:
+    return token[:1].isdigit()
+
+
+def _is_word(token: str) -> bool:
+    return token[:1].isalpha() or token[:1] in (".", "%", "$", "_")
 
 
 def _number(text: str) -> int:

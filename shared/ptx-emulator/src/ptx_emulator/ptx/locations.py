@@ -1,0 +1,58 @@
+"""Source places of a PTX text: `.loc`, with the files, the functions and the inlining it refers to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ptx_emulator.ptx.module import Location
+from ptx_emulator.ptx.names import readable
+
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+_STRING = re.compile(r"^(\$\w+):\s*\n((?:\s*\.b8\s+[\d,\s]+\n)+)", re.MULTILINE)
+
+
+class Locations:
+    """What `.loc` says. Its files and strings may stand behind the functions that refer to them."""
+
+    def __init__(self, text: str) -> None:
+        self._files: dict[int, str] = {int(number): name for number, name in _FILE.findall(text)}
+        self._functions: dict[str, str] = {}
+        if "inlined_at" in text:
+            for label, data in _STRING.findall(text):
+                content = bytes(int(byte) for byte in re.findall(r"\d+", data.replace(".b8", "")))
+                name = content.split(b"\0")[0].decode("utf-8", "replace")
+                self._functions[label] = readable(name) or name
+        self._inlined: dict[tuple[str, ...], Location] = {}  # file, line, column -> the latest
+        self._known: dict[tuple[str, ...], Location] = {}
+
+    def at(self, words: Sequence[str]) -> Location | None:
+        """The place of `.loc`; None for line 0, which stands for no place.
+
+        Args:
+            words: `1 6 3`, perhaps with `, function_name LABEL, inlined_at 1 15 5` behind.
+        """
+        place = tuple(words[:3])
+        if int(place[1]) == 0:
+            return None
+        if "inlined_at" not in words:
+            self._inlined.pop(place, None)
+            return self._plain(place)
+        start = words.index("inlined_at") + 1
+        caller_place = tuple(words[start : start + 3])
+        # Where the caller was inlined itself, an earlier `.loc` of its place says so.
+        caller = self._inlined.get(caller_place) or self._plain(caller_place)
+        label = words[words.index("function_name") + 1] if "function_name" in words else ""
+        function = self._functions.get(label, "")
+        location = Location(self._file(place[0]), int(place[1]), function, caller)
+        self._inlined[place] = location
+        return location
+
+    def _plain(self, place: tuple[str, ...]) -> Location:
+        known = self._known.get(place)
+        if known is None:
+            known = self._known[place] = Location(self._file(place[0]), int(place[1]))
+        return known
+
+    def _file(self, number: str) -> str:
+        return self._files.get(int(number), f"file {number}")
