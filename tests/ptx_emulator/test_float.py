@@ -197,7 +197,7 @@ def test_approximate_functions(
     a = np.concatenate([rng.uniform(low, high, 500), rng.normal(0, 1, 500).clip(low, high)]).astype(
         np.float32
     )
-    got = elementwise(f"{name}.f32 {{d}}, {{a}};", [a.view(np.uint32)]).view(np.float32)
+    got = elementwise(f"{name}.f32 {{d}}, {{a}};", [a.view(np.uint32)], np.float32)
     expected = function(a.astype(np.float64))
     error = np.abs(got - expected) / np.spacing(np.abs(expected).astype(np.float32))
     assert error.max() <= 0.51
@@ -234,8 +234,8 @@ def test_approximate_functions(
 def test_ends_of_approximate_functions(instruction: str, value: float, expected: float) -> None:
     """The tables of special values in the PTX ISA."""
     a = np.full(3, value, np.float32).view(np.uint32)
-    got = elementwise(f"{instruction} {{d}}, {{a}};", [a])
-    assert got.tolist() == [F32.encode(expected)] * 3
+    got = elementwise(f"{instruction} {{d}}, {{a}};", [a], np.float32)
+    assert got.view(np.uint32).tolist() == [F32.encode(expected)] * 3
 
 
 @pytest.mark.parametrize(
@@ -244,18 +244,19 @@ def test_ends_of_approximate_functions(instruction: str, value: float, expected:
 )
 def test_approximate_division(a: float, b: float, expected: float) -> None:
     inputs = [np.array([value] * 2, np.float32).view(np.uint32) for value in (a, b)]
-    assert elementwise("div.approx.f32 {d}, {a}, {b};", inputs)[0] == F32.encode(expected)
-    full = elementwise("div.full.f32 {d}, {a}, {b};", inputs)
-    assert full[0] == F32.encode(exact.div(a, b, F32))
+    got = elementwise("div.approx.f32 {d}, {a}, {b};", inputs, np.float32)
+    assert got.view(np.uint32)[0] == F32.encode(expected)
+    full = elementwise("div.full.f32 {d}, {a}, {b};", inputs, np.float32)
+    assert full.view(np.uint32)[0] == F32.encode(exact.div(a, b, F32))
 
 
 def test_approximate_f64() -> None:
     values = np.random.default_rng(5).uniform(0.01, 1e6, 200)
     for name, function in (("rcp", lambda x: 1 / x), ("rsqrt", lambda x: 1 / np.sqrt(x))):
-        got = elementwise(f"{name}.approx.ftz.f64 {{d}}, {{a}};", [values.view(np.uint64)], np.uint64)
-        assert not (got & np.uint64(0xFFFFFFFF)).any()
-        np.testing.assert_allclose(got.view(np.float64), function(values), rtol=2**-19)
-    got = elementwise("rsqrt.approx.f64 {d}, {a};", [values.view(np.uint64)], np.uint64).view(np.float64)
+        got = elementwise(f"{name}.approx.ftz.f64 {{d}}, {{a}};", [values.view(np.uint64)], np.float64)
+        assert not (got.view(np.uint64) & np.uint64(0xFFFFFFFF)).any()
+        np.testing.assert_allclose(got, function(values), rtol=2**-19)
+    got = elementwise("rsqrt.approx.f64 {d}, {a};", [values.view(np.uint64)], np.float64)
     np.testing.assert_allclose(got, 1 / np.sqrt(values), rtol=1e-15)
 
 

@@ -73,12 +73,13 @@ def matrix_of(words: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def run_mma(name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, target: str = "sm_90a") -> np.ndarray:
-    """D of one mma of bit patterns a [16, K], b [K, 8], c [16, 8]."""
+    """D of one mma of bit patterns a [16, K], b [K, 8], c [16, 8], as bit patterns."""
     bits = 8 * a.itemsize
     pieces = [fragments(a, a_place(bits, a.shape[1])), fragments(b, b_place(bits)), fragments(c, c_place)]
     memory = np.ascontiguousarray(np.concatenate(pieces, axis=1))
     num_a, num_b, num_c = (piece.shape[1] for piece in pieces)
     out = np.zeros((32, num_c), np.uint32)
+    result_type = np.int32 if ".s32." in name else np.float16 if c.itemsize == 2 else np.float32
     words = memory.shape[1]
     text = [f"mad.lo.u32 %r2, %r1, {4 * words}, 0;", "cvt.u64.u32 %rd5, %r2;", "add.u64 %rd5, %rd1, %rd5;"]
     text += [f"ld.global.u32 %r{10 + n}, [%rd5+{4 * n}];" for n in range(words)]
@@ -88,7 +89,7 @@ def run_mma(name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, target: str 
     operands = ", ".join("{" + ", ".join(group) + "}" for group in [results, *groups])
     text += [f"{name} {operands};", f"mad.wide.u32 %rd6, %r1, {4 * num_c}, %rd2;"]
     text += [f"st.global.u32 [%rd6+{4 * n}], {result};" for n, result in enumerate(results)]
-    run_kernel("\n".join(text), memory, out, target=target)
+    run_kernel("\n".join(text), memory, out.view(result_type), target=target)
     return matrix_of(out, c.dtype.type)
 
 

@@ -12,6 +12,7 @@ from ptx_emulator.errors import UnsupportedInstruction
 from tcgen05_problem import accumulator_bits, accumulator_values, random_values
 
 DEPTH = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "u8": 32, "s8": 32}
+ACCUMULATORS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
 M, THREADS = 64, 128
 
 
@@ -126,8 +127,10 @@ def body(p: Problem, image_bytes: int, a_descriptor: int, b_descriptor: int) -> 
     {loads}
     mad.wide.u32 %rd6, %r1, 16, %rd3;
     ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd6];
-    mov.b64 %ad, {a_descriptor};
-    mov.b64 %bd, {b_descriptor};
+    shr.u32 %n, %mbar, 4;  // dynamic shared memory begins beyond address 0 on a GPU
+    cvt.u64.u32 %step, %n;
+    add.u64 %ad, %step, {a_descriptor};
+    add.u64 %bd, %step, {b_descriptor};
     setp.ne.u32 %scale, {int(p.accumulate)}, 0;
     wgmma.fence.sync.aligned;
     wgmma.mma_async.sync.aligned.m64n{p.n}k{p.k}.{types} {{{registers}}}, {a}, %bd, %scale{p.tail};
@@ -160,7 +163,7 @@ def check(p: Problem) -> None:
     run_kernel(
         text,
         image,
-        registers,
+        registers.view(np.dtype(ACCUMULATORS[p.d])),
         fragment_a(a, p.a),
         block=(THREADS, 1, 1),
         target="sm_90a",
