@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,18 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_trace(scale: str, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     arguments = ["--arg", "f32:4=zeros", "--arg", "2.5", "--arg", "4"]
-    assert main(["trace", scale, *arguments, "-o", str(output)]) == 0
-    assert "traceEvents" in json.loads(output.read_text())
+    assert main(["trace", scale, *arguments, "--role", "scaling=0", "-o", str(output)]) == 0
+    events = json.loads(output.read_text())["traceEvents"]
+    assert "warp 0 scaling" in [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+
+
+def test_roles(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [scale, "--block", "128", "--arg", "f32:4=zeros", "--arg", "2.5", "--arg", "4"]
+    assert main(["run", *arguments, "--role", "work=0", "--role", "idle=1-2,3"]) == 0
+    assert re.search(r"^ +work +idle +all$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["run", *arguments, "--role", "work"]) == 2
+    assert main(["run", *arguments, "--role", "work=7"]) == 2
+    assert "work" in capsys.readouterr().err
 
 
 def test_ops(scale: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ptx_emulator.build import compiler
 from ptx_emulator.counts import COUNT_NAMES, LaunchCounts
 from ptx_emulator.ptx.module import Location
 from ptx_emulator.reports import EmulationError, reports_from_json, reports_json, reports_text
-from ptx_emulator.timeline import chrome_trace, write_timeline
+from ptx_emulator.timeline import Row, Span, chrome_trace, write_timeline
 
 RUNTIME = Path(ptx_emulator.build.__file__).parent / "runtime"
 LOCATIONS = {"gemm": {12: Location("gemm.py", 3), 40: Location("gemm.py", 7)}}
@@ -95,16 +96,28 @@ def test_roles_are_checked(roles: dict[str, list[int]]) -> None:
 
 
 def test_timeline_has_a_row_per_warp_and_engine(tmp_path: Path) -> None:
-    def span(warp: int, engine: str, begin: int, end: int) -> dict[str, object]:
-        place = {"grid": 0, "cta": 0, "warp": warp, "engine": engine}
-        return {**place, "name": "x", "begin": begin, "end": end}
+    def row(warp: int, engine: str, *spans: Span) -> Row:
+        return Row("gemm", 0, 0, (1, 2, 0), warp, engine, spans, {7: Location("gemm.py", 3)})
 
-    spans = [span(1, "", 0, 4), span(0, "", 2, 5), span(-1, "tma", 1, 9), span(-1, "mma", 5, 7)]
-    write_timeline(tmp_path / "trace.json", spans, ["gemm"], {"load": [0]})
+    rows = [
+        row(
+            0, "", Span("run", "load", 0, 4, {"load": 3, "move": 1}, [7, 9]), Span("wait", "barrier 0", 4, 9)
+        ),
+        row(1, "", Span("run", "mma", 2, 5, {"mma": 3, "load": 1}, [7], waited=1)),
+        row(-1, "tma", Span("engine", "tensor load", 1, 9, lines=[9])),
+    ]
+    write_timeline(tmp_path / "trace.json", rows, {"producer": [0]})
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    rows = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert rows == {"warp 0 load", "warp 1", "tma", "mma"}
-    assert [e["dur"] for e in events if e["ph"] == "X"] == [4, 8, 3, 2]
+    names = [e["args"]["name"] for e in events if e["name"] in ("process_name", "thread_name")]
+    process = "gemm (launch 0), cluster 0, CTA (1, 2, 0)"
+    assert names == [process, "warp 0 producer", "warp 1 mma, load", "engine tma"]
+    spans = [(e["name"], e["ts"], e["dur"], e["args"]) for e in events if e["ph"] == "X"]
+    assert spans == [
+        ("load", 0, 4, {"load": 3, "move": 1, "source": "gemm.py:3", "PTX line": 7}),
+        ("wait barrier 0", 4, 5, {}),
+        ("mma", 2, 3, {"mma": 3, "load": 1, "source": "gemm.py:3", "PTX line": 7, "waited": 1}),
+        ("tensor load", 1, 8, {"PTX line": 9}),
+    ]
     assert chrome_trace([])["traceEvents"] == []
 
 
@@ -116,16 +129,54 @@ def test_waits_are_counted_and_traced() -> None:
     add.u32 %r2, %r2, 1;
     add.u32 %r2, %r2, 1;
     join:
-    bar.sync 0;
+    bar.sync 3;
     """
-    result = run_kernel(body, block=(64, 1, 1), trace=True)
+    result = run_kernel(body, grid=(2, 2, 1), block=(64, 1, 1), trace=True)
     (counts,) = result.counts
-    assert counts["barrier_waits"] == 2
-    waits = [
-        s for s in result.spans if s["warp"] == 1 and s["end"] - s["begin"] == counts["barrier_wait_cycles"]
+    assert counts["barrier_waits"] == 2 * 4
+    assert [(row.cta, row.warp) for row in result.timeline] == [
+        ((x, y, 0), warp) for y in (0, 1) for x in (0, 1) for warp in (0, 1)
     ]
-    assert waits
-    assert counts["barrier_wait_cycles"] > 0
+    for early, late in zip(result.timeline[::2], result.timeline[1::2], strict=True):
+        assert [span.kind for span in early.spans] == ["run"]
+        assert [(span.kind, span.name) for span in late.spans][1] == ("wait", "barrier 3")
+        assert late.spans[1].end - late.spans[1].begin == counts["barrier_wait_cycles"] / 4 > 0
+
+
+@pytest.mark.parametrize("rounds", [10, 30000])
+def test_a_timeline_has_every_instruction_and_stays_small(rounds: int) -> None:
+    body = f"""
+    mov.u32 %r3, 0;
+    again:
+    setp.lt.u32 %p1, %r1, 32;
+    @%p1 add.u32 %r2, %r1, 1;
+    bar.sync 0;
+    add.u32 %r3, %r3, 1;
+    setp.lt.u32 %p2, %r3, {rounds};
+    @%p2 bra again;
+    """
+    result = run_kernel(body, block=(64, 1, 1), trace=True, checks=False)
+    executed = result.counts[0].executed.sum(axis=1)
+    for row, instructions in zip(result.timeline, executed, strict=True):
+        assert sum(sum(span.classes.values()) for span in row.spans) == instructions
+        assert len(row.spans) <= 20000
+        assert all(a.end == b.begin for a, b in pairwise(row.spans))
+    waited = sum(span.waited for span in result.timeline[1].spans)
+    assert waited == result.counts[0]["barrier_wait_cycles"] == rounds
+
+
+def test_spans_are_named_by_what_says_most() -> None:
+    body = (
+        """
+    ld.global.u32 %r2, [%rd1];
+    add.u32 %r3, %r2, 1;
+    """
+        + "shfl.sync.bfly.b32 %r3, %r3, 1, 31, 0xffffffff;\n" * 40
+        + "st.global.u32 [%rd1], %r1;"
+    )
+    (row,) = run_kernel(body, np.zeros(1, np.uint32), trace=True, checks=False).timeline
+    assert [span.name for span in row.spans] == ["shuffle", "store"]
+    assert row.describe() == "shuffle, load, store"
 
 
 def test_shadow_memory_against_a_model(tmp_path: Path) -> None:

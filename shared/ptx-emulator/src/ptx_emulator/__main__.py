@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,11 @@ SUBJECT = """what to run: FILE.ptx, with the options below; or FILE.py:FUNCTION,
 that returns a ptx_emulator.Launch, Launches, or emulate(...).call(...)"""
 ARGUMENT = """an argument of the kernel, once for each parameter in order: a number (7, 2.5), or an array
 TYPE:SHAPE=FILL, such as f32:128x64=randn, i32:16=arange, u8:1024=zeros, f32:64=nan, f32:10=FILE.npy"""
+
+
+ROLE = (
+    "the name of some warps, once for each role: load=0, softmax=4-7,12 (default: found by what they execute)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,8 +79,9 @@ def check(chosen: argparse.Namespace) -> int:
 def trace(chosen: argparse.Namespace) -> int:
     """Runs once and writes a timeline."""
     result = _job(chosen).run(_options(chosen, checks=False, traced=True))
-    write_timeline(chosen.output, result.spans, [counts.kernel for counts in result.counts])
-    print(f"{chosen.output}: {len(result.spans)} spans; open it at https://ui.perfetto.dev")
+    write_timeline(chosen.output, result.timeline, _roles(chosen.role))
+    num_spans = sum(len(row.spans) for row in result.timeline)
+    print(f"{chosen.output}: {num_spans} spans; open it at https://ui.perfetto.dev")
     return 1 if result.reports else 0
 
 
@@ -126,6 +133,19 @@ def _job_of(path: Path, function: str) -> Job:
     return job
 
 
+def _roles(texts: Sequence[str]) -> dict[str, list[int]] | None:
+    """Warps by role, from `load=0` and `softmax=4-7,12`."""
+    roles: dict[str, list[int]] = {}
+    for text in texts:
+        match = re.fullmatch(r"([^=]+)=(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)", text)
+        if match is None:
+            raise ValueError(f"--role {text}: expected NAME=WARPS, such as softmax=4-7 or load=0,2")
+        for part in match[2].split(","):
+            first, _, last = part.partition("-")
+            roles.setdefault(match[1], []).extend(range(int(first), int(last or first) + 1))
+    return roles or None
+
+
 def _size(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.replace("x", ",").split(","))
 
@@ -144,11 +164,11 @@ def _options(chosen: argparse.Namespace, *, checks: bool, traced: bool = False) 
 
 def _print_result(result: Result, chosen: argparse.Namespace, seconds: float) -> None:
     if chosen.json:
-        counts = [of_launch.to_dict() for of_launch in result.counts]
+        counts = [of_launch.to_dict(_roles(chosen.role)) for of_launch in result.counts]
         print(json.dumps({"reports": json.loads(reports_json(result.reports)), "counts": counts}, indent=1))
         return
     for of_launch in result.counts:
-        print(of_launch.table(), end="\n\n")
+        print(of_launch.table(_roles(chosen.role)), end="\n\n")
     print(reports_text(result.reports))
     print(f"{sum(c.instructions for c in result.counts):,} warp instructions in {seconds:.2f} s")
 
@@ -164,12 +184,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     single.add_argument("--schedule", choices=sorted(SCHEDULES), default="fair")
     single.add_argument("--json", action="store_true", help="findings and counts as JSON")
+    single.add_argument("--role", action="append", default=[], help=ROLE)
     several = _subject_parser(commands, "check", check)
     several.add_argument("--schedules", type=int, default=8, help="how many (default: 8)")
     several.add_argument("--all", action="store_true", help="go on behind the first schedule that is wrong")
     several.add_argument("--json", action="store_true", help="findings of every schedule as JSON")
     traced = _subject_parser(commands, "trace", trace)
     traced.add_argument("--schedule", choices=sorted(SCHEDULES), default="fair")
+    traced.add_argument("--role", action="append", default=[], help=ROLE)
     traced.add_argument("-o", "--output", type=Path, default=Path("trace.json"), help="default: trace.json")
     table = commands.add_parser("ops", help=ops.__doc__, description=ops.__doc__)
     table.add_argument(

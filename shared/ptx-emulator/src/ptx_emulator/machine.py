@@ -21,6 +21,7 @@ from ptx_emulator.ptx.module import Module
 from ptx_emulator.ptx.parser import parse
 from ptx_emulator.reports import KINDS, EmulationError, Report, reports_from_json
 from ptx_emulator.targets import target as find_target
+from ptx_emulator.timeline import Row, notable_mask, rows_from_json
 
 _WARPS = {"fair": 0, "greedy": 1, "random": 2}
 _ASYNCS = {"prompt": 0, "eager": 1, "late": 2, "random": 3}
@@ -74,7 +75,7 @@ class _Options(ctypes.Structure):
 @cache
 def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
-    for name in ("ptxe_operations", "ptxe_error", "ptxe_findings", "ptxe_spans"):
+    for name in ("ptxe_operations", "ptxe_error", "ptxe_findings", "ptxe_timeline"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("ptxe_program", "ptxe_machine"):
         getattr(library, name).restype = ctypes.c_void_p
@@ -110,6 +111,7 @@ class Kernel:
             ctypes.c_uint32(program.register_bytes),
             ctypes.c_uint32(program.local_bytes),
             ctypes.c_uint32(program.static_shared_bytes),
+            ctypes.c_uint64(notable_mask(program.op_classes)),
         )
         if not self.handle:
             name = _runtime().ptxe_error().decode()
@@ -159,16 +161,26 @@ class LoadedModule:
         return self._kernels[name]
 
 
+@dataclass(frozen=True)
+class _Queued:
+    """A launch in the stream; `num_warps` are those of a CTA."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    num_warps: int
+
+
 @dataclass
 class Result:
     """What a run of the queue gave: findings, and per launch what was executed.
 
     `allowed` are the findings of kinds that the machine was told to allow; `reports` are all others.
+    `timeline` is empty unless the run was traced.
     """
 
     reports: list[Report]
     counts: list[LaunchCounts]
-    spans: list[dict[str, Any]] = field(default_factory=list)
+    timeline: list[Row] = field(default_factory=list)
     allowed: list[Report] = field(default_factory=list)
 
     def raise_reports(self) -> None:
@@ -239,7 +251,7 @@ class Machine:
         if workers is not None and workers < 1:
             raise EmulatorError(f"workers: {workers}, at least 1 is needed")
         self._allow = frozenset(allow)
-        self._launches: list[tuple[Kernel, int]] = []  # kernel, warps per CTA
+        self._launches: list[_Queued] = []
         self._keep: list[Any] = []
         self._ranges: dict[int, tuple[str, int, int]] = {}  # base -> name, bytes, flags
         self._new_queue()
@@ -291,7 +303,7 @@ class Machine:
             params,
         )
         _runtime().ptxe_enqueue(self._pointer(), ctypes.c_void_p(kernel.handle), ctypes.byref(launch))
-        self._launches.append((kernel, -(-block[0] * block[1] * block[2] // 32)))
+        self._launches.append(_Queued(kernel, grid, -(-block[0] * block[1] * block[2] // 32)))
 
     def synchronize(self, during: AbstractContextManager[None] | None = None) -> Result:
         """Runs the launches of the stream to the end and empties it.
@@ -302,14 +314,19 @@ class Machine:
         runtime = _runtime()
         with during or nullcontext():
             runtime.ptxe_synchronize(self._pointer())
-        locations = {kernel.program.name: kernel.program.locations for kernel, _ in self._launches}
+        programs = [queued.kernel.program for queued in self._launches]
+        locations = {program.name: program.locations for program in programs}
         findings = json.loads(runtime.ptxe_findings(self._pointer()).decode())
         reports = reports_from_json(findings, locations)
         result = Result(
             reports=[report for report in reports if report.kind not in self._allow],
             allowed=[report for report in reports if report.kind in self._allow],
             counts=list(self._counts()),
-            spans=json.loads(runtime.ptxe_spans(self._pointer()).decode()),
+            timeline=rows_from_json(
+                json.loads(runtime.ptxe_timeline(self._pointer()).decode()),
+                [(program.name, program.op_classes, program.locations) for program in programs],
+                [queued.grid for queued in self._launches],
+            ),
         )
         self._new_queue()
         return result
@@ -390,9 +407,10 @@ class Machine:
             )
 
     def _counts(self) -> Iterator[LaunchCounts]:
-        for index, (kernel, num_warps) in enumerate(self._launches):
-            executed = np.zeros((num_warps, len(kernel.program.code)), dtype=np.uint64)
-            counts = np.zeros((num_warps, len(COUNT_NAMES)), dtype=np.uint64)
+        for index, queued in enumerate(self._launches):
+            kernel = queued.kernel
+            executed = np.zeros((queued.num_warps, len(kernel.program.code)), dtype=np.uint64)
+            counts = np.zeros((queued.num_warps, len(COUNT_NAMES)), dtype=np.uint64)
             _runtime().ptxe_counts(
                 self._pointer(),
                 index,

@@ -37,7 +37,7 @@ def _fill(ctx: Lowering, operand: Operand) -> tuple[int, Use]:
     return _SOURCE_SIZE, ctx.src(operand, "u32")
 
 
-@lowers("cp.async.commit_group", op_class="asynchronous copy")
+@lowers("cp.async.commit_group", op_class="barrier")
 def lower_commit_group(ctx: Lowering, instruction: Instruction) -> None:
     if instruction.modifiers != ("async", "commit_group"):
         raise ctx.unsupported("it has no modifiers")
@@ -45,7 +45,7 @@ def lower_commit_group(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("cp.async.commit_group")
 
 
-@lowers("cp.async.wait_group", "cp.async.wait_all", op_class="asynchronous copy")
+@lowers("cp.async.wait_group", "cp.async.wait_all", op_class="barrier")
 def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
     if instruction.modifiers == ("async", "wait_all"):
         operands(ctx, instruction, 0)

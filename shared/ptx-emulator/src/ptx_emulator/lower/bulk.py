@@ -209,7 +209,7 @@ def lower_prefetch(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("bulk.prefetch", *ctx.address(source), ctx.src(size, "u32"))
 
 
-@lowers("cp.async.bulk.commit_group", op_class="bulk_copy")
+@lowers("cp.async.bulk.commit_group", op_class="barrier")
 def lower_commit_group(ctx: Lowering, instruction: Instruction) -> None:
     operands(ctx, instruction, 0)
     if len(instruction.modifiers) != 3:
@@ -217,7 +217,7 @@ def lower_commit_group(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("bulk.commit_group")
 
 
-@lowers("cp.async.bulk.wait_group", op_class="bulk_copy")
+@lowers("cp.async.bulk.wait_group", op_class="barrier")
 def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("async", "bulk", "wait_group"):

@@ -123,7 +123,7 @@ def lower_mma_async(ctx: Lowering, instruction: Instruction) -> None:
     )
 
 
-@lowers("wgmma.fence", "wgmma.commit_group", op_class="mma")
+@lowers("wgmma.fence", "wgmma.commit_group", op_class="barrier")
 def lower_fence(ctx: Lowering, instruction: Instruction) -> None:
     what = instruction.modifiers[0]
     begin(ctx, instruction, what).done()
@@ -131,7 +131,7 @@ def lower_fence(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("wgmma.fence" if what == "fence" else "wgmma.commit_group")
 
 
-@lowers("wgmma.wait_group", op_class="mma")
+@lowers("wgmma.wait_group", op_class="barrier")
 def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
     begin(ctx, instruction, "wait_group").done()
     (count,) = operands(ctx, instruction, 1)

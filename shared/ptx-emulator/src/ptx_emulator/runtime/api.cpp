@@ -48,20 +48,6 @@ std::string findings_json(const Machine& machine) {
   return out + "]";
 }
 
-std::string spans_json(const Machine& machine) {
-  std::string out = "[";
-  for (const Span& s : machine.spans) {
-    if (out.size() > 1) out += ",";
-    out += "{\"grid\":" + std::to_string(s.grid->id) + ",\"cta\":" + std::to_string(s.cta);
-    out += ",\"warp\":" + std::to_string(s.warp) + ",\"engine\":";
-    append_quoted(out, s.engine);
-    out += ",\"name\":";
-    append_quoted(out, s.name);
-    out += ",\"begin\":" + std::to_string(s.begin) + ",\"end\":" + std::to_string(s.end) + "}";
-  }
-  return out + "]";
-}
-
 std::string operations_text() {
   std::string out;
   for (const std::string& name : operation_names()) out += name + "\n";
@@ -115,13 +101,14 @@ const char* ptxe_operations() {
 Program* ptxe_program(const char* name, const PackedInstruction* code, uint64_t num_instructions, const uint32_t* args,
                       uint64_t num_args, const PackedConstant* constants, uint64_t num_constants,
                       const PackedSpecial* specials, uint64_t num_specials, uint32_t register_bytes,
-                      uint32_t local_bytes, uint32_t static_shared_bytes) {
+                      uint32_t local_bytes, uint32_t static_shared_bytes, uint64_t notable_classes) {
   auto program = std::make_unique<Program>();
   program->name = name;
   program->args.assign(args, args + num_args);
   program->register_bytes = register_bytes;
   program->local_bytes = local_bytes;
   program->static_shared_bytes = static_shared_bytes;
+  program->notable_classes = notable_classes;
   for (uint64_t k = 0; k < num_instructions; ++k) {
     const PackedInstruction& p = code[k];
     program->code.push_back(Instruction{operation_at(p.operation), program->args.data() + p.first_arg, p.num_args,
@@ -203,8 +190,8 @@ const char* ptxe_findings(const Machine* machine) {
   returned_text = findings_json(*machine);
   return returned_text.c_str();
 }
-const char* ptxe_spans(const Machine* machine) {
-  returned_text = spans_json(*machine);
+const char* ptxe_timeline(const Machine* machine) {
+  returned_text = timeline_json(*machine);
   return returned_text.c_str();
 }
 

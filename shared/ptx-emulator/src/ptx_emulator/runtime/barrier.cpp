@@ -256,6 +256,7 @@ PTXE_OP("barrier") {
                std::to_string(generation->expected) + ".");
   }
   leave(list, entry, w.lanes);
+  if (w.track) w.waits_for = "barrier " + std::to_string(number);
   acquire(w, generation->sync);
   if (kind != Kind::Sync) write_result(w, i.args[3], kind, *generation);
   return Step::Next;
@@ -317,6 +318,7 @@ PTXE_OP("barrier.cluster.wait") {
   }
   const GenerationPtr generation = entry->generation;
   leave(list, entry, w.lanes);
+  if (w.track) w.waits_for = "barrier of the cluster";
   acquire(w, generation->sync);
   return Step::Next;
 }

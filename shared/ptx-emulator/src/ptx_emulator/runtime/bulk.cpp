@@ -240,7 +240,7 @@ uint64_t through_copy_engine(Warp& w, uint64_t bytes, const char* name) {
   CopyEngine& engine = w.cta->state.get<CopyEngine>();
   const uint64_t begin = std::max(engine.busy_until, w.time);
   engine.busy_until = begin + (bytes + kEngineBytesPerCycle - 1) / kEngineBytesPerCycle;
-  trace_engine(*w.cta, "tma", name, begin, engine.busy_until);
+  trace_engine(*w.cta, "tma", name, w.at->line, begin, engine.busy_until);
   return engine.busy_until + kEngineLatency;
 }
 
@@ -362,6 +362,7 @@ PTXE_OP("bulk.wait_group") {  // groups that may be pending, whether only the re
                   std::to_string(allowed);
     return Step::Wait;
   }
+  if (w.track) w.waits_for = "bulk async-groups";
   each_lane(w, [&](int lane) { take_groups(w, groups_of(w, lane), allowed, read_only); });
   return Step::Next;
 }

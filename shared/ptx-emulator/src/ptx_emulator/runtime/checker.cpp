@@ -15,8 +15,7 @@ constexpr uint32_t kReuseDistance = 32;       // components given back before on
 void carry_time(Warp& w, const Sync& sync) {
   if (sync.time <= w.time) return;
   count(w, Count::BarrierWaitCycles, sync.time - w.time);
-  const std::string name = w.waits_for.empty() ? "wait at PTX line " + std::to_string(w.at ? w.at->line : 0) : w.waits_for;
-  trace_span(w, name.c_str(), w.time, sync.time);
+  trace_wait(w, w.time, sync.time);
   w.time = sync.time;
 }
 

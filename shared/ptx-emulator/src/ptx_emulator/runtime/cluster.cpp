@@ -128,6 +128,7 @@ void start_warp(Cta& cta, uint32_t index) {
   w.registers = w.register_file.data() + (kRegisterAlignment - base % kRegisterAlignment) % kRegisterAlignment;
   w.local.resize(static_cast<size_t>(grid.program->local_bytes) * kLanes);
   start_registers(w);
+  w.track = track_of(w);
 }
 
 }  // namespace

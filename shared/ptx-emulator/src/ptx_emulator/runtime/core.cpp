@@ -1,4 +1,4 @@
-// Operations by name, gathering of lanes, reports, counts and spans.
+// Operations by name, gathering of lanes, reports, counts.
 #include "core.h"
 
 #include <algorithm>
@@ -104,20 +104,6 @@ void report(Warp& w, Report kind, int lane, std::string message) {
 void count(Warp& w, Count what, uint64_t n) {
   Tally& tally = w.grid->tallies[worker_index];
   tally.counts[w.index * static_cast<size_t>(Count::NumCounts) + static_cast<size_t>(what)] += n;
-}
-
-void trace_span(Warp& w, const char* name, uint64_t begin, uint64_t end) {
-  Machine& machine = *w.cluster->machine;
-  if (!machine.options.trace) return;
-  const std::lock_guard<std::mutex> hold(machine.lock);
-  machine.spans.push_back(Span{w.grid, w.cta->linear, static_cast<int32_t>(w.index), "", name, begin, end});
-}
-
-void trace_engine(Cta& cta, const char* engine, const char* name, uint64_t begin, uint64_t end) {
-  Machine& machine = *cta.cluster->machine;
-  if (!machine.options.trace) return;
-  const std::lock_guard<std::mutex> hold(machine.lock);
-  machine.spans.push_back(Span{cta.grid, cta.linear, -1, engine, name, begin, end});
 }
 
 void start_async(Warp& w, std::unique_ptr<AsyncOp> op) {

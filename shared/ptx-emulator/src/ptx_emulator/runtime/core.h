@@ -75,6 +75,7 @@ struct Gathering {
 };
 
 struct Program;  // program.h
+struct Track;    // timeline.h
 
 struct Warp {
   Cta* cta;
@@ -91,7 +92,10 @@ struct Warp {
   uint32_t current = 0;  // index into groups of the one that is executing
   const Instruction* at = nullptr;
   uint64_t* executed = nullptr;  // how often each instruction was, of this worker
-  std::string waits_for;  // why the last Step::Wait: "mbarrier 0x400 of CTA 0, phase 1"
+  Track* track = nullptr;  // its row of the timeline, if there is one
+  // Why the last Step::Wait: "mbarrier 0x400 of CTA 0, phase 1: ...". What stands before a colon names the wait on the
+  // timeline; where `track` is set, an operation that need not wait any more names it, too, before acquire().
+  std::string waits_for;
 
   std::vector<Gathering> gatherings;
 
@@ -154,9 +158,10 @@ enum class Count : uint8_t {
 };
 void count(Warp& w, Count what, uint64_t n);
 
-// A span on the timeline of a warp ("wait full[0]") or of an engine of its CTA ("tma", "mma").
-void trace_span(Warp& w, const char* name, uint64_t begin, uint64_t end);
-void trace_engine(Cta& cta, const char* engine, const char* name, uint64_t begin, uint64_t end);
+// A wait for `w.waits_for` on the timeline of a warp, and an operation of an engine of a CTA ("tma", "mma") that the
+// instruction of a PTX line has issued.
+void trace_wait(Warp& w, uint64_t begin, uint64_t end);
+void trace_engine(Cta& cta, const char* engine, const char* name, uint32_t line, uint64_t begin, uint64_t end);
 
 // ---------------------------------------------------------------------------------------------- CTA, cluster
 

@@ -199,6 +199,12 @@ bool is_complete(Warp& w, const MBarrierAt& target, uint64_t wanted, bool parity
   return b.phase != phase;
 }
 
+std::string phase_name(const Warp& w, const MBarrierAt& target, uint64_t phase) {
+  const Cta& cta = *target.place.cta;
+  const std::string where = &cta == w.cta ? "" : format(" of CTA %u", cta.linear);
+  return format("mbarrier 0x%x", target.place.offset) + where + format(", phase %" PRIu64, phase);
+}
+
 enum WaitFlags : uint32_t { kParity = 1, kWaitRelaxed = 2 };
 
 struct WaitResult {
@@ -236,6 +242,8 @@ WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, 
     if (flags & kWaitRelaxed) {
       observe_relaxed(w, last.barrier->completed);
     } else {
+      // The phase that is complete comes before the one that the barrier is in.
+      if (w.track) w.waits_for = phase_name(w, last, last.barrier->phase - 1);
       acquire(w, last.barrier->completed);
     }
   });

@@ -10,6 +10,7 @@
 #include "core.h"
 #include "grid.h"
 #include "memory.h"
+#include "timeline.h"
 
 namespace ptxe {
 
@@ -34,6 +35,7 @@ struct Program {
   uint32_t register_bytes = 0;
   uint32_t local_bytes = 0;
   uint32_t static_shared_bytes = 0;
+  uint64_t notable_classes = 0;  // a bit for each class of instructions that names what a warp does on the timeline
 };
 
 struct Target {
@@ -64,14 +66,6 @@ struct Finding {
   const Program* program;
   uint32_t grid;
   uint64_t times = 1;  // at the same instructions of the same launch, by whatever lane
-};
-
-struct Span {
-  const Grid* grid;
-  uint32_t cta;
-  int32_t warp;  // -1: engine
-  std::string engine, name;
-  uint64_t begin, end;
 };
 
 // Executed instructions and counts of one worker for one grid.
@@ -105,10 +99,10 @@ struct Machine {
   Options options;
   MemoryMap memory;
   std::deque<Grid> grids;
-  std::mutex lock;      // findings, spans
+  std::mutex lock;      // findings, rows of the timeline
   std::mutex starting;  // of clusters
   std::vector<Finding> findings;
-  std::vector<Span> spans;
+  Timeline timeline;
   std::atomic<bool> stopped{false};
   std::atomic<uint64_t> epoch{0};  // raised when any cluster made progress
   std::atomic<uint64_t> steps{0};

@@ -65,6 +65,7 @@ Step run_straight(Warp& w, uint32_t& left) {
       if (step == Step::Wait) return step;
       ++executed[&i - code];
       ++w.time;
+      if (w.track) w.track->executed(i, w.time);
       --left;
       if (step == Step::Jump || step == Step::Stop) return step;
       ++group.pc;

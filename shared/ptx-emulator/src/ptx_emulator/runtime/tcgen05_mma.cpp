@@ -295,8 +295,9 @@ bool MmaOp::step(Cluster& cluster) {
   const uint64_t begin = std::max(actor.time, state.mma_busy_until);
   const uint64_t end = begin + std::max<uint64_t>(1, flops / (flops_per_cycle(kind) * group.size));
   state.mma_busy_until = end;
+  const uint32_t line = cluster.grid->program->code[actor.site.pc].line;
   for (uint32_t member = 0; member < group.size; ++member) {
-    trace_engine(*group.ctas[member], "mma", trace_name(kind), begin, end);
+    trace_engine(*group.ctas[member], "mma", trace_name(kind), line, begin, end);
   }
   retire(cluster, actor);
   ++cluster.progress;

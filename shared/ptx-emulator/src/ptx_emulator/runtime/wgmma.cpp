@@ -174,7 +174,11 @@ void finish_groups(Warp& w, WgmmaWarp& state, size_t left) {
     }
     state.groups.pop_front();
   }
-  if (w.time > begin) trace_span(w, "wait wgmma", begin, w.time);
+  if (w.track && w.time > begin) {
+    w.waits_for = "wgmma groups";
+    trace_wait(w, begin, w.time);
+    w.waits_for.clear();
+  }
 }
 
 }  // namespace
@@ -201,7 +205,7 @@ PTXE_OP("wgmma.mma_async") {
   const uint64_t begin = std::max(w.time, engine.busy_until);
   actor.time = begin + std::max<uint64_t>(1, flops / flops_per_cycle(multiplication.a));
   engine.busy_until = actor.time;
-  trace_engine(*w.cta, "mma", "wgmma", begin, actor.time);
+  trace_engine(*w.cta, "mma", "wgmma", i.line, begin, actor.time);
   state.open.push_back(std::move(actor));
   return Step::Next;
 }
