@@ -83,7 +83,7 @@ def test_256_bits(vector: str, bits: int) -> None:
     body += f"st.global.{vector}.b{bits} [%rd6], {held};"
     run_kernel(body, source, result, target="sm_100a")
     np.testing.assert_array_equal(result, source)
-    with pytest.raises(EmulatorError, match="at most 16 bytes"):
+    with pytest.raises(EmulatorError, match="needs sm_100"):
         run_kernel(body, source, result, target="sm_90a")
 
 

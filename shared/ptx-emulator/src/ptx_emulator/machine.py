@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ptx_emulator.program import Program, lower
 from ptx_emulator.ptx.module import Module
 from ptx_emulator.ptx.parser import parse
 from ptx_emulator.reports import KINDS, EmulationError, Report, reports_from_json
+from ptx_emulator.targets import check_runs_on
 from ptx_emulator.targets import target as find_target
 from ptx_emulator.timeline import Row, notable_mask, rows_from_json
 
@@ -129,6 +131,7 @@ class LoadedModule:
         self.module: Module = parse(text)
         self.text = text
         self.arch = arch or self.module.target
+        check_runs_on(self.module.target, self.arch)
         self._kernels: dict[str, Kernel] = {}
         self.variables: dict[str, np.ndarray] = {}
         for variable in self.module.variables:
@@ -157,7 +160,7 @@ class LoadedModule:
         if name not in self._kernels:
             symbols = {variable: memory.ctypes.data for variable, memory in self.variables.items()}
             function = self.module.functions[name]
-            self._kernels[name] = Kernel(lower(self.module, function, self.arch, symbols, operations()))
+            self._kernels[name] = Kernel(lower(self.module, function, symbols, operations()))
         return self._kernels[name]
 
 
@@ -269,7 +272,12 @@ class Machine:
         self._keep_range(name, address, num_bytes, flags)
 
     def attach(self, module: LoadedModule) -> None:
-        """Makes the variables of a module that is already loaded accessible here, too."""
+        """Makes the variables of a module that is already loaded accessible here, too.
+
+        Raises:
+            EmulatorError: its PTX does not run on this device.
+        """
+        check_runs_on(module.module.target, self.device)
         spaces = {variable.name: variable.space for variable in module.module.variables}
         for name, memory in module.variables.items():
             flags = READ_ONLY | CONSTANT if spaces[name] == "const" else 0
@@ -396,11 +404,21 @@ class Machine:
             raise EmulatorError(f"grid: {grid} and cluster {cluster} need a CTA in every direction")
         if any(g % c for g, c in zip(grid, cluster, strict=True)):
             raise EmulatorError(f"grid: {grid} is not a multiple of the cluster {cluster}")
-        if cluster[0] * cluster[1] * cluster[2] > 16:
+        num_ctas = cluster[0] * cluster[1] * cluster[2]
+        if num_ctas > 16:
             raise EmulatorError(f"cluster: {cluster} has more than 16 CTAs")
-        required = program.function.directives.get("reqntid")
-        if required and block != (*required, 1, 1)[:3]:
-            raise EmulatorError(f"block: {block}, the kernel requires {required}")
+        if num_ctas > 1 and self.target.sm < 90:
+            raise EmulatorError(f"cluster: {cluster}, {self.target.name} has no clusters")
+        for name, given, directive in (
+            ("block", block, "reqntid"),
+            ("cluster", cluster, "reqnctapercluster"),
+        ):
+            required = program.function.directives.get(directive)
+            if required and given != (*required, 1, 1)[:3]:
+                raise EmulatorError(f"{name}: {given}, the kernel requires {required}")
+        most = program.function.directives.get("maxntid")
+        if most and threads > prod(most):
+            raise EmulatorError(f"block: {block} has {threads} threads, the kernel allows {prod(most)}")
         if len(params) != program.parameter_bytes:
             raise EmulatorError(
                 f"params: {len(params)} bytes, {program.name} takes {program.parameter_bytes} bytes"

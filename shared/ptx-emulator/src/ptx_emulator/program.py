@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.lower.availability import missing
 from ptx_emulator.lower.context import Lowering, Op, Use, Value
 from ptx_emulator.lower.flow import blocks_of, fill_meeting_points, resolve_targets
 from ptx_emulator.lower.registers import allocate
@@ -50,23 +51,22 @@ class Program:
     parameter_bytes: int
 
 
-def lower(
-    module: Module, function: Function, arch: str, symbols: dict[str, int], operations: dict[str, int]
-) -> Program:
-    """Lowers one kernel.
+def lower(module: Module, function: Function, symbols: dict[str, int], operations: dict[str, int]) -> Program:
+    """Lowers one kernel, for the `.target` of its module.
 
     Args:
         symbols: addresses of the module's global and constant variables.
         operations: index of each operation of the runtime.
 
     Raises:
-        UnsupportedInstruction: the first instruction, or form of one, that the emulator does not know.
+        UnsupportedInstruction: the first instruction, or form of one, that the emulator does not know, or that
+            the target does not have.
     """
     shared, static_shared_bytes = _lay_out(
         [v for v in (*module.variables, *function.variables) if v.space == "shared"]
     )
     local, local_bytes = _lay_out([v for v in function.variables if v.space == "local"])
-    ctx = Lowering(function, arch, symbols, shared, local)
+    ctx = Lowering(function, module.target, symbols, shared, local)
     locations: dict[int, Location] = {}
     for item in function.body:
         if isinstance(item, Label):
@@ -109,6 +109,9 @@ def lower_instruction(ctx: Lowering, instruction: Instruction) -> None:
     if found is None:
         raise UnsupportedInstruction(instruction.name, instruction.line, ctx.function.name)
     ctx.begin(instruction, found.op_class)
+    needs = missing(instruction, ctx.target)
+    if needs is not None:
+        raise ctx.unsupported(f".target {ctx.target} does not have it, it needs {needs}")
     try:
         found.lower(ctx, instruction)
     except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:

@@ -11,6 +11,7 @@ from ptx_emulator.machine import operations
 from ptx_emulator.program import lower_instruction
 from ptx_emulator.ptx.module import Function, Instruction, Module
 from ptx_emulator.ptx.parser import parse
+from ptx_emulator.targets import check_runs_on
 
 
 def opcode_table() -> str:
@@ -23,19 +24,24 @@ def opcode_table() -> str:
 
 
 def unsupported(text: str, device: str | None = None) -> list[UnsupportedInstruction]:
-    """The instructions of a PTX module that the emulator does not run; of equal ones the first."""
+    """The instructions of a PTX module that the emulator does not run; of equal ones the first.
+
+    Raises:
+        EmulatorError: PTX for its `.target` does not run on the device at all.
+    """
     module = parse(text)
+    check_runs_on(module.target, device or module.target)
     found: dict[str, UnsupportedInstruction] = {}
     for function in module.functions.values():
-        for error in _unsupported_of(module, function, device or module.target):
+        for error in _unsupported_of(module, function):
             found.setdefault(error.name, error)
     return list(found.values())
 
 
-def _unsupported_of(module: Module, function: Function, device: str) -> Iterator[UnsupportedInstruction]:
+def _unsupported_of(module: Module, function: Function) -> Iterator[UnsupportedInstruction]:
     variables = [*module.variables, *function.variables]
     names = {space: {v.name: 0 for v in variables if v.space in spaces} for space, spaces in _SPACES.items()}
-    ctx = Lowering(function, device, names["global"], names["shared"], names["local"])
+    ctx = Lowering(function, module.target, names["global"], names["shared"], names["local"])
     for item in function.body:
         if not isinstance(item, Instruction):
             continue

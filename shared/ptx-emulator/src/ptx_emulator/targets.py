@@ -34,15 +34,49 @@ _TARGETS = {
 }
 
 
+# A target with a suffix shares the features of a family with the newer members of it; sm_101 became sm_110.
+FAMILIES = {90: 90, 100: 100, 103: 100, 101: 110, 110: 110, 120: 120, 121: 120}
+
+
+def split_target(name: str) -> tuple[int, str]:
+    """Number and suffix: (100, "a") for `sm_100a`.
+
+    Raises:
+        EmulatorError: what is not the name of an architecture.
+    """
+    match = re.fullmatch(r"(?:sm|compute)_(\d+)([af]?)", name)
+    if match is None:
+        raise EmulatorError(f"device: {name!r} is not the name of an architecture, such as sm_90a")
+    return int(match[1]), match[2]
+
+
 def target(name: str) -> Target:
     """The target of an architecture's name, such as `sm_100a` or `sm_120f`.
 
     Raises:
         EmulatorError: an architecture that the emulator does not know.
     """
-    match = re.fullmatch(r"(?:sm|compute)_(\d+)[af]?", name)
-    found = _TARGETS.get(int(match[1])) if match else None
+    found = _TARGETS.get(split_target(name)[0])
     if found is None:
         known = ", ".join(t.name for t in _TARGETS.values())
         raise EmulatorError(f"device: {name!r} is not a target of the emulator, which has {known}")
     return found
+
+
+def check_runs_on(ptx_target: str, device: str) -> None:
+    """Refuses PTX of a `.target` on a device: older ones, and others where the target has a suffix.
+
+    Raises:
+        EmulatorError: it does not run there.
+    """
+    (number, suffix), (chip, _) = split_target(ptx_target), split_target(device)
+    renamed = FAMILIES.get(chip) == FAMILIES.get(number) == 110
+    if suffix == "a" and chip != number and not renamed:
+        why = "whose PTX runs on that architecture only"
+    elif suffix == "f" and (FAMILIES.get(chip) != FAMILIES.get(number) or chip < number):
+        why = "whose PTX runs on that and the newer members of its family"
+    elif chip < number:
+        why = "which is newer"
+    else:
+        return
+    raise EmulatorError(f"device: the PTX cannot run on {device}, it is for {ptx_target}, {why}")

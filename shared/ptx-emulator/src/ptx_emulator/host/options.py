@@ -16,7 +16,7 @@ class Options:
         schedule: `fair`, `greedy`, `late`, `greedy-late` or `random`, or a pair `(warps, asyncs)`.
         seed: of a random schedule; the same seed repeats it.
         workers: OS threads; one per core by default.
-        trace: whether a timeline is recorded, in `Result.spans`.
+        trace: whether a timeline is recorded, in `Result.timeline`.
         early_dependents: whether a grid launched with programmatic stream serialization starts as early as
             its predecessor allows, or only when that has completed.
         allow: kinds of findings that are put into `Result.allowed` and never raised; see `Machine`.

@@ -9,6 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.lower.availability import missing_register
 from ptx_emulator.ptx.module import (
     Address,
     Function,
@@ -84,7 +85,7 @@ class Lowering:
     """
 
     function: Function
-    arch: str  # such as sm_100a
+    target: str  # `.target` of the module, such as sm_100a
     symbols: dict[str, int]  # addresses of global and const variables
     shared: dict[str, int]  # offsets of shared variables
     local: dict[str, int]  # offsets of local variables
@@ -202,13 +203,6 @@ class Lowering:
         assert self._current is not None
         return self._current
 
-    @property
-    def sm(self) -> int:
-        """Number of the architecture: 100 for sm_100a."""
-        match = re.search(r"(\d+)", self.arch)
-        assert match is not None, self.arch
-        return int(match[1])
-
     def unsupported(self, why: str) -> UnsupportedInstruction:
         """An error that names the current instruction: `raise ctx.unsupported("...")`."""
         return UnsupportedInstruction(self.current.name, self.current.line, self.function.name, why)
@@ -234,6 +228,9 @@ class Lowering:
         name = operand.name.removeprefix("%")
         if not operand.name.startswith("%"):
             raise self.unsupported(f"register {operand.name} was not declared")
+        needs = missing_register(name, self.target)
+        if needs is not None:
+            raise self.unsupported(f".target {self.target} does not have %{name}, it needs {needs}")
         value = Value(operand.name, SPECIAL_BITS.get(name, 1 if name.startswith("is_") else 32))
         self.specials[value] = name
         return value

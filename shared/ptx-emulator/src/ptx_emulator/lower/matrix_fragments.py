@@ -50,8 +50,6 @@ def lower_ldmatrix(ctx: Lowering, instruction: Instruction) -> None:
         fragment, rows, num_registers = _COLUMNS8, 16, 2
     else:
         raise ctx.unsupported("there is no such combination of shape, number, transposition and type")
-    if type_name != "b16" and ctx.sm < 100:
-        raise ctx.unsupported("8-bit matrices need sm_100")
     register, address = operands(ctx, instruction, 2)
     ctx.emit(
         "ldmatrix",
@@ -77,8 +75,6 @@ def lower_stmatrix(ctx: Lowering, instruction: Instruction) -> None:
         fragment = _COLUMN_PAIRS8
     else:
         raise ctx.unsupported("there is no such combination of shape, transposition and type")
-    if ctx.sm < (100 if type_name == "b8" else 90):
-        raise ctx.unsupported("stmatrix needs sm_90, with 8-bit elements sm_100")
     address, register = operands(ctx, instruction, 2)
     ctx.emit(
         "stmatrix",

@@ -111,9 +111,9 @@ def _check_vector(
     num_bytes = count * bits_of(type_name) // 8
     if num_bytes <= _VECTOR_BYTES:
         return
-    if num_bytes > _WIDE_VECTOR_BYTES or ctx.sm < 100 or space not in ("global", None):
+    if num_bytes > _WIDE_VECTOR_BYTES or space not in ("global", None):
         raise ctx.unsupported(
-            f"an access has at most {_VECTOR_BYTES} bytes ({_WIDE_VECTOR_BYTES} in global memory from sm_100)"
+            f"an access has at most {_VECTOR_BYTES} bytes ({_WIDE_VECTOR_BYTES} in global memory)"
         )
 
 

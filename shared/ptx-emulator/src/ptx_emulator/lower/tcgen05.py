@@ -40,8 +40,6 @@ COPIES = {
 
 
 def begin(ctx: Lowering, instruction: Instruction) -> Modifiers:
-    if not 100 <= ctx.sm < 120:
-        raise ctx.unsupported(f"{ctx.arch} has no tensor memory")
     return Modifiers(ctx, instruction)
 
 

@@ -97,8 +97,6 @@ def lower_redux(ctx: Lowering, instruction: Instruction) -> None:
     result, source, members = operands(ctx, instruction, 3)
     mask = ctx.src(members, "b32")
     if type_name == "f32" and how in ("min", "max"):
-        if ctx.sm not in (100, 103, 110):
-            raise ctx.unsupported(f"redux.sync of .f32 needs sm_100a, not {ctx.arch}")
         flags = (int(how == "max"), int(absolute), int(keep_nan))
         ctx.emit("redux.f32", ctx.dst(result, "f32"), ctx.src(source, "f32"), mask, *flags)
         return

@@ -34,8 +34,6 @@ MAX_N = 256
 
 
 def begin(ctx: Lowering, instruction: Instruction, what: str) -> Modifiers:
-    if ctx.sm != 90:
-        raise ctx.unsupported(f"{ctx.arch} has no wgmma")
     modifiers = Modifiers(ctx, instruction)
     for name in (what, "sync", "aligned"):
         if not modifiers.has(name):

@@ -101,7 +101,8 @@ const char* ptxe_operations() {
 Program* ptxe_program(const char* name, const PackedInstruction* code, uint64_t num_instructions, const uint32_t* args,
                       uint64_t num_args, const PackedConstant* constants, uint64_t num_constants,
                       const PackedSpecial* specials, uint64_t num_specials, uint32_t register_bytes,
-                      uint32_t local_bytes, uint32_t static_shared_bytes, uint64_t notable_classes) {
+                      uint32_t local_bytes, uint32_t static_shared_bytes,
+                      uint64_t notable_classes) {
   auto program = std::make_unique<Program>();
   program->name = name;
   program->args.assign(args, args + num_args);
