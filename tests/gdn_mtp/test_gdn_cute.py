@@ -8,7 +8,7 @@ from dataclasses import replace
 import gdn_mtp
 import pytest
 import torch
-from gdn_mtp.cute.compile import CUBIN, LIBRARY, OBJECT, compiled, load
+from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import (
     HEURISTIC,
     KERNELS,
@@ -121,7 +121,7 @@ def test_the_other_architectures_compile(arch):
     target = Arch.from_name(arch)
     for asked in (PROBLEM, KMAJOR):
         config = KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0])
-        assert cubin_resources((compiled(config, arch) / CUBIN).read_bytes()).stack_bytes == 0
+        assert cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes()).stack_bytes == 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -131,24 +131,13 @@ def test_compiled_code_keeps_everything_in_registers(arch, asked):
     target = Arch.from_name(arch)
     selection = resolve(asked, target, "cute")
     config = KERNELS.config(asked, target, selection.tactic)
-    directory = compiled(config, arch)
+    compiled = FUNCTION.compiled(config, arch)
     assert config.smem_bytes <= target.smem_optin_bytes
     with forbid_compilation():
         selection.kernel.prepare(asked, target, torch.device("cpu"), selection.tactic)
-    resources = cubin_resources((directory / CUBIN).read_bytes())
+    resources = cubin_resources(compiled.cubin.read_bytes())
     assert resources.stack_bytes == 0
     assert resources.registers * 32 * config.warps * config.blocks_per_sm <= 65536
-
-
-def test_without_a_c_compiler_the_object_file_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CC", "no-such-compiler")
-    config = KERNELS.config(PROBLEM, HOPPER, "w4t1")
-    assert callable(load(config, HOPPER.name))
-    directory = compiled(config, HOPPER.name)
-    assert not (directory / LIBRARY).exists()
-    assert (directory / OBJECT).exists()
 
 
 needs_hopper = pytest.mark.skipif(

@@ -29,7 +29,8 @@ ALLOWED = {
     "kernel_dispatch": set[str](),
     "kernel_testing": set[str](),
     "ptx_emulator": set[str](),
-    "mla_sm100": {"mla_core", "kernel_dispatch"},
+    "gdn_mtp": {"cute_kernels", "kernel_dispatch"},
+    "mla_sm100": {"mla_core", "cute_kernels", "kernel_dispatch"},
     "mla_sm120": {"mla_core", "kernel_dispatch"},
 }
 DEFAULT_ALLOWED = {"kernel_dispatch"}

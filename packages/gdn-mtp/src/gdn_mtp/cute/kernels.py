@@ -9,7 +9,7 @@ from kernel_dispatch import Arch
 
 from gdn_mtp.problem import GatedDeltaRuleProblem
 
-from .compile import load
+from .compile import FUNCTION
 from .config import CHUNK_TOKENS, MMA_ROWS, Config, KernelConfig, Tactic
 from .config_kmajor import KMajorConfig
 
@@ -82,7 +82,7 @@ class GatedDeltaRuleKernels:
         self, problem: GatedDeltaRuleProblem, arch: Arch, device: torch.device, tactic: str
     ) -> Callable[..., None]:
         """The launcher of one tactic, compiled first if it is not in the compile cache."""
-        return load(self.config(problem, arch, tactic), arch.name)
+        return FUNCTION.load(self.config(problem, arch, tactic), arch.name)
 
     def config(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str) -> Config:
         """What the kernel of one tactic is compiled for."""

@@ -1,0 +1,3 @@
+"""The version of cute-kernels."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,113 @@
+"""Functions compiled for configurations: files, keys, the cache, loading with and without the DSL."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cute_kernels import CuteFunction
+from kernel_dispatch import CompilationForbiddenError, forbid_compilation, record_lookups
+from kernel_testing import cubin_resources
+from two_kernels import FUNCTION, TRACED, Config, trace
+
+ARCHS = ("sm_90a", "sm_100a", "sm_120a")
+HAS_COMPILER = shutil.which("cc") is not None
+
+
+@pytest.fixture(scope="module")
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, cache_directory: Path) -> None:
+    monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(cache_directory))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_file_holds_both_kernels(arch: str) -> None:
+    compiled = FUNCTION.compiled(Config(), arch)
+    ptx = compiled.ptx.read_text()
+    assert f".target {arch}" in ptx
+    assert ptx.count(".visible .entry") == 2
+    for name in ("scale_rows", "add_rows"):
+        assert name in ptx
+        assert name.encode() in compiled.cubin.read_bytes()
+    assert cubin_resources(compiled.cubin.read_bytes()).stack_bytes == 0
+    assert compiled.object_file.exists()
+    assert compiled.library.exists() == HAS_COMPILER
+
+
+def test_a_configuration_is_compiled_once() -> None:
+    FUNCTION.compiled(Config(), "sm_100a")
+    with forbid_compilation(), record_lookups() as lookups:
+        assert FUNCTION.load(Config(), "sm_100a") is FUNCTION.load(Config(), "sm_100a")
+        with pytest.raises(CompilationForbiddenError):
+            FUNCTION.compiled(Config(columns=64), "sm_100a")
+    assert not any(lookup.built for lookup in lookups)
+
+
+def test_the_key_holds_what_changes_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def digest(function: CuteFunction = FUNCTION, arch: str = "sm_100a", **config: int) -> str:
+        return function.key(Config(**config), arch).digest
+
+    changed = tmp_path / TRACED.name
+    changed.write_text(TRACED.read_text() + "# changed\n")
+    digests = {
+        digest(),
+        digest(cluster=1),
+        digest(arch="sm_103a"),
+        digest(replace(FUNCTION, name="other")),
+        digest(replace(FUNCTION, options=("--opt-level 2",))),
+        digest(replace(FUNCTION, sources=(changed,))),
+    }
+    for variable in ("CUTE_DSL_LINEINFO", "CUTE_DSL_COMPILER_OPT", "CUTE_DSL_ANOTHER"):
+        monkeypatch.setenv(variable, "1")
+        digests.add(digest())
+    assert len(digests) == 9
+    for variable in ("CUTE_DSL_KEEP_PTX", "CUTE_DSL_LOG_LEVEL", "CUTE_DSL_ARCH", "CUTE_DSL_NO_CACHE"):
+        monkeypatch.setenv(variable, "1")
+    assert digest() in digests
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
+def test_a_library_is_loaded_without_the_dsl(tmp_path: Path) -> None:
+    FUNCTION.compiled(Config(), "sm_100a")
+    program = (
+        f"import sys; sys.path.insert(0, {str(TRACED.parent)!r})\n"
+        "from two_kernels import FUNCTION, Config\n"
+        "import kernel_dispatch\n"
+        "with kernel_dispatch.forbid_compilation():\n"
+        "    assert callable(FUNCTION.load(Config(), 'sm_100a'))\n"
+        "assert 'tvm_ffi' in sys.modules\n"
+        "assert 'cutlass' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+def test_without_a_c_compiler_the_object_file_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert callable(FUNCTION.load(Config(), "sm_90a"))
+    compiled = FUNCTION.compiled(Config(), "sm_90a")
+    assert not compiled.library.exists()
+    assert compiled.object_file.exists()
+
+
+def test_a_failing_trace_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path))
+
+    def fails(config: Config, options: str) -> None:
+        raise ValueError(f"no {config.columns} columns")
+
+    with pytest.raises(ValueError, match="no 32 columns"):
+        replace(FUNCTION, trace=fails).compiled(Config(), "sm_100a")
+    assert not list(tmp_path.glob("entries/*"))
+    assert replace(FUNCTION, trace=trace).compiled(Config(), "sm_100a").ptx.exists()
