@@ -34,6 +34,46 @@ def test_splits_cover_every_key_of_every_length_once() -> None:
             assert all(part.start % tile_n == 0 for part in keys if part)
 
 
+def test_each_request_has_as_few_splits_as_its_tiles_take() -> None:
+    for tiles_per_split, num_splits, tiles in itertools.product((1, 2, 3, 7), (1, 2, 5), range(36)):
+        plan = SplitPlan(
+            rows=1,
+            kv_lora_rank=1,
+            tile_n=4,
+            key_tiles=35,
+            num_splits=num_splits,
+            tiles_per_split=tiles_per_split,
+        )
+        for seq_len in {4 * tiles, max(0, 4 * tiles - 3)}:
+            splits = plan.splits_of(seq_len)
+            assert 1 <= splits <= num_splits
+            keys = [plan.keys(index, seq_len) for index in range(num_splits)]
+            assert [key for part in keys for key in part] == list(range(seq_len))
+            assert not any(keys[splits:])
+            if tiles:
+                assert all(keys[:splits])
+            longest = max(-(-len(part) // 4) for part in keys)
+            if tiles <= tiles_per_split * num_splits:
+                assert longest <= tiles_per_split
+                assert splits == 1 or -(-tiles // (splits - 1)) > tiles_per_split
+            else:
+                assert splits == num_splits
+
+
+def test_splits_per_request_follow_the_longest_sequence() -> None:
+    tiles = {"sm_count": 132, "tile_m": 16, "tile_n": 64}
+    problem = replace(PROBLEM, batch=12)
+    same = plan_splits(problem, **tiles)
+    assert (same.num_splits, same.tiles_per_split) == (11, 0)  # 128 tiles, 12 and 11 per split
+    assert same.splits_of(1) == same.splits_of(8192) == 11
+    own = plan_splits(problem, **tiles, per_request=True)
+    assert own == replace(same, tiles_per_split=12)
+    assert [own.splits_of(length) for length in (0, 1, 768, 769, 1537, 8191, 8192)] == [1, 1, 1, 2, 3, 11, 11]
+    fixed = plan_splits(replace(problem, is_var_seq=False), **tiles, per_request=True)
+    assert fixed == replace(same, tiles_per_split=1)
+    assert [fixed.splits_of(length) for length in (0, 64, 65, 8192)] == [1, 1, 2, 11]
+
+
 def test_every_small_plan_keeps_the_bounds() -> None:
     counts = (1, 2, 3, 5, 8)
     for batch, heads, q_len, seq_len, sm_count, cluster in itertools.product(
@@ -43,6 +83,14 @@ def test_every_small_plan_keeps_the_bounds() -> None:
             continue
         problem = DecodeProblem(batch=batch, num_heads=heads, q_len=q_len, page_size=64, max_seq_len=seq_len)
         plan = plan_splits(problem, sm_count=sm_count, tile_m=64, tile_n=64, cluster_size=cluster)
+        own = plan_splits(
+            problem, sm_count=sm_count, tile_m=64, tile_n=64, cluster_size=cluster, per_request=True
+        )
+        assert own == replace(plan, tiles_per_split=own.tiles_per_split)
+        assert own.splits_of(seq_len) == plan.num_splits  # the longest request is spread as before
+        assert [own.keys(i, seq_len) for i in range(plan.num_splits)] == [
+            plan.keys(i, seq_len) for i in range(plan.num_splits)
+        ]
         assert 1 <= plan.num_splits <= plan.key_tiles == num_key_tiles(seq_len, 64)
         units = batch * -(-q_len * heads // 64)
         resident = sm_count // cluster
@@ -99,6 +147,8 @@ def test_plan_splits_names_a_bad_argument(name: str) -> None:
         with pytest.raises(ArgumentError) as error:
             plan_splits(PROBLEM, **{**good, name: value})
         assert error.value.argument == name
+    with pytest.raises(ArgumentError, match="per_request: 1, expected a bool"):
+        plan_splits(PROBLEM, **good, per_request=1)
     with pytest.raises(ArgumentError, match="problem: str, expected a DecodeProblem"):
         plan_splits("x", **good)
     with pytest.raises(ArgumentError, match="cluster_size: 3, expected at most sm_count = 2"):
@@ -135,5 +185,13 @@ def test_split_plan_names_a_bad_argument(name: str) -> None:
         with pytest.raises(ArgumentError) as error:
             SplitPlan(**{**good, name: value})
         assert error.value.argument == name
+    for value in (-1, 1.5, True):
+        with pytest.raises(ArgumentError) as error:
+            SplitPlan(**good, tiles_per_split=value)
+        assert error.value.argument == "tiles_per_split"
+    for index in (-1, 4):
+        with pytest.raises(ArgumentError) as error:
+            SplitPlan(**good, tiles_per_split=4).keys(index, 100)
+        assert error.value.argument == "split_idx"
     with pytest.raises(ArgumentError, match="num_splits: 5, expected at most 4 key tiles"):
         SplitPlan(**{**good, "num_splits": 5})
