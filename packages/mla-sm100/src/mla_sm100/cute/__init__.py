@@ -1,0 +1,1 @@
+"""The kernels, in CuTe DSL; imported only where one is compiled."""
