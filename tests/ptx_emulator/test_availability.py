@@ -18,10 +18,8 @@ from ptx_emulator.ptx.parser import parse
 from ptx_emulator.support import unsupported
 from ptx_emulator.targets import check_runs_on
 
-TARGETS = (
-    "sm_80 sm_86 sm_89 sm_90 sm_90a sm_100 sm_100a sm_100f sm_103a sm_110 sm_110a sm_120 sm_120a sm_120f "
-    "sm_121 sm_121a"
-).split()
+NAMES = "80 86 89 90 90a 100 100a 100f 103a 110 110a 120 120a 120f 121 121a"
+TARGETS = [f"sm_{name}" for name in NAMES.split()]
 
 
 def instructions() -> dict[str, set[str]]:

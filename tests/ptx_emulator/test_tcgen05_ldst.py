@@ -167,7 +167,7 @@ def test_load_and_reduce(form: str, reduce) -> None:  # type: ignore[no-untyped-
     add.u64 %rd6, %rd2, %rd0;
     st.global.f32 [%rd6], %f9;
     {FREE}"""
-    run_kernel(body, values, out, block=(128, 1, 1), target="sm_100a", shared_bytes=64)
+    run_kernel(body, values, out, block=(128, 1, 1), target="sm_103a", shared_bytes=64)
     np.testing.assert_array_equal(out[:, 0], reduce(values))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.lower.availability import missing
-from ptx_emulator.lower.context import Lowering, Op, Use, Value
+from ptx_emulator.lower.context import FormError, Lowering, Op, Use, Value
 from ptx_emulator.lower.flow import blocks_of, fill_meeting_points, resolve_targets
 from ptx_emulator.lower.registers import allocate
 from ptx_emulator.lower.registry import find
@@ -59,8 +59,8 @@ def lower(module: Module, function: Function, symbols: dict[str, int], operation
         operations: index of each operation of the runtime.
 
     Raises:
-        UnsupportedInstruction: the first instruction, or form of one, that the emulator does not know, or that
-            the target does not have.
+        UnsupportedInstruction: the first instruction, or form of one, that the emulator does not know or the
+            target does not have.
     """
     shared, static_shared_bytes = _lay_out(
         [v for v in (*module.variables, *function.variables) if v.space == "shared"]
@@ -104,7 +104,12 @@ def lower(module: Module, function: Function, symbols: dict[str, int], operation
 
 
 def lower_instruction(ctx: Lowering, instruction: Instruction) -> None:
-    """Lowers one instruction; anything that goes wrong becomes an error that names it and its line."""
+    """Lowers one instruction.
+
+    Raises:
+        UnsupportedInstruction: it is not known, or not in this form.
+        RuntimeError: an error of the emulator itself, from the exception that it is.
+    """
     found = find(instruction)
     if found is None:
         raise UnsupportedInstruction(instruction.name, instruction.line, ctx.function.name)
@@ -114,8 +119,13 @@ def lower_instruction(ctx: Lowering, instruction: Instruction) -> None:
         raise ctx.unsupported(f".target {ctx.target} does not have it, it needs {needs}")
     try:
         found.lower(ctx, instruction)
-    except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
-        raise ctx.unsupported(f"its operands or modifiers are not understood ({error})") from error
+    except UnsupportedInstruction:
+        raise
+    except FormError as error:
+        raise ctx.unsupported(str(error)) from error
+    except Exception as error:
+        place = f"PTX line {instruction.line} of {ctx.function.name}"
+        raise RuntimeError(f"error of the emulator at {place}: {instruction}") from error
 
 
 def _special(slot: int, value: Value, name: str) -> tuple[int, int, str, int]:

@@ -42,8 +42,8 @@ _TCGEN05 = Needs(families=(100, 110))
 _ALL_SPECIFIC = Needs(families=(90, 100, 110, 120))
 _BLACKWELL_SPECIFIC = Needs(families=(100, 110, 120))
 
-# First words of instructions; other words that they have, or with "!" do not have, "#4" for four operands; what
-# they then need. Words are separated by dots, alternatives by bars. All rows that match count.
+# First words of instructions; other words that they have, or with "!" do not have, "#4" for four operands;
+# what they then need. Words are separated by dots, alternatives by bars. All rows that match count.
 _ROWS: tuple[tuple[str, str, Needs], ...] = (
     ("elect griddepcontrol barrier.cluster mapa getctarank", "", _HOPPER),
     ("setmaxnreg", "", _ALL_SPECIFIC),
@@ -62,6 +62,7 @@ _ROWS: tuple[tuple[str, str, Needs], ...] = (
     ("wgmma", "", _WGMMA),
     ("tcgen05", "", _TCGEN05),
     ("tcgen05.mma", "kind::i8", Needs(only=("100a", "101a", "110a"))),
+    ("tcgen05.ld", "red", Needs(only=("101a", "101f", "103a", "103f", "110a", "110f"))),
     ("tcgen05.shift", "", Needs(only=("100a", "101a", "103a", "110a"))),
     ("stmatrix", "", _HOPPER),
     ("ldmatrix stmatrix", "b8|b8x16", _BLACKWELL_SPECIFIC),

@@ -27,16 +27,23 @@ CLOCKS |= {"globaltimer": 64, "globaltimer_lo": 32, "globaltimer_hi": 32}
 SPECIAL_BITS = {"gridid": 64, "current_graph_exec": 64}
 
 
+class FormError(ValueError):
+    """A type or a literal that does not exist: the instruction has a form that nobody knows."""
+
+
 @cache
 def bits_of(type_name: str) -> int:
     """Width of a PTX type in bits; a predicate has width 1."""
     if type_name == "pred":
         return 1
     if type_name.endswith("x2") and type_name[0] in "bfe":
-        return {"f16x2": 32, "bf16x2": 32, "f32x2": 64, "e4m3x2": 16, "e5m2x2": 16}[type_name]
+        pairs = {"f16x2": 32, "bf16x2": 32, "f32x2": 64, "e4m3x2": 16, "e5m2x2": 16}
+        if type_name not in pairs:
+            raise FormError(f"type {type_name!r} is not known here")
+        return pairs[type_name]
     match = re.fullmatch(r"(?:[bsuf]|bf|tf)(\d+)", type_name)
     if not match:
-        raise ValueError(f"type {type_name!r} has no width")
+        raise FormError(f"type {type_name!r} has no width")
     return int(match[1])
 
 
@@ -216,7 +223,8 @@ class Lowering:
         if not isinstance(operand, Register):
             raise self.unsupported(f"a register was expected, not {operand}")
         if operand.name == "_":
-            assert bits is not None
+            if bits is None:
+                raise self.unsupported("an address is not the sink _")
             return self.temporary(bits)
         known = self._declared.get(operand.name)
         if known is not None:
@@ -275,7 +283,7 @@ def immediate_bits(immediate: Immediate, type_name: str) -> int:
             return _bits_of_float("<d", immediate.value)
         if bits == 32:
             return _bits_of_float("<f", immediate.value)
-        raise ValueError(f"the literal {immediate.value} cannot be a {type_name}")
+        raise FormError(f"the literal {immediate.value} cannot be a {type_name}")
     if type_name in ("f32", "f64"):
         return _bits_of_float("<f" if bits == 32 else "<d", float(immediate.value))
     return immediate.value & ((1 << bits) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptx_emulator.lower.context import Lowering, Target
+from ptx_emulator.lower.modifiers import operands
 from ptx_emulator.lower.registry import lowers
 from ptx_emulator.ptx.module import Instruction, Symbol
 
@@ -13,7 +14,7 @@ _FAILING_CALLS = ("__assertfail",)
 
 @lowers("bra", op_class="control")
 def bra(ctx: Lowering, i: Instruction) -> None:
-    (label,) = i.operands
+    (label,) = operands(ctx, i, 1)
     if not isinstance(label, Symbol):
         raise ctx.unsupported("a label was expected")
     ctx.emit("branch", Target(label.name), MEETS)
@@ -21,7 +22,7 @@ def bra(ctx: Lowering, i: Instruction) -> None:
 
 @lowers("brx.idx", op_class="control")
 def brx(ctx: Lowering, i: Instruction) -> None:
-    index, table = i.operands
+    index, table = operands(ctx, i, 2)
     targets = ctx.function.branch_targets.get(table.name) if isinstance(table, Symbol) else None
     if targets is None:
         raise ctx.unsupported(f"{table} is not a table of branch targets")

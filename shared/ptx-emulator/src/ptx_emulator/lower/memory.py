@@ -33,10 +33,10 @@ CACHE_HINT = "L2::cache_hint"
 _SHARED_WINDOW, _LOCAL_WINDOW = 0x5348, 0x4C4F  # as kSharedWindow and kLocalWindow in memory.h, upper 16 bits
 _VECTOR_BYTES, _WIDE_VECTOR_BYTES = 16, 32  # most of one access; the latter from sm_100, global memory only
 _POLICIES = {  # opaque to the program
-    "evict_first": 0x12F0000000000000,
-    "evict_last": 0x14F0000000000000,
-    "evict_normal": 0x1000000000000000,
-    "evict_unchanged": 0x16F0000000000000,
+    "L2::evict_first": 0x12F0000000000000,
+    "L2::evict_last": 0x14F0000000000000,
+    "L2::evict_normal": 0x1000000000000000,
+    "L2::evict_unchanged": 0x16F0000000000000,
 }
 
 
@@ -254,11 +254,11 @@ def lower_createpolicy(ctx: Lowering, instruction: Instruction) -> None:
     modifiers.has("global")
     if form == "cvt":
         modifiers.has("L2")
-    primary = modifiers.take(*_PRIORITIES)
-    modifiers.take(*_PRIORITIES)  # of the rest of the accesses
+    primary = modifiers.take(*_POLICIES)
+    modifiers.take(*_POLICIES)  # of the rest of the accesses
     modifiers.done()
     if form is None or type_name != "b64" or (primary is None and form != "cvt"):
         raise ctx.unsupported("createpolicy.fractional, .range or .cvt of type .b64 was expected")
     found = operands(ctx, instruction, *{"fractional": (1, 2), "range": (4,), "cvt": (2,)}[form])
-    value = _POLICIES[primary.partition("::")[2] if primary else "evict_normal"]
+    value = _POLICIES[primary or "L2::evict_normal"]
     ctx.emit("memory.policy", ctx.dst(found[0], "b64"), value & 0xFFFFFFFF, value >> 32)

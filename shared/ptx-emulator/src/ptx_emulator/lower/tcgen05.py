@@ -131,7 +131,7 @@ def lower_ld(ctx: Lowering, instruction: Instruction) -> None:
     require(ctx, modifiers, "ld", "sync", "aligned")
     reduces = modifiers.has("red")
     shape, registers, packed = take_transfer(ctx, modifiers, "pack::16b")
-    destinations, *rest = instruction.operands
+    destinations, *rest = operands(ctx, instruction, 2, 3, 4)
     reduction: list[int | Use] = [0]
     if reduces:
         if shape not in ("32x32b", "16x32bx2") or packed or registers < 2 or len(rest) < 2:

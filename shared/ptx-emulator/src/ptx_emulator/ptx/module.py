@@ -13,6 +13,9 @@ class Register:
     name: str
     negated: bool = False  # `!%p1` where a predicate is read
 
+    def __str__(self) -> str:
+        return "!" * self.negated + self.name
+
 
 @dataclass(frozen=True)
 class Immediate:
@@ -22,6 +25,11 @@ class Immediate:
     bits: int | None = None
     bits_width: int = 0
 
+    def __str__(self) -> str:
+        if self.bits is None:
+            return str(self.value)
+        return f"0f{self.bits:08X}" if self.bits_width == 32 else f"0d{self.bits:016X}"
+
 
 @dataclass(frozen=True)
 class Symbol:
@@ -30,12 +38,18 @@ class Symbol:
     name: str
     offset: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.name}+{self.offset}" if self.offset else self.name
+
 
 @dataclass(frozen=True)
 class Vector:
     """`{a, b, …}`."""
 
     elements: tuple[Operand, ...]
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(map(str, self.elements)) + "}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,11 @@ class Address:
     offset: int = 0
     coordinates: tuple[Operand, ...] = ()
 
+    def __str__(self) -> str:
+        base = f"{self.base}+{self.offset}" if self.offset else str(self.base)
+        coordinates = f", {Vector(self.coordinates)}" if self.coordinates else ""
+        return f"[{base}{coordinates}]"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -53,6 +72,9 @@ class Pair:
 
     first: Register
     second: Register
+
+    def __str__(self) -> str:
+        return f"{self.first}|{self.second}"
 
 
 Operand = Register | Immediate | Symbol | Vector | Address | Pair
@@ -94,6 +116,10 @@ class Instruction:
     @property
     def name(self) -> str:
         return ".".join((self.opcode, *self.modifiers))
+
+    def __str__(self) -> str:
+        guard = "" if self.guard is None else f"@{self.guard} "
+        return f"{guard}{self.name} {', '.join(map(str, self.operands))}".rstrip() + ";"
 
     def has(self, modifier: str) -> bool:
         return modifier in self.modifiers
