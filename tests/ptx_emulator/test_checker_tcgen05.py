@@ -6,7 +6,7 @@ import re
 
 import pytest
 from harness import run_kernel
-from test_checker import SCHEDULES, find, lines_of, silent, without
+from planted_bugs import SCHEDULES, find, lines_of, silent, without
 
 BLACKWELL = {"target": "sm_100a", "shared_bytes": 16384}
 MBAR = ".shared .align 8 .b64 full;\n.shared .align 4 .b32 slot;\n"
@@ -91,7 +91,7 @@ def test_store_behind_a_load_of_the_same_warp() -> None:
     tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};
     tcgen05.wait::st.sync.aligned;
     tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r41];
-    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r2}};
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};
     tcgen05.wait::st.sync.aligned;
     {FREE}
     """
@@ -180,3 +180,150 @@ def test_missing_wait_for_a_product() -> None:
 def test_accumulator_that_holds_nothing() -> None:
     body = PRODUCT.replace("%r5, %p2;", "%r5, %p3;")
     find(body, kind="uninitialised", at="mma", **FOUR_WARPS)
+
+
+# ---------------------------------------------------------------------- registers of tcgen05.ld
+
+LOADED = f"""{ALLOC}
+tcgen05.st.sync.aligned.32x32b.x2.b32 [%r41], {{%r1, %r1}};
+tcgen05.wait::st.sync.aligned;
+tcgen05.ld.sync.aligned.32x32b.x2.b32 {{%r2, %r3}}, [%r41];  // <load>
+MOVES
+tcgen05.wait::ld.sync.aligned;  // [wait]
+USES
+{FREE}
+"""
+USES = {
+    "add": ("", "add.u32 %r4, %r1, %r3;  // <use>"),
+    "moved": ("mov.b64 %rd5, {%r2, %r3};\nmov.b64 %rd6, %rd5;", "add.u64 %rd7, %rd6, 1;  // <use>"),
+    "unpacked": ("mov.b64 %rd5, {%r2, %r3};\nmov.b64 {%r6, %r7}, %rd5;", "add.u32 %r8, %r6, 1;  // <use>"),
+    "stored": ("", "st.shared.u32 [smem], %r3;  // <use>"),
+    "predicate": ("", "setp.eq.u32 %p1, %r2, 0;  // <use>"),
+    "guarded": ("", "setp.eq.u32 %p1, %r1, %r1;\n@%p1 add.u32 %r4, %r2, 1;  // <use>"),
+}
+
+
+@pytest.mark.parametrize("form", USES)
+def test_register_used_before_the_wait_for_loads(form: str) -> None:
+    launch = {"block": (32, 1, 1), "globals": MBAR, **BLACKWELL}
+    body = LOADED.replace("MOVES", USES[form][0]).replace("USES", USES[form][1])
+    silent(body, **launch)
+    find(without(body, "wait"), kind="tcgen05-order", at="use", other="load", **launch)
+
+
+def test_register_used_before_the_wait_in_one_of_two_ways() -> None:
+    body = f"""{ALLOC}
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};
+    tcgen05.wait::st.sync.aligned;
+    mov.u32 %r9, 0;
+    again:
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r2}}, [%r41];  // <load>
+    setp.eq.u32 %p1, %r9, WAY;
+    @%p1 bra skip;
+    tcgen05.wait::ld.sync.aligned;
+    skip:
+    add.u32 %r3, %r2, 1;  // <use>
+    add.u32 %r9, %r9, 1;
+    setp.lt.u32 %p2, %r9, 3;
+    @%p2 bra again;
+    tcgen05.wait::ld.sync.aligned;
+    {FREE}
+    """
+    launch = {"block": (32, 1, 1), "globals": MBAR, **BLACKWELL}
+    silent(body.replace("WAY", "7"), **launch)
+    find(body.replace("WAY", "2"), kind="tcgen05-order", at="use", other="load", **launch)
+
+
+def test_register_that_is_written_again_before_it_is_read() -> None:
+    body = LOADED.replace("MOVES", "").replace("USES", "mov.u32 %r2, 5;\nadd.u32 %r4, %r2, 1;")
+    silent(without(body, "wait"), block=(32, 1, 1), globals=MBAR, **BLACKWELL)
+
+
+# ---------------------------------------------------------------------- freeing, lanes
+
+# Warp 1 tells warp 0 through a flag that it has finished.
+FREED = f"""{ALLOC}
+setp.eq.u32 %p1, %r1, 32;
+@%p11 st.volatile.shared.u32 [smem], 0;
+bar.sync 0;
+@%p10 bra poll;
+tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};  // <store>
+tcgen05.wait::st.sync.aligned;
+membar.cta;  // [fence]
+@%p1 st.volatile.shared.u32 [smem], 1;
+bra done;
+poll:
+ld.volatile.shared.u32 %r3, [smem];
+setp.eq.u32 %p2, %r3, 0;
+@%p2 bra poll;
+membar.cta;
+tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r41, 64;  // <free>
+tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+done:
+"""
+TWO_WARPS_TMEM = {"block": (64, 1, 1), "globals": MBAR, **BLACKWELL}
+
+
+def test_memory_freed_while_it_may_be_in_use() -> None:
+    silent(FREED, **TWO_WARPS_TMEM)
+    find(without(FREED, "fence"), kind="race", at="free", other="store", **TWO_WARPS_TMEM)
+
+
+def test_memory_freed_before_own_stores_are_complete() -> None:
+    body = f"""{ALLOC}
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%r41], {{%r1}};  // <store>
+    tcgen05.wait::st.sync.aligned;  // [wait]
+    tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r41, 64;  // <free>
+    """
+    launch = {"block": (32, 1, 1), "globals": MBAR, **BLACKWELL}
+    silent(body, **launch)
+    find(without(body, "wait"), kind="race", at="free", other="store", **launch)
+
+
+@pytest.mark.parametrize("instruction", ["ld", "st"])
+def test_lanes_of_another_warp(instruction: str) -> None:
+    store = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r42], {%r1};"
+    load = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r2}, [%r42];"
+    body = f"""{ALLOC}
+    mov.u32 %r42, %r41;
+    {"" if instruction == "st" else store}
+    tcgen05.wait::st.sync.aligned;
+    ADDRESS
+    {store if instruction == "st" else load}  // <access>
+    tcgen05.wait::ld.sync.aligned;
+    tcgen05.wait::st.sync.aligned;
+    {FREE}
+    """
+    launch = {"block": (128, 1, 1), "globals": MBAR, **BLACKWELL}
+    own = "shl.b32 %r3, %r1, 16;\nand.b32 %r3, %r3, 0x600000;\nor.b32 %r42, %r41, %r3;"
+    silent(body.replace("ADDRESS", ""), **launch)
+    silent(body.replace("ADDRESS", own), **launch)
+    other = body.replace("ADDRESS", "add.u32 %r42, %r41, 0x200000;")
+    find(other, kind="tmem-lanes", at="access", **launch)
+    result = run_kernel(other, expect_reports=True, **launch)
+    assert result.reports[0].times == 3  # warps 0, 2 and 3
+    assert re.search(r"lane 32 .* warp [023] can access", result.reports[0].message)
+
+
+# ---------------------------------------------------------------------- initialised mbarriers
+
+
+def test_commit_to_an_mbarrier_that_was_not_fenced() -> None:
+    body = f"""
+    setp.lt.u32 %p10, %r1, 32;
+    setp.eq.u32 %p11, %r1, 0;
+    @%p11 mbarrier.init.shared.b64 [full], 1;  // <init>
+    fence.mbarrier_init.release.cluster;  // [fence]
+    mov.u32 %r42, full;
+    mov.u32 %r40, slot;
+    @%p10 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r40], 64;
+    bar.sync 0;
+    ld.shared.b32 %r41, [slot];
+    @%p11 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r42];  // <commit>
+    wait_full:
+    mbarrier.try_wait.parity.shared.b64 %p4, [full], 0;
+    @!%p4 bra wait_full;
+    {FREE}
+    """
+    silent(body, **FOUR_WARPS)
+    find(without(body, "fence"), kind="proxy-race", at="commit", other="init", **FOUR_WARPS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness import run_kernel
-from test_checker import SCHEDULES, find, lines_of, silent, without
+from planted_bugs import SCHEDULES, find, lines_of, silent, without
 
 # A [64, 16] and B [8, 16] in fp16 without a swizzle.
 D = "{%f0, %f1, %f2, %f3}"

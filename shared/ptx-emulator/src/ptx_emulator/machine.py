@@ -206,8 +206,8 @@ class Machine:
         trace: whether spans for a timeline are recorded.
         early_dependents: whether a grid launched with programmatic stream serialization starts as early as
             its predecessor allows, or only when that has completed.
-        allow: kinds of findings that go to `Result.allowed`, such as `tcgen05-order`: the fences that the PTX
-            ISA asks for behind an mbarrier, and that published kernels leave out.
+        allow: kinds of findings that go to `Result.allowed`, such as `tcgen05-order`: the waits and
+            fences that the PTX ISA asks for, and that published kernels leave out.
 
     Raises:
         EmulatorError: an unknown device, schedule or kind of finding.

@@ -12,6 +12,7 @@ from ptx_emulator.lower.context import FormError, Lowering, Op, Use, Value
 from ptx_emulator.lower.flow import blocks_of, fill_meeting_points, resolve_targets
 from ptx_emulator.lower.registers import allocate
 from ptx_emulator.lower.registry import find
+from ptx_emulator.lower.tmem_loads import guard_early_uses
 from ptx_emulator.ptx.module import Function, Instruction, Label, Location, Module, Variable
 
 INSTRUCTION = np.dtype(
@@ -81,6 +82,7 @@ def lower(module: Module, function: Function, symbols: dict[str, int], operation
     blocks = blocks_of(ctx.ops)
     fill_meeting_points(ctx.ops, blocks)
     allocation = allocate(ctx.ops, blocks, [*ctx.constants, *ctx.specials])
+    guard_early_uses(ctx.ops, blocks, operations)
     code, args, op_classes = _pack(ctx.ops, allocation.slots, operations, function.name)
     constants = [
         (allocation.slots[value], value.bits, bits & (2**64 - 1), bits >> 64)

@@ -81,6 +81,11 @@ class Op:
     op_class: str
     line: int
 
+    def uses(self) -> list[Use]:
+        """The values among the arguments, and the guard."""
+        uses = [arg for arg in self.args if isinstance(arg, Use)]
+        return [*uses, self.guard] if self.guard is not None else uses
+
 
 @dataclass
 class Lowering:

@@ -27,8 +27,7 @@ def lower_fence(ctx: Lowering, instruction: Instruction) -> None:
             raise ctx.unsupported("only .mbarrier_init.release.cluster is known")
         modifiers.done()
         operands(ctx, instruction, 0)
-        # Orders mbarrier.init alone; taken as a fence of everything.
-        ctx.emit("fence", RELEASE, SCOPES.index("cluster"))
+        ctx.emit("fence.mbarrier_init")
         return
     semantics = modifiers.take("sc", "acq_rel", "acquire", "release")
     # Taken as a fence of all shared and global memory, which is more order than the restricted form gives.

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ptx_emulator.lower.context import Op, Use, Value
+from ptx_emulator.lower.context import Op, Value
 from ptx_emulator.lower.flow import Block
 
 LANES = 32
@@ -61,11 +61,6 @@ def allocate(ops: list[Op], blocks: list[Block], fixed: list[Value]) -> Allocati
     return Allocation(slots, at)
 
 
-def _uses(op: Op) -> list[Use]:
-    uses = [a for a in op.args if isinstance(a, Use)]
-    return [*uses, op.guard] if op.guard is not None else uses
-
-
 def _intervals(ops: list[Op], blocks: list[Block], fixed: set[Value]) -> dict[Value, tuple[int, int]]:
     """First and last operation at which each value is live; a guarded write keeps what was there before."""
     numbers: dict[Value, int] = {}
@@ -78,7 +73,7 @@ def _intervals(ops: list[Op], blocks: list[Block], fixed: set[Value]) -> dict[Va
         for index in range(block.start, block.end):
             op = ops[index]
             defined = 0
-            for use in _uses(op):
+            for use in op.uses():
                 if use.value in fixed:
                     continue
                 n = numbers.setdefault(use.value, len(values))

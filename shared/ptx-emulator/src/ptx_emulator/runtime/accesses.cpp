@@ -49,12 +49,34 @@ Verdict ClusterChecker::verdict_other_cluster(const Access& earlier, bool earlie
   return !needs_fence || at->async.covers(earlier.component, earlier.value) ? Verdict::Ordered : Verdict::ProxyRace;
 }
 
-// A later grid can only have come first by starting early, and before its griddepcontrol.wait, which waits for this one.
+namespace {
+
+// Whether an earlier grid may still run when `grid` begins, or when it has executed griddepcontrol.wait. That waits for
+// the launch before alone: what came before that one has ended only if it has waited in its turn, and before it let
+// its dependents start if these do not wait.
+bool open_at_start(const Grid& grid, uint32_t earlier);
+
+bool open_behind_wait(const Grid& grid, uint32_t earlier) {
+  if (!grid.pdl || grid.id == 0 || earlier + 1 >= grid.id) return false;
+  const Grid& before = grid.machine->grids[grid.id - 1];
+  return before.waited ? open_behind_wait(before, earlier) : open_at_start(before, earlier);
+}
+
+bool open_at_start(const Grid& grid, uint32_t earlier) {
+  if (!grid.pdl || grid.id == 0 || earlier >= grid.id) return false;
+  if (earlier + 1 == grid.id) return true;
+  const Grid& before = grid.machine->grids[grid.id - 1];
+  return before.let_go_unwaited ? open_at_start(before, earlier) : open_behind_wait(before, earlier);
+}
+
+}  // namespace
+
+// A later grid can only have come first by starting early, before a griddepcontrol.wait that waits for this one.
 Verdict ClusterChecker::verdict_other_grid(const Access& earlier, const Observer& me) const {
-  const uint32_t grid = cluster_.grid->id;
-  if (earlier.grid > grid) return Verdict::GridDependency;
-  if (earlier.grid >= oldest_open_grid_ && !me.views->grid_dependency) return Verdict::GridDependency;
-  return Verdict::Ordered;
+  const Grid& grid = *cluster_.grid;
+  if (earlier.grid > grid.id) return Verdict::GridDependency;
+  const bool open = me.views->grid_dependency ? open_behind_wait(grid, earlier.grid) : open_at_start(grid, earlier.grid);
+  return open ? Verdict::GridDependency : Verdict::Ordered;
 }
 
 // ---------------------------------------------------------------------------------------------- one access
@@ -115,7 +137,7 @@ class AccessCheck {
     for (const Conflict& known : conflicts) {
       if (known.other.pc == other.pc && known.verdict == verdict) return;
     }
-    conflicts.push_back(Conflict{other, other_writes, verdict, base_ + unit});
+    conflicts.push_back(Conflict{other, other_writes, verdict, base_ + unit, me_.views->grid_dependency});
   }
 
   const ClusterChecker& checker_;
@@ -196,6 +218,7 @@ void ClusterChecker::access(Warp& w, const Place& place, uint32_t bytes, AccessK
   if (!place || place.home == Place::Local || !bytes) return;
   const Access by = self(w, kind);
   const uint64_t begin = begin_of(place);
+  if (place.cta && place.cta != w.cta) note_remote(place, by, kind, site_of(w, lane));
   if (extend_pending(place, begin, bytes, by, kind, lane)) return;
   start_pending(place, begin, bytes, by, kind, site_of(w, lane));
   pending_.warp = &state(w);
@@ -204,7 +227,9 @@ void ClusterChecker::access(Warp& w, const Place& place, uint32_t bytes, AccessK
 void ClusterChecker::access(Warp& w, const Place& place, uint32_t bytes, AccessKind kind, int lane,
                             uint32_t num_lanes) {
   if (!place || place.home == Place::Local || !bytes || !num_lanes) return;
-  start_pending(place, begin_of(place), bytes, self(w, kind), kind, site_of(w, lane));
+  const Access by = self(w, kind);
+  if (place.cta && place.cta != w.cta) note_remote(place, by, kind, site_of(w, lane));
+  start_pending(place, begin_of(place), bytes, by, kind, site_of(w, lane));
   pending_.warp = &state(w);
   pending_.end += static_cast<uint64_t>(bytes) * (num_lanes - 1);
   pending_.last_lane = lane + static_cast<int>(num_lanes) - 1;
@@ -214,6 +239,7 @@ void ClusterChecker::access(const Actor& actor, const Place& place, uint32_t byt
   if (!actor.before || !place || place.home == Place::Local || !bytes) return;
   const Access by = self(actor, kind);
   const uint64_t begin = begin_of(place);
+  if (place.cta && place.cta->linear != actor.site.cta) note_remote(place, by, kind, actor.site);
   if (extend_pending(place, begin, bytes, by, kind, -1)) return;
   start_pending(place, begin, bytes, by, kind, actor.site);
   pending_.warp = nullptr;
@@ -271,10 +297,32 @@ void ClusterChecker::report_access(const std::vector<Conflict>& conflicts, uint6
     return site;
   };
   for (const Conflict& conflict : conflicts) {
-    report_conflict(conflict, p.self, p.kind, site_at(conflict.unit), memory_text(p.place, conflict.unit), false);
+    report_conflict(conflict, p.self, verb(p.kind), site_at(conflict.unit), memory_text(p.place, conflict.unit), false);
   }
   if (unwritten != AccessCheck::kNone) {
     report_uninitialised(p.self, site_at(unwritten), memory_text(p.place, unwritten));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- other CTAs' memory
+
+void ClusterChecker::note_remote(const Place& place, const Access& access, AccessKind kind, const Site& site) {
+  auto& remote = shadows_[place.cta->rank].remote;
+  if (remote.size() <= access.component) remote.resize(access.component + 1u);
+  remote[access.component] = RemoteAccess{access, kind, site, place.offset};
+}
+
+// Shared memory is there until the last thread of its CTA exits: an access has to happen before the exit of one of its
+// warps. What a warp knew when it exited is in its views.
+void ClusterChecker::check_remote() {
+  for (const Cta& cta : cluster_.ctas) {
+    const auto& remote = shadows_[cta.rank].remote;
+    if (remote.empty()) continue;
+    Clock before_exit;
+    for (const Warp& w : cta.warps) before_exit.join(state(w).views.generic);
+    for (const RemoteAccess& r : remote) {
+      if (r.access.value && !before_exit.covers(r.access.component, r.access.value)) report_remote(r, cta);
+    }
   }
 }
 
@@ -324,9 +372,23 @@ void ClusterChecker::apply_tmem(const Observer& me, Access by, AccessKind kind, 
     check.visit(shadow, begin, begin + std::min(num_lanes, kTmemLanes - lane), 0);
   }
   for (const Conflict& conflict : check.conflicts) {
-    report_conflict(conflict, by, kind, site, tmem_text(cta, conflict.unit), true);
+    report_conflict(conflict, by, verb(kind), site, tmem_text(cta, conflict.unit), true);
   }
   if (check.unwritten != AccessCheck::kNone) report_uninitialised(by, site, tmem_text(cta, check.unwritten));
+}
+
+// Whatever touched the columns must have happened before. That it is ordered among tcgen05 operations, too, is not
+// asked for: published kernels free behind a plain barrier.
+void ClusterChecker::free_tmem(Warp& w, Cta& cta, uint32_t column, uint32_t num_columns) {
+  const Access by = self(w, AccessKind::Write);
+  const Observer me{&state(w).views, w.component, value(w), w.component, value(w), Proxy::Tcgen05, true};
+  AccessCheck check(*this, me, by, AccessKind::Write);
+  check.visit(tmem_shadow(cta), column * kTmemLanes, (column + num_columns) * kTmemLanes, 0);
+  for (const Conflict& conflict : check.conflicts) {
+    if (conflict.verdict != Verdict::Race) continue;
+    report_conflict(conflict, by, "deallocation", site_of(w), tmem_text(cta, conflict.unit), true);
+  }
+  forget_tmem(cta, column, num_columns);
 }
 
 void ClusterChecker::forget_tmem(Cta& cta, uint32_t column, uint32_t num_columns) {

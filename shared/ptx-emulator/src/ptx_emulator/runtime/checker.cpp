@@ -51,21 +51,13 @@ uint64_t address_of(const Place& place) { return reinterpret_cast<uint64_t>(plac
 ClusterChecker::ClusterChecker(Cluster& cluster, std::shared_ptr<SharedChecks> shared)
     : cluster_(cluster), shared_(std::move(shared)), shadows_(cluster.ctas.size()) {
   const Grid& grid = *cluster.grid;
-  const auto& grids = cluster.machine->grids;
-  oldest_open_grid_ = grid.id;
-  if (grid.pdl && grid.id > 0) {
-    oldest_open_grid_ = grid.id - 1;
-    for (uint32_t earlier = 0; earlier < oldest_open_grid_; ++earlier) {
-      if (!grids[earlier].complete()) oldest_open_grid_ = earlier;
-    }
-  }
   const auto num_warps = static_cast<uint32_t>(cluster.ctas.size()) * grid.num_warps;
   warps_.resize(num_warps);
   for (uint32_t component = 0; component < num_warps; ++component) {
     Views& views = warps_[component].views;
     views.generic.entries.assign(num_warps, 0);
     views.generic.entries[component] = 1;
-    views.grid_dependency = oldest_open_grid_ == grid.id;
+    views.grid_dependency = !grid.pdl || grid.id == 0;
   }
   num_components_ = num_warps;
 }
@@ -81,7 +73,10 @@ std::unique_ptr<Checker> make_checker(Cluster& cluster) {
 }
 
 void finish_checks(Cluster& cluster) {
-  if (ClusterChecker* c = ClusterChecker::of(cluster)) c->flush();
+  ClusterChecker* c = ClusterChecker::of(cluster);
+  if (!c) return;
+  c->flush();
+  c->check_remote();
 }
 
 Pipeline& ClusterChecker::start(Pipeline& pipeline) {
@@ -264,6 +259,11 @@ void grid_dependency_wait(Warp& w) {
   c->state(w).snapshot.reset();
 }
 
+bool knows_grid_dependency(Warp& w) {
+  ClusterChecker* c = ClusterChecker::of(*w.cluster);
+  return !c || c->state(w).views.grid_dependency;
+}
+
 void publish(Warp& w, const Place& place, Order order, Scope scope, bool modifies) {
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c || place.home == Place::Local || !place) return;
@@ -376,11 +376,38 @@ void retire(Cluster& cluster, const Actor& actor) {
   if (!actor.pipelined) c->give_back(actor.component);
 }
 
+Stamp stamp(Warp& w) {
+  ClusterChecker* c = ClusterChecker::of(*w.cluster);
+  return c ? Stamp{w.component, c->value(w)} : Stamp{};
+}
+
+bool happened_before(const Stamp& stamp, const Actor& actor) {
+  if (!stamp.value) return false;
+  if (stamp.component == actor.issuer) return stamp.value <= actor.issuer_value;
+  return actor.before && actor.before->generic.covers(stamp.component, stamp.value);
+}
+
+bool visible_to_async(const Stamp& stamp, const Actor& actor) {
+  return stamp.value && actor.before && actor.before->async.covers(stamp.component, stamp.value);
+}
+
+void tcgen05_load(Warp& w) {
+  ClusterChecker* c = ClusterChecker::of(*w.cluster);
+  if (!c) return;
+  std::vector<uint32_t>& loads = c->state(w).unwaited_loads;
+  if (std::find(loads.begin(), loads.end(), w.pc()) == loads.end()) loads.push_back(w.pc());
+}
+
+void tcgen05_use(Warp& w, uint32_t load_pc) {
+  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->check_loaded(w, load_pc);
+}
+
 void tcgen05_wait_ld(Warp& w) {
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c) return;
   c->flush();
   c->state(w).loads_waited = c->value(w);
+  c->state(w).unwaited_loads.clear();
   c->advance(w);
 }
 
@@ -419,6 +446,10 @@ void access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t 
 void access_tmem(Cluster& cluster, const Actor& actor, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column,
                  uint32_t num_columns, AccessKind kind) {
   if (ClusterChecker* c = ClusterChecker::of(cluster)) c->access_tmem(actor, cta, lane, num_lanes, column, num_columns, kind);
+}
+
+void free_tmem(Warp& w, Cta& cta, uint32_t column, uint32_t num_columns) {
+  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->free_tmem(w, cta, column, num_columns);
 }
 
 void forget_tmem(Cta& cta, uint32_t column, uint32_t num_columns) {

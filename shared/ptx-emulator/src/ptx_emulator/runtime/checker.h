@@ -75,6 +75,7 @@ void fence_proxy_async(Warp& w);          // fence.proxy.async in any form: gene
 void tcgen05_fence_before(Warp& w);       // tcgen05.fence::before_thread_sync
 void tcgen05_fence_after(Warp& w);        // tcgen05.fence::after_thread_sync
 void grid_dependency_wait(Warp& w);       // griddepcontrol.wait, after it has waited
+bool knows_grid_dependency(Warp& w);      // whether such a wait happened before; true when nothing is checked
 
 // --- synchronisation through memory: ld.acquire, st.release, atom and red of any order, volatile accesses.
 // publish() before the access becomes visible to others, observe() after it: a store publishes, a load observes, an
@@ -99,16 +100,28 @@ void finish(Cluster& cluster, const Actor& actor, Sync& sync);  // its effects h
 void finish(Cluster& cluster, const Actor& actor, Warp& w);     // ... or before w goes on (wait_group)
 void retire(Cluster& cluster, const Actor& actor);              // gives the component back
 
+// --- initialised mbarriers, which asynchronous operations signal: a point in the execution of a warp
+struct Stamp {
+  uint32_t component = 0;
+  uint32_t value = 0;  // 0: none
+};
+Stamp stamp(Warp& w);
+bool happened_before(const Stamp& stamp, const Actor& actor);
+bool visible_to_async(const Stamp& stamp, const Actor& actor);  // a fence.proxy.async lies between the two
+
 // --- accesses that do not go through resolve(): tensor memory, rectangle of lanes and columns of cta.tmem
 // By a warp (tcgen05.ld, tcgen05.st): asynchronous until tcgen05_wait_ld / tcgen05_wait_st of the same warp. A store
 // that is not waited for is a race; a load may only lack tcgen05 order, as its registers are used.
 void access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column, uint32_t num_columns,
                  AccessKind kind);
+void tcgen05_load(Warp& w);                   // the executing tcgen05.ld loads registers
+void tcgen05_use(Warp& w, uint32_t load_pc);  // the executing instruction reads what a tcgen05.ld has loaded
 void tcgen05_wait_ld(Warp& w);
 void tcgen05_wait_st(Warp& w);
 // By an operation of the tensor core. An Atomic access reads and writes (an accumulator).
 void access_tmem(Cluster& cluster, const Actor& actor, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column,
                  uint32_t num_columns, AccessKind kind);
+void free_tmem(Warp& w, Cta& cta, uint32_t column, uint32_t num_columns);  // tcgen05.dealloc: all accesses came before
 void forget_tmem(Cta& cta, uint32_t column, uint32_t num_columns);  // freshly allocated: holds nothing written
 
 // --- called by resolve() and resolve_async()
@@ -123,7 +136,8 @@ struct Checker {  // of one cluster
 };
 // After the CTAs and their numbers are known, under the machine's `starting` lock (what clusters share is made here).
 std::unique_ptr<Checker> make_checker(Cluster& cluster);
-// Before the cluster counts as finished: the last accesses are checked before another grid begins.
+// Before the cluster counts as finished: the last accesses are checked before another grid begins, and those to the
+// shared memory of other CTAs for whether these have certainly not exited before.
 void finish_checks(Cluster& cluster);
 
 }  // namespace ptxe

@@ -14,6 +14,7 @@
 namespace ptxe {
 
 void join_foreign(ForeignTable& into, const ForeignTable& other);
+const char* verb(AccessKind kind);  // read, write, update
 
 // ---------------------------------------------------------------------------------------------- global memory
 
@@ -88,9 +89,10 @@ struct WarpState {
   std::shared_ptr<const Views> snapshot;  // of views, for operations issued since they changed
   Pipeline tensor_core, tmem_stores;
   // tcgen05.ld up to this value of the warp's component have been waited for. They have no pipeline of their own:
-  // registers that are used have arrived, and kernels rely on that without tcgen05.wait::ld. So to leave it out is
-  // a matter of tcgen05 order, not a race.
+  // published kernels use the registers without tcgen05.wait::ld, as ptxas makes them wait. So to leave it out is a
+  // matter of tcgen05 order, not a race.
   uint32_t loads_waited = 0;
+  std::vector<uint32_t> unwaited_loads;  // tcgen05.ld instructions executed since the last wait
 };
 
 // Who accesses, and what happened before.
@@ -109,6 +111,7 @@ struct Conflict {
   bool other_writes;
   Verdict verdict;
   uint64_t unit;  // of the shadow block where it was found first
+  bool waited;    // griddepcontrol.wait happened before
 };
 
 // Accesses that follow each other without a gap are taken together: the lanes of a warp's instruction, the rows of a
@@ -126,8 +129,17 @@ struct PendingAccess {
   Actor actor;
 };
 
+// An access to the shared memory of another CTA than the one that executes it.
+struct RemoteAccess {
+  Access access;  // value 0: none
+  AccessKind kind = AccessKind::Read;
+  Site site;
+  uint64_t offset = 0;
+};
+
 struct CtaShadow {
   std::unique_ptr<ShadowBlock> shared, tmem;
+  std::vector<RemoteAccess> remote;  // the last one of each component
 };
 
 class ClusterChecker : public Checker {
@@ -156,7 +168,10 @@ class ClusterChecker : public Checker {
                    AccessKind kind);
   void access_tmem(const Actor& actor, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column,
                    uint32_t num_columns, AccessKind kind);
+  void free_tmem(Warp& w, Cta& cta, uint32_t column, uint32_t num_columns);
   void forget_tmem(Cta& cta, uint32_t column, uint32_t num_columns);
+  void check_remote();
+  void check_loaded(const Warp& w, uint32_t load_pc);
   void flush() {
     if (pending_.any) apply_pending();
   }
@@ -176,6 +191,7 @@ class ClusterChecker : public Checker {
   void start_pending(const Place& place, uint64_t begin, uint32_t bytes, const Access& self, AccessKind kind,
                      const Site& site);
   void apply_pending();
+  void note_remote(const Place& place, const Access& access, AccessKind kind, const Site& site);
   uint64_t touch_written(const MemoryMap::Range& range, uint64_t begin, uint64_t end, AccessKind kind);
   void report_access(const std::vector<Conflict>& conflicts, uint64_t unwritten);
   void apply_tmem(const Observer& me, Access self, AccessKind kind, const Site& site, Cta& cta, uint32_t lane,
@@ -189,13 +205,13 @@ class ClusterChecker : public Checker {
   static std::string conflict_text(const Conflict& conflict, const Access& self);
   std::string actor_text(const Access& access) const;
   Site site_of_access(const Access& access) const;
-  void report_conflict(const Conflict& conflict, const Access& self, AccessKind kind, const Site& site,
+  void report_conflict(const Conflict& conflict, const Access& self, const char* what_it_does, const Site& site,
                        const std::string& place, bool tmem);
+  void report_remote(const RemoteAccess& remote, const Cta& cta);
   void report_uninitialised(const Access& self, const Site& site, const std::string& place);
 
   Cluster& cluster_;
   std::shared_ptr<SharedChecks> shared_;
-  uint32_t oldest_open_grid_;  // the first grid that may still run beside this one
   std::vector<WarpState> warps_;
   std::vector<uint32_t> values_;  // of borrowed components, by component
   std::vector<uint32_t> free_;    // ring of borrowed components, oldest first from free_head_

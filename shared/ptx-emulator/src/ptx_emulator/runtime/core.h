@@ -136,7 +136,7 @@ std::string lanes_text(Lanes lanes);  // "0-3,7"
 
 enum class Report : uint8_t {
   OutOfBounds, Misaligned, Uninitialised, Race, ProxyRace, Tcgen05Order, Deadlock, Divergence, BarrierMisuse,
-  TmemMisuse, GridDependency, Unsupported, Trap,
+  TmemMisuse, TmemLanes, GridDependency, Unsupported, Trap,
 };
 
 // Records a report at the executing instruction. `lane` -1: the whole warp. `other` is the earlier side of a race.
@@ -204,6 +204,8 @@ struct Cta {
   StateTable state;
   std::unordered_map<const Warp*, StateTable> warp_state;
   bool launched_dependents = false;  // griddepcontrol.launch_dependents, or all threads have exited
+  bool waited = false;  // one of its threads has executed griddepcontrol.wait
+  bool exited = false;  // all threads have
 };
 
 struct Cluster {

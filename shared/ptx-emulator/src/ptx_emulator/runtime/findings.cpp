@@ -16,11 +16,6 @@ std::string format(const char* pattern, T... values) {
   return text;
 }
 
-const char* verb(AccessKind kind) {
-  if (kind == AccessKind::Atomic) return "update";
-  return writes(kind) ? "write" : "read";
-}
-
 std::string deed(const Access& access, const char* what, bool tmem) {
   std::string text = access.strong && !access.read_modify ? "strong " : "";
   if (access.component != access.issuer && !tmem) text += access.async_proxy ? "async-proxy " : "asynchronous ";
@@ -28,6 +23,11 @@ std::string deed(const Access& access, const char* what, bool tmem) {
 }
 
 }  // namespace
+
+const char* verb(AccessKind kind) {
+  if (kind == AccessKind::Atomic) return "update";
+  return writes(kind) ? "write" : "read";
+}
 
 // ---------------------------------------------------------------------------------------------- shared by clusters
 
@@ -143,8 +143,10 @@ std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access
       return "The warps have synchronised, but tcgen05.wait or tcgen05.fence::before_thread_sync is missing before "
              "that, or tcgen05.fence::after_thread_sync behind it.";
     case Verdict::GridDependency:
-      return other.grid > self.grid ? "That launch has not executed griddepcontrol.wait at that point."
-                                    : "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
+      if (other.grid > self.grid) return "No griddepcontrol.wait makes that launch wait for this one.";
+      if (!conflict.waited) return "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
+      return format("griddepcontrol.wait waits for launch %u alone, which may end before launch %u does: not every launch "
+                    "in between executes griddepcontrol.wait.", self.grid - 1, other.grid);
     default: break;
   }
   if (other.component != other.issuer || self.component != self.issuer) {
@@ -154,19 +156,38 @@ std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access
   return "Nothing orders the two.";
 }
 
-void ClusterChecker::report_conflict(const Conflict& conflict, const Access& self, AccessKind kind, const Site& site,
-                                     const std::string& place, bool tmem) {
+void ClusterChecker::report_conflict(const Conflict& conflict, const Access& self, const char* what_it_does,
+                                     const Site& site, const std::string& place, bool tmem) {
   const Access& other = conflict.other;
   const Report what = kind_of(conflict.verdict);
   if (!shared_->is_new(cluster_.grid->id, what, self.pc, other.pc)) return;
   const char* other_verb = !conflict.other_writes ? "read" : other.read_modify ? "update" : "write";
   const std::string other_deed = deed(other, other_verb, tmem);
   const char* article = std::strchr("aeiou", other_deed.front()) ? "an " : "a ";
-  std::string message = "The " + deed(self, verb(kind), tmem) + " of " + place + " follows " + article + other_deed +
+  std::string message = "The " + deed(self, what_it_does, tmem) + " of " + place + " follows " + article + other_deed +
                         " by " + actor_text(other) + ". " +
                         conflict_text(conflict, self);
   const Site other_site = site_of_access(other);
   report(*cluster_.grid, what, site, std::move(message), other.grid == cluster_.grid->id ? &other_site : nullptr);
+}
+
+void ClusterChecker::report_remote(const RemoteAccess& remote, const Cta& cta) {
+  if (!shared_->is_new(cluster_.grid->id, Report::OutOfBounds, remote.access.pc, ~0u)) return;
+  report(*cluster_.grid, Report::OutOfBounds, remote.site,
+         "The " + deed(remote.access, verb(remote.kind), false) +
+             format(" of shared memory 0x%" PRIx64 " of CTA %u", remote.offset, cta.linear) +
+             " is not ordered before the end of that CTA: all of its threads may have exited before.");
+}
+
+// Once for each tcgen05.ld: what is computed from its registers would repeat it.
+void ClusterChecker::check_loaded(const Warp& w, uint32_t load_pc) {
+  const auto& loads = state(w).unwaited_loads;
+  if (std::find(loads.begin(), loads.end(), load_pc) == loads.end()) return;
+  if (!shared_->is_new(cluster_.grid->id, Report::Tcgen05Order, load_pc, load_pc)) return;
+  Site load = site_of(w);
+  load.pc = load_pc;
+  report(*cluster_.grid, Report::Tcgen05Order, site_of(w),
+         "A register that tcgen05.ld loads is used before tcgen05.wait::ld: its value may not have arrived.", &load);
 }
 
 void ClusterChecker::report_uninitialised(const Access& self, const Site& site, const std::string& place) {

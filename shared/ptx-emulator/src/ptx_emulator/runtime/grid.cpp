@@ -6,6 +6,7 @@
 #include "barrier.h"
 #include "checker.h"
 #include "memory.h"
+#include "program.h"
 
 namespace ptxe {
 
@@ -70,14 +71,17 @@ Step read_time(Warp& w, const Instruction& i, F value) {
 
 PTXE_OP("griddepcontrol.wait") {
   if (grid_dependencies_done(*w.grid)) {
+    w.cta->waited = true;
+    w.grid->waited = true;
     grid_dependency_wait(w);
     return Step::Next;
   }
-  w.waits_for = "the grids before this one";
+  w.waits_for = "the launch before this one";
   return Step::Wait;
 }
 
 PTXE_OP("griddepcontrol.launch_dependents") {
+  if (!knows_grid_dependency(w)) w.grid->let_go_unwaited = true;
   launch_dependents(w);
   return Step::Next;
 }

@@ -5,7 +5,8 @@
 
 namespace ptxe {
 
-// Whether all grids that this one depends on have completed and flushed their memory (griddepcontrol.wait).
+// Whether griddepcontrol.wait goes on: the launch before this one has completed. What came before that one may still
+// run if it has not waited for it.
 bool grid_dependencies_done(const Grid& grid);
 // The CTA of `w` lets dependent grids start (griddepcontrol.launch_dependents).
 void launch_dependents(Warp& w);

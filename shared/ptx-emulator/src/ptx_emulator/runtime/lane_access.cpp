@@ -71,7 +71,7 @@ Whole whole_global(const MemoryMap& memory, const Extent& e, uint32_t bytes, Acc
 Whole whole_shared(Warp& w, bool own_only, const Extent& e, uint32_t bytes) {
   if (e.high >> 32 || e.low >> kCtaShift != e.high >> kCtaShift) return {};
   Cta* cta = cta_of(*w.cluster, static_cast<uint32_t>(e.low));
-  if (!cta || (own_only && cta != w.cta)) return {};
+  if (!cta || ((own_only || cta->exited) && cta != w.cta)) return {};
   const uint32_t offset = static_cast<uint32_t>(e.low) & kOffsetMask;
   if (offset + (e.high - e.low) + bytes > cta->shared.size()) return {};
   uint8_t* data = cta->shared.data() + offset;

@@ -21,6 +21,8 @@ struct MBarrier {
   uint64_t phase = 0;     // the incomplete one; all before it are complete
   Sync arriving;          // released into by those who have arrived in the current phase
   Sync completed;         // of all complete phases
+  Stamp init, fence;      // mbarrier.init, and the fence.mbarrier_init of the same warp behind it
+  Site init_site;
 };
 
 struct MBarriers : GroupState {
@@ -118,6 +120,18 @@ MBarrierAt target_of(Warp& w, Space space, uint64_t address, int lane, const cha
   return target;
 }
 
+// The signal of an asynchronous operation must find the mbarrier initialised. (mbarrier.init is a write through the
+// generic proxy; the warp that issues the operation is no exception.)
+void check_init_visible(Cluster& cluster, const MBarrierAt& target, const Actor& actor, const char* what) {
+  const MBarrier& b = *target.barrier;
+  if (actor.proxy == Proxy::Generic || happened_before(b.fence, actor) || visible_to_async(b.init, actor)) return;
+  if (!happened_before(b.init, actor)) return;  // a race, or nothing is checked
+  report(*cluster.grid, Report::ProxyRace, actor.site,
+         format("%s on ", what) + name_of(*target.place.cta, target.place.offset) +
+             ", whose mbarrier.init the async proxy may not see yet: neither fence.mbarrier_init nor fence.proxy.async "
+             "lies between the two.", &b.init_site);
+}
+
 // The same for an asynchronous operation, which accesses the mbarrier in the generic proxy.
 MBarrierAt target_of(Cluster& cluster, uint32_t address, const Actor& actor, const char* what) {
   MBarrierAt target;
@@ -128,9 +142,15 @@ MBarrierAt target_of(Cluster& cluster, uint32_t address, const Actor& actor, con
     misuse(from, format("%s on address 0x%x, which is no mbarrier of the cluster.", what, address));
     return target;
   }
+  if (cta->exited && cta->linear != actor.site.cta) {
+    report(*cluster.grid, Report::OutOfBounds, actor.site,
+           format("%s on ", what) + name_of(*cta, offset) + ", whose threads have all exited.");
+    return target;
+  }
   target.place = Place{Place::Shared, cta->shared.data() + offset, cta, offset};
   target.barrier = find(from, *cta, offset, what);
   if (target && cluster.checker) {
+    check_init_visible(cluster, target, actor, what);
     Actor generic = actor;
     generic.proxy = Proxy::Generic;
     access_memory(cluster, generic, target.place, kMBarrierBytes, AccessKind::Atomic);
@@ -172,15 +192,6 @@ void arrive_lane(Warp& w, const MBarrierAt& target, uint32_t count, uint32_t tx,
   if ((flags & kNoComplete) && b.phase != phase) {
     misuse(from, "An arrival with .noComplete completed phase " + std::to_string(phase) + " of " + name_of(cta, offset) + ".");
   }
-}
-
-void check_remote_alive(Warp& w, const MBarrierAt& target, int lane) {
-  const Cta& cta = *target.place.cta;
-  if (&cta == w.cta) return;
-  const bool alive = std::any_of(cta.warps.begin(), cta.warps.end(), [](const Warp& other) { return other.live != 0; });
-  if (alive) return;
-  report(w, Report::BarrierMisuse, lane,
-         "An arrival on " + name_of(cta, target.place.offset) + ", all of whose threads have exited.");
 }
 
 // Whether the phase that a lane waits for is complete.
@@ -358,8 +369,19 @@ PTXE_OP("mbarrier.init") {  // address, space, count
     access_memory(w, place, kMBarrierBytes, AccessKind::Write, lane);
     b = MBarrier{};
     b.expected = b.pending = count;
+    b.init = stamp(w);
+    b.init_site = from.site;
     ++w.cluster->progress;
   });
+  return Step::Next;
+}
+
+PTXE_OP("fence.mbarrier_init") {
+  for (auto& [offset, b] : w.cta->state.get<MBarriers>().by_offset) {
+    if (b.init.value && b.init.component == w.component && !b.fence.value) b.fence = stamp(w);
+  }
+  // Orders mbarrier.init alone; taken as a fence of everything.
+  fence_memory(w, Order::Release, Scope::Cluster);
   return Step::Next;
 }
 
@@ -391,7 +413,6 @@ PTXE_OP("mbarrier.arrive") {  // address, space, state, count, tx bytes, flags
   each_lane(w, [&](int lane) {
     const MBarrierAt target = target_of(w, space_of(i), address.at(w, lane), lane, "mbarrier.arrive", !last);
     if (!target) return;
-    check_remote_alive(w, target, lane);
     const bool released = same_barrier(target, last) && target.barrier->phase == last_phase;
     if (!same_barrier(target, last) && last) access_memory(w, target.place, kMBarrierBytes, AccessKind::Atomic, lane);
     w.values<uint64_t>(i.args[5])[lane] = token_of(*target.barrier);

@@ -130,6 +130,11 @@ Place shared_place(Cluster& cluster, const Cta* own, bool own_only, const Access
                   subject(a.kind, a.address, a.bytes) + " is in CTA rank " + num(cta->rank) +
                       ", .shared::cta memory of CTA rank " + num(own->rank) + " was expected");
   }
+  if (cta->exited && cta != own) {
+    return refuse(refusal, Report::OutOfBounds,
+                  subject(a.kind, a.address, a.bytes) + " is in the shared memory of CTA rank " + num(cta->rank) +
+                      ", whose threads have all exited");
+  }
   const uint32_t offset = address & kOffsetMask;
   const uint64_t size = cta->shared.size();
   if (offset + static_cast<uint64_t>(a.bytes) > size) {

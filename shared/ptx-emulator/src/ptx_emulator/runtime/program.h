@@ -91,6 +91,8 @@ struct Grid {
   std::atomic<uint32_t> finished_clusters{0};
   std::atomic<uint32_t> signalled_ctas{0};
   std::vector<Tally> tallies;  // one per worker
+  std::atomic<bool> waited{false};           // a thread has executed griddepcontrol.wait
+  std::atomic<bool> let_go_unwaited{false};  // a CTA has let the dependents start without having waited itself
   bool complete() const { return finished_clusters.load() == num_clusters; }
 };
 

@@ -165,7 +165,10 @@ struct ClusterRun {
     --cluster->live_warps;
     ++cluster->progress;
     const bool last = std::all_of(cta.warps.begin(), cta.warps.end(), [](const Warp& o) { return !o.live; });
-    if (last) signal_cta(cta);
+    if (!last) return;
+    cta.exited = true;
+    if (!cta.launched_dependents && !cta.waited) cta.grid->let_go_unwaited = true;
+    signal_cta(cta);
   }
 
   static void signal_cta(Cta& cta) {
@@ -262,6 +265,11 @@ void report_deadlock(Machine& machine, const std::vector<ClusterRun*>& runs) {
   machine.stopped = true;
 }
 
+bool all_complete_before(const Grid& grid) {
+  return std::all_of(grid.machine->grids.begin(), grid.machine->grids.begin() + grid.id,
+                     [](const Grid& earlier) { return earlier.complete(); });
+}
+
 class Worker {
  public:
   Worker(Machine& machine, std::atomic<uint32_t>& idle, std::atomic<uint32_t>& ended)
@@ -294,12 +302,13 @@ class Worker {
     return progressed;
   }
 
-  bool may_start(Grid& grid) const {
+  bool may_start(const Grid& grid) const {
     if (grid.id == 0) return true;
-    Grid& before = machine_.grids[grid.id - 1];
+    if (!grid.pdl) return all_complete_before(grid);
+    const Grid& before = machine_.grids[grid.id - 1];
     if (before.complete()) return true;
     const uint32_t num_ctas = before.size[0] * before.size[1] * before.size[2];
-    return grid.pdl && machine_.options.early_dependents && before.signalled_ctas == num_ctas && may_start(before);
+    return machine_.options.early_dependents && before.signalled_ctas == num_ctas;
   }
 
   bool start_next() {
@@ -362,8 +371,7 @@ class Worker {
 }  // namespace
 
 bool grid_dependencies_done(const Grid& grid) {
-  return std::all_of(grid.machine->grids.begin(), grid.machine->grids.begin() + grid.id,
-                     [](const Grid& earlier) { return earlier.complete(); });
+  return !grid.pdl || grid.id == 0 || grid.machine->grids[grid.id - 1].complete();
 }
 
 void launch_dependents(Warp& w) {

@@ -160,6 +160,7 @@ PTXE_OP("tcgen05.dealloc") {
     report(w, Report::TmemMisuse, -1, message);
     return Step::Next;
   }
+  free_tmem(w, *w.cta, found->column, found->num_columns);
   mark(state, found->column, found->num_columns, false);
   state.allocations.erase(found);
   ++w.cluster->progress;

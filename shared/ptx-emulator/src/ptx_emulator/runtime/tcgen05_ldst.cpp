@@ -8,13 +8,15 @@
 //   16x32bx2  lane t%16,                  column r + (t<16 ? 0 : the given offset)
 // With pack::16b and unpack::16b a register holds the low halves of columns 2c and 2c+1 in the place of column c.
 //
-// The quarter is that of the warp, whatever the address's lane bits 5 and 6 say (published kernels pass others); the
-// shapes of 16 lanes use bit 4. Values are in the registers at once: what a missing tcgen05.wait::ld does is for the
-// checker to say.
+// The quarter is that of the warp. The address names it in lane bits 5 and 6, or leaves them 0 as published kernels
+// do. One names another warp's quarter, and is right on a GPU, so that such an address is a finding of its own kind.
+// The shapes of 16 lanes use bit 4. Values are in the registers at once: what a missing tcgen05.wait::ld does is for
+// the checker to say.
 #include <algorithm>
 #include <cmath>
 
 #include "numeric.h"
+#include "program.h"
 #include "tcgen05.h"
 
 namespace ptxe {
@@ -82,7 +84,14 @@ Transfer make_transfer(Warp& w, const Instruction& i) {
     }
   });
   const TmemAddress address(bits);
-  t.lane = w.index % 4 * 32;
+  const uint32_t quarter = w.index % 4;
+  if (w.cluster->checker && address.lane >= 32 && address.lane / 32 != quarter) {
+    report(w, Report::TmemLanes, -1,
+           "lane " + std::to_string(address.lane) + " of the tensor memory address is not one that warp " +
+               std::to_string(w.index) + " can access: lanes " + std::to_string(32 * quarter) + " to " +
+               std::to_string(32 * quarter + 31) + " are");
+  }
+  t.lane = quarter * 32;
   t.column = address.column;
   if (t.shape != k32x32b) t.lane += address.lane & 16;
   const uint32_t granularity = t.shape == k32x32b ? 32 : 16;
@@ -188,6 +197,7 @@ PTXE_OP("tcgen05.ld") {
   if (step != Step::Execute) return step;
   const Transfer t = make_transfer(w, i);
   count(w, Count::TmemLoadBytes, uint64_t{4} * kLanes * t.num_registers);
+  tcgen05_load(w);
   if (permitted(w, t, AccessKind::Read)) {
     load(w, t);
   } else {
@@ -212,6 +222,18 @@ PTXE_OP("tcgen05.st") {
   if (permitted(w, t, AccessKind::Write)) store(w, t);
   ++w.cluster->progress;
   return Step::Next;
+}
+
+// An operation that reads registers of tcgen05.ld, perhaps before tcgen05.wait::ld: number of loads, operation, the
+// instructions that load, then the operation's own arguments.
+PTXE_OP("tcgen05.use") {
+  const uint32_t num_loads = i.args[0], first = 2 + num_loads;
+  for (uint32_t k = 2; k < first; ++k) tcgen05_use(w, i.args[k]);
+  Instruction operation = i;
+  operation.run = operation_at(i.args[1]);
+  operation.args += first;
+  operation.num_args -= first;
+  return operation.run(w, operation);
 }
 
 PTXE_OP("tcgen05.wait.ld") {
