@@ -24,7 +24,7 @@ def stages(config: DecodeConfig) -> dict[str, int]:
         "k_empty": k_stages,
         "v_full": v_stages,
         "v_empty": v_stages,
-        "v_tail": 1,
+        "v_tail": config.v_tiles,
         "s_full": ACC_S_STAGES,
         "s_empty": ACC_S_STAGES,
         "p_full": 1,
@@ -36,7 +36,8 @@ def stages(config: DecodeConfig) -> dict[str, int]:
 class Barriers:
     """Pointers to the barriers of `stages`.
 
-    v_tail: values of a unit's last tile have arrived in this CTA, where that tile ends inside a page.
+    v_tail: values have arrived in this CTA that v_full does not wait for; none but where the sequence ends
+        inside a page of the tile.
     pv_done: acc_o holds the tile, and its probabilities have been read.
     """
 

@@ -103,10 +103,6 @@ class Loads:
             for i in cutlass.range(unit.num_tiles, unroll=1):
                 first_key = (unit.first_tile + i) * self.config.tile_n
                 is_tail = ends_in_page(self.config, unit.seq_len, first_key)
-                if is_tail:
-                    with cute.arch.elect_one():
-                        tile_bytes = self.config.v_stages_per_tile * self.config.v_stage_chunks * CHUNK_BYTES
-                        cute.arch.mbarrier_arrive_and_expect_tx(block.barriers.v_tail, tile_bytes)
                 for half in cutlass.range_constexpr(2):
                     pages = self.pages(mTables, unit, first_key + half * CHUNK_ROWS, num_pages)
                     for out_half in cutlass.range_constexpr(2):
@@ -216,13 +212,18 @@ class Loads:
         mbar = slot * config.v_stages_per_tile + stage
         full = block.barriers.v_full + mbar
         cute.arch.mbarrier_wait(block.barriers.v_empty + mbar, phase ^ 1)
+        tail = block.barriers.v_tail + slot
+        if cutlass.const_expr(stage == 0):
+            tile_bytes = config.v_stages_per_tile * config.v_stage_chunks * CHUNK_BYTES
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(tail, select(is_tail, Int32(tile_bytes), Int32(0)))
         first_chunk = block.v_chunk + mbar * config.v_stage_chunks
         first_column = (out_half * 2 + block.rank) * config.v_stage_chunks
         if is_tail:
             if block.rank == LEADER:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(full)
-            self.start_values(copies.own_latent, pages, first_column, first_chunk, block.barriers.v_tail)
+            self.start_values(copies.own_latent, pages, first_column, first_chunk, tail)
         else:
             self.expect(block, full, config.v_stage_chunks * CHUNK_BYTES)
             self.start_values(copies.latent, pages, first_column, first_chunk, full)

@@ -95,7 +95,7 @@ class Softmax:
         """
         config = self.config
         place = self.place(tmem_base)
-        tiles, tails = Int32(0), Int32(0)
+        tiles = Int32(0)
         index = block.cluster
         while index < schedule.num_units:
             unit = schedule.unit(index)
@@ -115,8 +115,8 @@ class Softmax:
                 self.release(block, block.barriers.s_empty + stage)
                 if ends_in_page(config, unit.seq_len, first_key):
                     if cutlass.const_expr(config.pair):
-                        cute.arch.mbarrier_wait(block.barriers.v_tail, tails & 1)
-                        tails += 1
+                        tail = block.barriers.v_tail + ring_slot(tile, config.v_tiles)
+                        cute.arch.mbarrier_wait(tail, ring_phase(tile, config.v_tiles))
                     self.clear_values(block, place, tile, unit.seq_len - first_key, active_warps)
                 self.mask(scores, entries, visible, first_key + place.half * self.keys, unit)
                 top = self.maximum(scores) * scale_log2
