@@ -174,7 +174,8 @@ def test_store_of_masked_bytes():
         STORED:
         """
     )
-    run_kernel(body, source, out, shared_bytes=256, target="sm_100a")
+    result = run_kernel(body, source, out, shared_bytes=256, target="sm_100a")
+    assert result.counts[0]["tma_store_bytes"] == 128 // 16 * (0x0F21).bit_count()
     expected = np.full(128, 0xEE, np.uint8)
     for k in range(128):
         if 0x0F21 >> k % 16 & 1:

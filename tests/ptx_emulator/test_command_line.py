@@ -82,7 +82,9 @@ def test_roles(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ops(scale: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ops"]) == 0
-    assert "tcgen05.mma" in capsys.readouterr().out
+    listed = capsys.readouterr().out.split()
+    assert "tcgen05.mma" in listed
+    assert "tcgen05.shift" not in listed  # it is refused
     assert main(["ops", scale]) == 0
     other = tmp_path / "other.ptx"
     other.write_text(SCALE.replace("mul.f32", "frobnicate.f32"))

@@ -84,9 +84,21 @@ def test_counts_by_role() -> None:
     rows = [line.split() for line in counts.table({"load": range(2), "mma": [2]}).splitlines()]
     assert rows[1] == ["load", "mma", "all"]
     assert ["mma", "flops", "0", "4,096", "4,096"] in rows
+    assert ["tma", "load", "bytes", "0", "0", "0"] in rows
     as_json = json.loads(counts.to_json())
     assert as_json["total"]["mma"] == 7
     assert as_json["instructions"] == 20
+
+
+def test_classes_go_by_the_type() -> None:
+    body = """
+    add.u32 %r2, %r1, 1; mad.lo.s32 %r2, %r2, 3, %r1; div.u32 %r2, %r2, 3; add.u16x2 %r2, %r2, %r2;
+    add.f32 %f1, %f1, %f1; fma.rn.f16x2 %r2, %r2, %r2, %r2; max.bf16 %rs1, %rs1, %rs1;
+    div.rn.f32 %f1, %f1, %f1; ex2.approx.ftz.f32 %f1, %f1;
+    """
+    (counts,) = run_kernel(body, checks=False).counts
+    mov_and_mul = 1  # of the harness: mul.wide.u32
+    assert (counts["integer"], counts["float"], counts["special"]) == (4 + mov_and_mul, 3, 2)
 
 
 @pytest.mark.parametrize("roles", [{"a": [3]}, {"a": [0], "b": [0]}])

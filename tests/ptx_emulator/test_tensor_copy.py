@@ -216,8 +216,11 @@ def test_store_with_swizzle(swizzle: Swizzle, start: tuple[int, int], options: d
     for value, at in zip(values, box_positions(tensor_map, start), strict=True):
         if at is not None:
             expected[at] = value
-    store(tensor, tensor_map, start, swizzled(values.tobytes(), swizzle, 1024).tobytes(), **options)
+    content = swizzled(values.tobytes(), swizzle, 1024).tobytes()
+    (counts,) = store(tensor, tensor_map, start, content, **options).counts
     np.testing.assert_array_equal(tensor, expected)
+    inside = [at for at in box_positions(tensor_map, start) if at is not None]
+    assert counts["tma_store_bytes"] == 2 * len(inside)
 
 
 @pytest.mark.parametrize(("rank", "shape", "box", "start"), CASES, ids=lambda v: str(v).replace(" ", ""))

@@ -87,7 +87,7 @@ class LaunchCounts:
         return {f"warp{'s' if len(group) > 1 else ''} {ranges_text(group)}": group for group in groups}
 
     def by_role(self, roles: Roles | None = None) -> dict[str, dict[str, int]]:
-        """Role -> instructions by class (only those executed), then every count.
+        """Role -> instructions by every class that the kernel has, then every count.
 
         Args:
             roles: name -> warps; default: `find_roles()`.
@@ -103,10 +103,9 @@ class LaunchCounts:
         by_class = np.zeros((self.num_warps, len(self.class_names)), dtype=np.uint64)
         for index in range(len(self.class_names)):
             by_class[:, index] = self.executed[:, self.op_class == index].sum(axis=1)
-        used = [index for index in range(len(self.class_names)) if by_class[:, index].any()]
         table = {}
         for role, warps in chosen.items():
-            row = {self.class_names[index]: int(by_class[warps, index].sum()) for index in used}
+            row = {name: int(by_class[warps, k].sum()) for k, name in enumerate(self.class_names)}
             row |= {name: int(self.counts[warps, k].sum()) for k, name in enumerate(COUNT_NAMES)}
             table[role] = row
         return table
@@ -119,14 +118,13 @@ class LaunchCounts:
         return sorted(by_line.items(), key=lambda item: -item[1])[:num_lines]
 
     def table(self, roles: Roles | None = None) -> str:
-        """A text table: a row per instruction class and count that is not zero, a column per role."""
+        """A text table: a row for each instruction class of the kernel and each count, a column per role."""
         columns = self.by_role(roles)
         names = list(next(iter(columns.values()), {}))
         rows = [["", *columns, "all"]]
         for name in names:
             values = [column[name] for column in columns.values()]
-            if any(values):
-                rows.append([name.replace("_", " "), *(f"{v:,}" for v in (*values, sum(values)))])
+            rows.append([name.replace("_", " "), *(f"{v:,}" for v in (*values, sum(values)))])
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = [self.kernel]
         for row in rows:

@@ -115,7 +115,7 @@ def lower_instruction(ctx: Lowering, instruction: Instruction) -> None:
     found = find(instruction)
     if found is None:
         raise UnsupportedInstruction(instruction.name, instruction.line, ctx.function.name)
-    ctx.begin(instruction, found.op_class)
+    ctx.begin(instruction, found.class_of(instruction))
     needs = missing(instruction, ctx.target)
     if needs is not None:
         raise ctx.unsupported(f".target {ctx.target} does not have it, it needs {needs}")

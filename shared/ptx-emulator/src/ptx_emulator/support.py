@@ -17,8 +17,9 @@ from ptx_emulator.targets import check_runs_on
 def opcode_table() -> str:
     """The opcodes that are supported, by instruction class."""
     classes: dict[str, list[str]] = {}
-    for opcode, op_class in opcodes().items():
-        classes.setdefault(op_class, []).append(opcode)
+    for opcode, op_classes in opcodes().items():
+        for op_class in op_classes:
+            classes.setdefault(op_class, []).append(opcode)
     width = max(map(len, classes))
     return "\n".join(f"{name:<{width}}  {' '.join(found)}" for name, found in sorted(classes.items()))
 

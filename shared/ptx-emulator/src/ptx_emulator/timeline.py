@@ -14,9 +14,9 @@ from ptx_emulator.ptx.module import Location
 # Classes of instructions that say what a warp does, the most telling first; all others are in between.
 NOTABLE = (
     "mma",
-    "tensor_copy",
-    "bulk_copy",
-    "asynchronous copy",
+    "tensor copy",
+    "bulk copy",
+    "async copy",
     "tmem",
     "matrix load",
     "matrix store",

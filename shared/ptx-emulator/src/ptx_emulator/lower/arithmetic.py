@@ -74,7 +74,8 @@ def _lower_mixed_sum(ctx: Lowering, instruction: Instruction, modifiers: Modifie
     ctx.emit(f"{instruction.opcode}{suffix}.f32", ctx.dst(d, "f32"), *uses, rounding or 0)
 
 
-@lowers("add", "sub", "mul", "fma", "mad", op_class="arithmetic")
+@lowers("fma", op_class="float")
+@lowers("add", "sub", "mul", "mad", op_class="integer", float_class="float")
 def lower_sum(ctx: Lowering, instruction: Instruction) -> None:
     """Sums and products of all types."""
     modifiers = Modifiers(ctx, instruction)
@@ -94,7 +95,7 @@ def lower_sum(ctx: Lowering, instruction: Instruction) -> None:
         raise ctx.unsupported(f"type .{type_name} is not known here")
 
 
-@lowers("min", "max", op_class="arithmetic")
+@lowers("min", "max", op_class="integer", float_class="float")
 def lower_extreme(ctx: Lowering, instruction: Instruction) -> None:
     """Minimum and maximum of all types; of f32 also of three values."""
     modifiers = Modifiers(ctx, instruction)
@@ -115,7 +116,7 @@ def lower_extreme(ctx: Lowering, instruction: Instruction) -> None:
         lower_integer_extreme(ctx, instruction, modifiers, type_name)
 
 
-@lowers("neg", "abs", op_class="arithmetic")
+@lowers("neg", "abs", op_class="integer", float_class="float")
 def lower_sign(ctx: Lowering, instruction: Instruction) -> None:
     """Negation and absolute value of all types."""
     modifiers = Modifiers(ctx, instruction)
@@ -130,7 +131,7 @@ def lower_sign(ctx: Lowering, instruction: Instruction) -> None:
         lower_integer_sign(ctx, instruction, modifiers, type_name)
 
 
-@lowers("div", op_class="special")
+@lowers("div", op_class="integer", float_class="special")
 def lower_div(ctx: Lowering, instruction: Instruction) -> None:
     """Division. `.full` is divided exactly, `.approx` only where the ISA says otherwise."""
     modifiers = Modifiers(ctx, instruction)
@@ -194,7 +195,7 @@ def lower_function(ctx: Lowering, instruction: Instruction) -> None:
         raise ctx.unsupported(f"type .{type_name} is not known here")
 
 
-@lowers("copysign", op_class="arithmetic")
+@lowers("copysign", op_class="float")
 def lower_copysign(ctx: Lowering, instruction: Instruction) -> None:
     """The sign of a with the magnitude of b."""
     modifiers = Modifiers(ctx, instruction)

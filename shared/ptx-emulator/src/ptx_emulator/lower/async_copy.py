@@ -11,7 +11,7 @@ from ptx_emulator.ptx.module import Immediate, Instruction, Operand, Register
 _NO_FILL, _SOURCE_SIZE, _IGNORE_SOURCE = range(3)  # as Fill in async_copy.cpp
 
 
-@lowers("cp.async.ca", "cp.async.cg", op_class="asynchronous copy")
+@lowers("cp.async.ca", "cp.async.cg", op_class="async copy")
 def lower_cp_async(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("async")
@@ -57,7 +57,7 @@ def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("cp.async.wait_group", int(allowed.value))
 
 
-@lowers("cp.async.mbarrier.arrive", op_class="asynchronous copy")
+@lowers("cp.async.mbarrier.arrive", op_class="async copy")
 def lower_mbarrier_arrive(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("async", "mbarrier", "arrive"):

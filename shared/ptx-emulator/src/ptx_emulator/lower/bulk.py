@@ -75,7 +75,7 @@ def mask_arguments(ctx: Lowering, operand: Operand | None) -> tuple[Use, int]:
     return use, use.value.bits
 
 
-@lowers("cp.async.bulk", op_class="bulk_copy")
+@lowers("cp.async.bulk", op_class="bulk copy")
 def lower_bulk_copy(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("async")
@@ -171,7 +171,7 @@ def lower_store(
     )
 
 
-@lowers("cp.reduce.async.bulk", op_class="bulk_copy")
+@lowers("cp.reduce.async.bulk", op_class="bulk copy")
 def lower_bulk_reduction(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("reduce", "async", "bulk"):
@@ -194,7 +194,7 @@ def lower_bulk_reduction(ctx: Lowering, instruction: Instruction) -> None:
     lower_send(ctx, modifiers, given, REDUCTIONS[how], TYPES[type_name])
 
 
-@lowers("cp.async.bulk.prefetch", op_class="bulk_copy")
+@lowers("cp.async.bulk.prefetch", op_class="bulk copy")
 def lower_prefetch(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("async", "bulk", "prefetch"):
@@ -230,7 +230,7 @@ def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("bulk.wait_group", allowed.value, int(read_only))
 
 
-@lowers("st.async", op_class="bulk_copy")
+@lowers("st.async", op_class="bulk copy")
 def lower_st_async(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("async")
@@ -245,7 +245,7 @@ def lower_st_async(ctx: Lowering, instruction: Instruction) -> None:
     emit_async(ctx, instruction, type_name, int(vector[1:]) if vector else 1, NO_REDUCTION, 0)
 
 
-@lowers("red.async", op_class="bulk_copy")
+@lowers("red.async", op_class="bulk copy")
 def lower_red_async(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("async", "relaxed", "cluster"):

@@ -276,7 +276,7 @@ def lower_cp(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("tcgen05.cp", form, group, *tmem_address(ctx, address), ctx.src(descriptor, "b64"))
 
 
-@lowers("tcgen05.shift", op_class="tmem")
+@lowers("tcgen05.shift", op_class="tmem", refused=True)
 def lower_shift(ctx: Lowering, instruction: Instruction) -> None:
     # The manual says "downwards across all the rows, except the last", which can be read as either direction,
     # and as one matrix or four; no kernel was found that settles it.

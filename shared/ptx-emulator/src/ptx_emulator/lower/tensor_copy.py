@@ -68,7 +68,7 @@ def tensor_operand(
     return address, [ctx.src(coordinate, "s32") for coordinate in operand.coordinates]
 
 
-@lowers("cp.async.bulk.tensor", op_class="tensor_copy")
+@lowers("cp.async.bulk.tensor", op_class="tensor copy")
 def lower_tensor_copy(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("async", "bulk", "tensor"):
@@ -124,7 +124,7 @@ def lower_store(
     ctx.emit("tensor.store", *address, *ctx.address(source), rank, mode, reduction, *coordinates)
 
 
-@lowers("cp.reduce.async.bulk.tensor", op_class="tensor_copy")
+@lowers("cp.reduce.async.bulk.tensor", op_class="tensor copy")
 def lower_tensor_reduction(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("reduce", "async", "bulk", "tensor"):
@@ -140,7 +140,7 @@ def lower_tensor_reduction(ctx: Lowering, instruction: Instruction) -> None:
     lower_store(ctx, modifiers, Operands(ctx, instruction), rank, TILE, REDUCTIONS[how])
 
 
-@lowers("cp.async.bulk.prefetch.tensor", op_class="tensor_copy")
+@lowers("cp.async.bulk.prefetch.tensor", op_class="tensor copy")
 def lower_tensor_prefetch(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     for word in ("async", "bulk", "prefetch", "tensor"):
@@ -158,7 +158,7 @@ def lower_tensor_prefetch(ctx: Lowering, instruction: Instruction) -> None:
     ctx.emit("tensor.prefetch", *address, rank, mode, *coordinates)
 
 
-@lowers("tensormap.replace", op_class="tensor_copy")
+@lowers("tensormap.replace", op_class="tensor copy")
 def lower_replace(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("replace")
@@ -189,7 +189,7 @@ def lower_replace(ctx: Lowering, instruction: Instruction) -> None:
     )
 
 
-@lowers("tensormap.cp_fenceproxy", op_class="tensor_copy")
+@lowers("tensormap.cp_fenceproxy", op_class="tensor copy")
 def lower_copy_and_fence(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("cp_fenceproxy")

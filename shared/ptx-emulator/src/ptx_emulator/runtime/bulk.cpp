@@ -326,7 +326,8 @@ PTXE_OP("bulk.store") {
     op->destination = destination.at(w, lane);
     if (i.args[10]) op->byte_mask = register_bits(w, i.args[9], i.args[10], lane) & 0xffff;
     op->reduction = find_reduction(static_cast<ReduceOp>(i.args[11]), static_cast<ElementType>(i.args[12]));
-    count(w, Count::TmaStoreBytes, bytes);
+    const auto kept = static_cast<uint64_t>(__builtin_popcount(op->byte_mask));
+    count(w, Count::TmaStoreBytes, bytes / kChunkBytes * kept);
     op->join_group(w, lane, through_copy_engine(w, bytes, op->reduction ? "bulk reduce" : "bulk store"));
     start_async(w, std::move(op));
   });

@@ -70,6 +70,12 @@ Box row_box(const TensorMap& map, const int32_t* start) {
   return box;
 }
 
+uint64_t bytes_inside(const Box& box) {
+  uint64_t bytes = 0;
+  for (const Piece& piece : box.pieces) bytes += piece.bytes;
+  return bytes;
+}
+
 // Fill of elements outside the tensor. The NaN is taken to be the canonical one of the type.
 void fill(const TensorMap& map, std::vector<uint8_t>& buffer) {
   std::fill(buffer.begin(), buffer.end(), 0);
@@ -297,7 +303,7 @@ PTXE_OP("tensor.store") {
       report(w, Report::Unsupported, lane, "The reduction does not exist for the element type of the tensor map.");
       return;
     }
-    count(w, Count::TmaStoreBytes, op->box.bytes);
+    count(w, Count::TmaStoreBytes, bytes_inside(op->box));
     const char* name = op->reduction ? "tensor reduce" : "tensor store";
     op->join_group(w, lane, through_copy_engine(w, op->box.bytes, name));
     start_async(w, std::move(op));
