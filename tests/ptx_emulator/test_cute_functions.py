@@ -11,7 +11,16 @@ import pytest
 import torch
 from kernels.elementwise import BLOCK_THREADS, axpy, compile_axpy
 from kernels.gemm_softmax import GemmSoftmaxConfig, compile_gemm_softmax
-from ptx_emulator import Emulated, EmulationError, EmulatorError, Options, emulate, explore, ptx_of
+from ptx_emulator import (
+    CuteFiles,
+    Emulated,
+    EmulationError,
+    EmulatorError,
+    Options,
+    emulate,
+    explore,
+    ptx_of,
+)
 
 LOG_2 = 0.6931471805599453
 # P is rounded to bf16, at most 2^-9 of it; the scores are sums of K bf16 products in fp32.
@@ -51,6 +60,22 @@ def test_elementwise(arch: str, length: int) -> None:
     (launch,) = function.launches
     assert launch.grid == (-(-length // BLOCK_THREADS), 1, 1)
     assert launch.block == (BLOCK_THREADS, 1, 1)
+
+
+def test_a_function_from_files(tmp_path: Path) -> None:
+    compiled, object_file = compile_axpy("sm_90a"), tmp_path / "axpy.o"
+    compiled.export_to_c(str(object_file), function_name="kept")
+    files = CuteFiles(object_file, "kept", ptx_of(compiled), parameters=("x", "y", "out", "scale"))
+    function = emulate(files, "sm_90a", uninitialised=("out",), read_only=("x", "y"))
+    x, y, out = torch.randn(300), torch.randn(300), torch.full((300,), float("nan"))
+    function(x, y, scale=0.5, out=out)
+    assert torch.equal(out, x * 0.5 + y)
+    assert function.result is not None
+    assert not function.result.reports
+    with pytest.raises(TypeError, match="scale"):
+        function(x, y, out)
+    with pytest.raises(EmulationError, match=r"read of x \+ 0 bytes finds nothing"):
+        emulate(files, "sm_90a", uninitialised=("x",))(x, x.clone(), out, 1.0)
 
 
 def test_arguments_by_name_and_checks_of_the_host_code() -> None:

@@ -3,7 +3,7 @@
 from ptx_emulator.__about__ import __version__
 from ptx_emulator.errors import BuildError, EmulatorError, PtxSyntaxError, UnsupportedInstruction
 from ptx_emulator.host.cuda_source import compile_cuda
-from ptx_emulator.host.cute import Emulated, compile_cute, emulate, ptx_of
+from ptx_emulator.host.cute import CuteFiles, Emulated, compile_cute, emulate, ptx_of
 from ptx_emulator.host.exploring import Exploration, ScheduleError, explore
 from ptx_emulator.host.launching import Launch, Launches, launch
 from ptx_emulator.host.options import Options
@@ -13,6 +13,7 @@ from ptx_emulator.reports import EmulationError, Report
 
 __all__ = [
     "BuildError",
+    "CuteFiles",
     "Emulated",
     "EmulationError",
     "EmulatorError",

@@ -24,6 +24,7 @@ from ptx_emulator.targets import target as find_target
 _ARCH_VARIABLE = "CUTE_DSL_ARCH"
 _DLTENSOR_DEVICE_TYPE = 8  # bytes from the start of a DLTensor
 _DL_CUDA = 2
+_EXPORTED = "emulated"  # what a function is called in its object file
 _FROM_ENVIRONMENT = object()  # in place of a stream
 _compile_lock = threading.Lock()  # the DSL traces one function at a time, and its architecture is a variable
 
@@ -76,6 +77,30 @@ def ptx_of(compiled: Any) -> str:
     return str(text)
 
 
+@dataclasses.dataclass(frozen=True)
+class CuteFiles:
+    """A compiled CuTe DSL function that was kept in files, in place of what `cute.compile` returned.
+
+    Args:
+        object_file: what `export_to_c(object_file, function_name=function)` wrote; compiled with
+            `--enable-tvm-ffi`.
+        function: the function's name there.
+        ptx: the text of its PTX.
+        parameters: names of its parameters, but for a stream that it takes from the environment.
+    """
+
+    object_file: Path
+    function: str
+    ptx: str
+    parameters: Sequence[str]
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The parameters that it takes at run time."""
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(name, kind) for name in self.parameters])
+
+
 def emulate(
     compiled: Any,
     device: str = "sm_100a",
@@ -88,7 +113,8 @@ def emulate(
     """A compiled CuTe DSL function as a callable that takes CPU tensors and runs on the emulator.
 
     Args:
-        compiled: what `cute.compile` returned, with `--enable-tvm-ffi`; `compile_cute` sets all options.
+        compiled: what `cute.compile` returned, with `--enable-tvm-ffi`; `compile_cute` sets all options. Or
+            the files that it was kept in.
         device: the architecture it was compiled for.
         options: how to run it.
         ptx: its PTX, if it was compiled without keeping it.
@@ -116,20 +142,29 @@ class Emulated:
         uninitialised: Sequence[str],
         read_only: Sequence[str],
     ) -> None:
-        if "TVMFFI" not in type(compiled).__name__:
+        if not isinstance(compiled, CuteFiles) and "TVMFFI" not in type(compiled).__name__:
             raise EmulatorError(
                 "compiled: was compiled without --enable-tvm-ffi; use ptx_emulator.compile_cute"
             )
-        self.ptx = ptx or ptx_of(compiled)
+        self.ptx = ptx or (compiled.ptx if isinstance(compiled, CuteFiles) else ptx_of(compiled))
         self.device = device
         self.options = options
         self.result: Result | None = None
         self.launches: list[CapturedLaunch] = []
-        self._compiled = compiled
         self._uninitialised, self._read_only = uninitialised, read_only
-        self._signature = _signature(compiled)
         self.module = LoadedModule(self.ptx, device)
-        self._host = HostFunction(compiled, find_target(device))
+        target = find_target(device)
+        if isinstance(compiled, CuteFiles):
+            self._execution_args: Any = None
+            self._signature = compiled.signature
+            self._host = HostFunction(compiled.object_file, compiled.function, target)
+            return
+        self._execution_args = compiled.execution_args
+        self._signature = _signature(compiled)
+        with tempfile.TemporaryDirectory() as folder:
+            object_file = Path(folder, f"{_EXPORTED}.o")
+            compiled.export_to_c(str(object_file), function_name=_EXPORTED)
+            self._host = HostFunction(object_file, _EXPORTED, target)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Runs the function on CPU tensors, in place.
@@ -175,7 +210,7 @@ class Emulated:
         )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        execution = self._compiled.execution_args
+        execution = self._execution_args
         if getattr(execution, "has_pointer_address_arg_specs", False):
             args, kwargs = execution.convert_python_pointer_args_for_tvm_ffi(args, kwargs)
         bound = self._signature.bind(*args, **kwargs)

@@ -21,7 +21,6 @@ from ptx_emulator.build import cache_folder, compiler
 from ptx_emulator.errors import BuildError, EmulatorError
 from ptx_emulator.targets import Target
 
-FUNCTION = "emulated"
 ATTRIBUTE_BYTES = 72  # of a cudaLaunchAttribute: id, four bytes of padding, value
 ATTRIBUTE_CLUSTER, ATTRIBUTE_PDL = 4, 6
 _ATTRIBUTE_IGNORED = 0
@@ -80,12 +79,11 @@ class CapturedLaunch:
 class HostFunction:
     """The host side of a compiled function, as a TVM-FFI function that hands its launches to a callback."""
 
-    def __init__(self, compiled: Any, target: Target) -> None:
+    def __init__(self, object_file: Path, name: str, target: Target) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            obj, library = Path(folder, f"{FUNCTION}.o"), Path(folder, f"{FUNCTION}.so")
-            compiled.export_to_c(str(obj), function_name=FUNCTION)
-            link = ["-shared", "-Wl,-Bsymbolic,-z,defs", str(obj), str(_stub_object()), _tvm_ffi_library()]
-            _compile(*link, "-o", str(library))
+            library = Path(folder, f"{name}.so")
+            parts = [str(object_file), str(_stub_object()), _tvm_ffi_library()]
+            _compile("-shared", "-Wl,-Bsymbolic,-z,defs", *parts, "-o", str(library))
             self._library = ctypes.CDLL(str(library))
         self._callback = _Callback(self._launched)
         self._receive: Callable[[CapturedLaunch], None] | None = None
@@ -94,7 +92,7 @@ class HostFunction:
             self._callback, target.sm // 10, target.sm % 10, target.num_sms, target.max_shared_bytes
         )
         self._library.ptxe_host_device(ctypes.byref(device))
-        self._function = self._tvm_ffi_function()
+        self._function = self._tvm_ffi_function(name)
 
     def __call__(self, receive: Callable[[CapturedLaunch], None], *args: Any) -> Any:
         """Runs the host code; every launch it makes goes to `receive`, whose exceptions come out here."""
@@ -108,10 +106,10 @@ class HostFunction:
         finally:
             self._receive = None
 
-    def _tvm_ffi_function(self) -> Any:
+    def _tvm_ffi_function(self, name: str) -> Any:
         import tvm_ffi
 
-        symbol = getattr(self._library, f"__tvm_ffi_{FUNCTION}")
+        symbol = getattr(self._library, f"__tvm_ffi_{name}")
         address = ctypes.cast(symbol, ctypes.c_void_p).value
         return tvm_ffi.Function.__from_extern_c__(address, keep_alive_object=self)
 
