@@ -64,11 +64,11 @@ def test_report_says_who_and_where() -> None:
     result = run_kernel(body, zeros(), expect_reports=True, schedule="greedy", **TWO_WARPS)
     report = result.reports[0]
     assert report.kernel == "kernel"
-    assert report.cta == 0
+    assert report.cta == (0, 0, 0)
     assert report.other is not None
     assert {report.warp, report.other.warp} == {0, 1}
     assert 0 <= report.lane < 32
-    assert re.search(r"shared memory 0x[0-9a-f]+ of CTA 0", report.message)
+    assert re.search(r"shared memory 0x[0-9a-f]+ of CTA \(0, 0, 0\)", report.message)
 
 
 def test_each_pair_of_instructions_is_reported_once() -> None:

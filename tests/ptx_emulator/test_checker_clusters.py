@@ -34,7 +34,7 @@ def test_race_between_ctas_of_a_cluster() -> None:
         (race, *_) = [r for r in result.reports if r.kind == "race"]
         assert race.other is not None
         assert {race.line, race.other.line} == {marks["read"], marks["write"]}
-        assert {race.cta, race.other.cta} == {0, 1}
+        assert {race.cta, race.other.cta} == {(0, 0, 0), (1, 0, 0)}
 
 
 def test_relaxed_cluster_arrival_releases_nothing() -> None:

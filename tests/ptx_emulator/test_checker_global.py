@@ -17,7 +17,7 @@ def test_race_between_ctas() -> None:
     find(body, zeros(), kind="race", at="write", other="write", **TWO_BLOCKS)
     result = run_kernel(body, zeros(), expect_reports=True, **TWO_BLOCKS)
     assert "array1 + 16 bytes" in result.reports[0].message
-    assert {result.reports[0].cta, result.reports[0].other.cta} == {0, 1}
+    assert {result.reports[0].cta, result.reports[0].other.cta} == {(0, 0, 0), (1, 0, 0)}
 
 
 def test_ctas_may_write_side_by_side_and_read_together() -> None:

@@ -109,7 +109,7 @@ def test_uninitialised_tensor_memory() -> None:
     result = run_kernel(body, block=(128, 1, 1), globals=MBAR, expect_reports=True, **BLACKWELL)
     (report,) = result.reports
     assert report.kind == "uninitialised"
-    assert re.search(r"TMEM lane (0|32|64|96), column 1 of CTA 0", report.message)
+    assert re.search(r"TMEM lane (0|32|64|96), column 1 of CTA \(0, 0, 0\)", report.message)
     assert report.line == lines_of(body, 0, "sm_100a", MBAR)["load"]
 
 

@@ -22,18 +22,18 @@ LOCATIONS = {"gemm": {12: Location("gemm.py", 3), 40: Location("gemm.py", 7)}}
 
 
 def finding(kind: str, line: int, warp: int = 0, **more: object) -> dict[str, object]:
-    site = {"cta": 1, "warp": warp, "lane": -1, "line": line}
+    site = {"cta": [1, 2, 0], "warp": warp, "lane": -1, "line": line}
     return {"kind": kind, "kernel": "gemm", "grid": 0, "message": f"{kind} here", "site": site, **more}
 
 
 def test_report_has_source_and_other_side() -> None:
-    other = {"cta": 0, "warp": 2, "lane": 5, "line": 40}
+    other = {"cta": [0, 0, 0], "warp": 2, "lane": 5, "line": 40}
     (report,) = reports_from_json([finding("race", 12, other=other)], LOCATIONS)
-    assert (report.kind, report.line, report.cta, report.warp) == ("race", 12, 1, 0)
+    assert (report.kind, report.line, report.cta, report.warp) == ("race", 12, (1, 2, 0), 0)
     assert report.location == Location("gemm.py", 3)
     text = str(report)
-    assert "gemm.py:3 (PTX line 12), CTA 1, warp 0" in text
-    assert "gemm.py:7 (PTX line 40), CTA 0, warp 2, lane 5" in text
+    assert "gemm.py:3 (PTX line 12), CTA (1, 2, 0), warp 0" in text
+    assert "gemm.py:7 (PTX line 40), CTA (0, 0, 0), warp 2, lane 5" in text
     (read_back,) = json.loads(reports_json([report]))
     expected = {"file": "gemm.py", "line": 7, "function": "", "inlined_at": None}
     assert read_back["other"]["location"] == expected
@@ -48,7 +48,7 @@ def test_error_groups_findings() -> None:
     lines = str(error).splitlines()
     assert lines[0] == "3 findings: 2 race, 1 uninitialised"
     assert lines[1] == "gemm (launch 0):"
-    assert any("PTX line 13, CTA 1" in line for line in lines)
+    assert any("PTX line 13, CTA (1, 2, 0)" in line for line in lines)
 
 
 def test_deadlock_is_a_table() -> None:
@@ -56,7 +56,19 @@ def test_deadlock_is_a_table() -> None:
     reports += reports_from_json([finding("deadlock", 40, 4)], LOCATIONS)
     rows = reports_text(reports).splitlines()[3:]
     assert rows[0].split() == ["CTA", "warps", "at"]
-    assert rows[1].split() == ["1", "0-2,", "5", "gemm.py:3", "(PTX", "line", "12)", "deadlock", "here"]
+    assert rows[1].split() == [
+        "(1,",
+        "2,",
+        "0)",
+        "0-2,",
+        "5",
+        "gemm.py:3",
+        "(PTX",
+        "line",
+        "12)",
+        "deadlock",
+        "here",
+    ]
     assert len(rows) == 3
 
 

@@ -33,11 +33,11 @@ _MOST_PER_KIND = 20  # in the text of the error; `reports` has all
 class Site:
     """Where something was executed: a PTX line, with its source where the PTX says it.
 
-    `cta` is linear in the grid, `lane` -1 stands for the warp, `line` 0 for no single instruction.
+    `cta` is %ctaid, `lane` -1 stands for the warp, `line` 0 for no single instruction.
     """
 
     line: int
-    cta: int
+    cta: tuple[int, int, int]
     warp: int
     lane: int = -1
     location: Location | None = None
@@ -53,7 +53,7 @@ class Site:
     @property
     def thread(self) -> str:
         lane = f", lane {self.lane}" if self.lane >= 0 else ""
-        return f"CTA {self.cta}, warp {self.warp}{lane}"
+        return f"CTA {self.cta}, warp {self.warp}{lane}"  # CTA (1, 0, 0)
 
     def __str__(self) -> str:
         return f"{self.place}, {self.thread}" if self.line else self.place
@@ -84,7 +84,7 @@ class Report:
         return self.site.location
 
     @property
-    def cta(self) -> int:
+    def cta(self) -> tuple[int, int, int]:
         return self.site.cta
 
     @property
@@ -158,8 +158,9 @@ def _report(finding: Mapping[str, Any], locations: Mapping[int, Location]) -> Re
     )
 
 
-def _site(site: Mapping[str, int], locations: Mapping[int, Location]) -> Site:
-    return Site(site["line"], site["cta"], site["warp"], site["lane"], locations.get(site["line"]))
+def _site(site: Mapping[str, Any], locations: Mapping[int, Location]) -> Site:
+    x, y, z = site["cta"]
+    return Site(site["line"], (x, y, z), site["warp"], site["lane"], locations.get(site["line"]))
 
 
 def _groups(reports: Sequence[Report], key: Any) -> Iterator[tuple[Any, list[Report]]]:
@@ -186,12 +187,12 @@ def _list(reports: Sequence[Report]) -> Iterator[str]:
 
 def _deadlock_table(reports: Sequence[Report]) -> Iterator[str]:
     """Who waits for what; warps that wait alike share a row."""
-    alike: dict[tuple[int, str, str], list[int]] = {}
+    alike: dict[tuple[tuple[int, int, int], str, str], list[int]] = {}
     for report in reports:
         alike.setdefault((report.cta, report.site.place, report.message), []).append(report.warp)
     rows = [("CTA", "warps", "at", "")]
     for (cta, place, message), warps in alike.items():
-        known = place != Site(0, 0, 0).place
+        known = place != Site(0, cta, 0).place
         rows.append((str(cta) if known else "-", ranges_text(warps) if known else "-", place, message))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     for number, numbers, place, message in rows:

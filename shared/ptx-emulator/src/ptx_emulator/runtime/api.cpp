@@ -22,9 +22,12 @@ void append_quoted(std::string& out, const std::string& text) {
   out += '"';
 }
 
-void append_site(std::string& out, const Site& site, const Program& program) {
+void append_site(std::string& out, const Site& site, const Grid& grid) {
+  const Program& program = *grid.program;
   const bool known = site.pc < program.code.size();
-  out += "{\"cta\":" + std::to_string(site.cta) + ",\"warp\":" + std::to_string(site.warp);
+  out += "{\"cta\":[" + std::to_string(site.cta % grid.size[0]) + "," +
+         std::to_string(site.cta / grid.size[0] % grid.size[1]) + "," +
+         std::to_string(site.cta / grid.size[0] / grid.size[1]) + "],\"warp\":" + std::to_string(site.warp);
   out += ",\"lane\":" + std::to_string(site.lane);
   out += ",\"line\":" + std::to_string(known ? program.code[site.pc].line : 0) + "}";
 }
@@ -38,10 +41,10 @@ std::string findings_json(const Machine& machine) {
     out += ",\"grid\":" + std::to_string(f.grid) + ",\"times\":" + std::to_string(f.times) + ",\"message\":";
     append_quoted(out, f.message);
     out += ",\"site\":";
-    append_site(out, f.site, *f.program);
+    append_site(out, f.site, machine.grids[f.grid]);
     if (f.has_other) {
       out += ",\"other\":";
-      append_site(out, f.other, *f.program);
+      append_site(out, f.other, machine.grids[f.grid]);
     }
     out += "}";
   }

@@ -99,7 +99,7 @@ void try_complete(Cta& cta, NamedBarrier& barrier) {
 }
 
 std::string barrier_name(const Cta& cta, uint32_t number) {
-  return "barrier " + std::to_string(number) + " of CTA " + std::to_string(cta.linear);
+  return "barrier " + std::to_string(number) + " of " + cta_name(cta);
 }
 
 std::string list_warps(const std::vector<const Warp*>& warps) {
@@ -198,7 +198,7 @@ bool everybody_came(const Cluster& cluster, const Generation& generation, Waited
   for (const Cta& cta : cluster.ctas) {
     for (const Warp* w : missing_warps(cta, generation)) {
       if (++num_missing == 1) {
-        missing.text = "warp " + std::to_string(w->index) + " of CTA " + std::to_string(cta.linear);
+        missing.text = "warp " + std::to_string(w->index) + " of " + cta_name(cta);
       }
     }
   }

@@ -81,6 +81,11 @@ std::string lanes_text(Lanes lanes) {
   return text.empty() ? "none" : text;
 }
 
+std::string cta_name(const Cta& cta) {
+  return "CTA (" + std::to_string(cta.index[0]) + ", " + std::to_string(cta.index[1]) + ", " +
+         std::to_string(cta.index[2]) + ")";
+}
+
 Site site_of(const Warp& w, int lane) { return Site{w.cta->linear, w.index, lane, w.pc()}; }
 
 void report(Grid& grid, Report kind, const Site& site, std::string message, const Site* other) {

@@ -130,7 +130,8 @@ inline void each_lane(const Warp& w, F f) {
 // instruction that not all live lanes reach together is reported here.
 Step gather(Warp& w, const Instruction& i, Lanes members);
 
-std::string lanes_text(Lanes lanes);  // "0-3,7"
+std::string lanes_text(Lanes lanes);      // "0-3,7"
+std::string cta_name(const Cta& cta);     // "CTA (1, 0, 0)", by %ctaid
 
 // ---------------------------------------------------------------------------------------------- reports, counts
 

@@ -108,15 +108,16 @@ std::string ClusterChecker::actor_text(const Access& access) const {
 
 std::string ClusterChecker::memory_text(const Place& place, uint64_t at) {
   if (place.home == Place::Shared) {
-    return format("shared memory 0x%" PRIx64 " of CTA %u", at, place.cta->linear);
+    return format("shared memory 0x%" PRIx64 " of ", at) + cta_name(*place.cta);
   }
   if (place.range) return place.range->name + format(" + %" PRIu64 " bytes", at - place.range->base);
   return format("global memory 0x%" PRIx64, at);
 }
 
 std::string ClusterChecker::tmem_text(const Cta& cta, uint64_t unit) {
-  return format("TMEM lane %u, column %u of CTA %u", static_cast<unsigned>(unit % kTmemLanes),
-                static_cast<unsigned>(unit / kTmemLanes), cta.linear);
+  return format("TMEM lane %u, column %u of ", static_cast<unsigned>(unit % kTmemLanes),
+                static_cast<unsigned>(unit / kTmemLanes)) +
+         cta_name(cta);
 }
 
 // ---------------------------------------------------------------------------------------------- reports
@@ -175,7 +176,7 @@ void ClusterChecker::report_remote(const RemoteAccess& remote, const Cta& cta) {
   if (!shared_->is_new(cluster_.grid->id, Report::OutOfBounds, remote.access.pc, ~0u)) return;
   report(*cluster_.grid, Report::OutOfBounds, remote.site,
          "The " + deed(remote.access, verb(remote.kind), false) +
-             format(" of shared memory 0x%" PRIx64 " of CTA %u", remote.offset, cta.linear) +
+             format(" of shared memory 0x%" PRIx64 " of ", remote.offset) + cta_name(cta) +
              " is not ordered before the end of that CTA: all of its threads may have exited before.");
 }
 

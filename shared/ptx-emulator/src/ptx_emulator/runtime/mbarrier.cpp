@@ -55,7 +55,7 @@ std::string format(const char* pattern, T... values) {
 }
 
 std::string name_of(const Cta& cta, uint32_t offset) {
-  return format("mbarrier 0x%x of CTA %u (rank %u)", offset, cta.linear, cta.rank);
+  return format("mbarrier 0x%x of ", offset) + cta_name(cta) + format(" (rank %u)", cta.rank);
 }
 
 void misuse(const Origin& from, const std::string& message) {
@@ -212,7 +212,7 @@ bool is_complete(Warp& w, const MBarrierAt& target, uint64_t wanted, bool parity
 
 std::string phase_name(const Warp& w, const MBarrierAt& target, uint64_t phase) {
   const Cta& cta = *target.place.cta;
-  const std::string where = &cta == w.cta ? "" : format(" of CTA %u", cta.linear);
+  const std::string where = &cta == w.cta ? "" : " of " + cta_name(cta);
   return format("mbarrier 0x%x", target.place.offset) + where + format(", phase %" PRIu64, phase);
 }
 
@@ -263,8 +263,8 @@ WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, 
 
 std::string wait_text(const MBarrierAt& target) {
   const MBarrier& b = *target.barrier;
-  return format("mbarrier 0x%x of CTA %u (rank %u), phase %" PRIu64 " (parity %u): %u of %u arrivals missing, tx-count %" PRId64,
-                target.place.offset, target.place.cta->linear, target.place.cta->rank, b.phase,
+  return name_of(*target.place.cta, target.place.offset) +
+         format(", phase %" PRIu64 " (parity %u): %u of %u arrivals missing, tx-count %" PRId64, b.phase,
                 static_cast<unsigned>(b.phase & 1), b.pending, b.expected, b.tx);
 }
 

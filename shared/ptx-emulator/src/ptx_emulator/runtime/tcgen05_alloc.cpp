@@ -43,7 +43,7 @@ bool pair_is_here(Warp& w, const CtaGroup& group) {
   Cta& peer = *group.ctas[group.ctas[0] == w.cta ? 1 : 0];
   const uint32_t ticket = w.cta->warp_state[&w].get<AllocWarp>().ticket;
   if (tcgen05_state(peer).pair_allocs >= ticket) return true;
-  w.waits_for = "tcgen05.alloc.cta_group::2 of CTA " + std::to_string(peer.linear) + ", the other one of the pair";
+  w.waits_for = "tcgen05.alloc.cta_group::2 of " + cta_name(peer) + ", the other one of the pair";
   return false;
 }
 
@@ -79,7 +79,7 @@ std::string tmem_refusal(Cta& cta, uint32_t column, uint32_t num_columns) {
              std::to_string(kTmemColumns);
     }
     if (!state.allocated[c]) {
-      return "column " + std::to_string(c) + " of the tensor memory of CTA " + std::to_string(cta.linear) +
+      return "column " + std::to_string(c) + " of the tensor memory of " + cta_name(cta) +
              " is not allocated";
     }
   }
@@ -91,7 +91,7 @@ void check_tmem_at_exit(Cta& cta) {
   for (const TmemAllocation& a : state.allocations) {
     report(*cta.grid, Report::TmemMisuse, a.site,
            "the " + columns_text(a.column, a.num_columns) +
-               " of tensor memory allocated here were not deallocated before CTA " + std::to_string(cta.linear) +
+               " of tensor memory allocated here were not deallocated before " + cta_name(cta) +
                " ended");
   }
   state.allocations.clear();
@@ -113,7 +113,7 @@ PTXE_OP("tcgen05.alloc") {
   }
   if (state.relinquished) {
     report(w, Report::TmemMisuse, -1,
-           "tcgen05.alloc after tcgen05.relinquish_alloc_permit of CTA " + std::to_string(w.cta->linear));
+           "tcgen05.alloc after tcgen05.relinquish_alloc_permit of " + cta_name(*w.cta));
   }
   AllocWarp& own = w.cta->warp_state[&w].get<AllocWarp>();
   if (!own.arrived) {
@@ -155,7 +155,7 @@ PTXE_OP("tcgen05.dealloc") {
     std::string message = "tcgen05.dealloc of " + columns_text(address.column, columns) + " (lane " +
                           std::to_string(address.lane) + "), ";
     message += found == state.allocations.end()
-                   ? "where CTA " + std::to_string(w.cta->linear) + " has no allocation"
+                   ? "where " + cta_name(*w.cta) + " has no allocation"
                    : "where " + std::to_string(found->num_columns) + " columns were allocated";
     report(w, Report::TmemMisuse, -1, message);
     return Step::Next;
