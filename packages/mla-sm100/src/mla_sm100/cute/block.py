@@ -8,6 +8,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 from cutlass._mlir.dialects import nvvm
+
 from mla_sm100.config import ACC_S_STAGES, CHUNK_BYTES, DecodeConfig
 
 LEADER = 0  # the CTA of a pair that issues MMAs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+
 from mla_sm100.config import KV_LORA_RANK, DecodeConfig
 
 from .load import row_pointer

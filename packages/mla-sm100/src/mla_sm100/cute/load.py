@@ -8,6 +8,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
+
 from mla_sm100.config import CHUNK_BYTES, CHUNK_ROW_BYTES, CHUNK_ROWS, KV_LORA_RANK, DecodeConfig
 
 from .block import LEADER, Block, ring_phase, ring_slot, swizzled

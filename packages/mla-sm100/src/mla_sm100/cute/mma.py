@@ -5,6 +5,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
+
 from mla_sm100.config import (
     ACC_O_COLS,
     ACC_S_COLS,

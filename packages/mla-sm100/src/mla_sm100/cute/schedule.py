@@ -14,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cutlass_dsl import select_
+
 from mla_sm100.config import DecodeConfig
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
+
 from mla_sm100.config import (
     ACC_O_COLS,
     ACC_S_COLS,

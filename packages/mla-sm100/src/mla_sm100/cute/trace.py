@@ -7,6 +7,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
 from mla_sm100.config import KV_LORA_RANK, QK_ROPE_HEAD_DIM, STRIDE_ALIGN_BYTES, DecodeConfig
 
 from .kernel import MlaDecode

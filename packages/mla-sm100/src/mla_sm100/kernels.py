@@ -1,0 +1,114 @@
+"""The kernels as `kernel_dispatch` sees them: tactics, how each divides a problem, how one is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cute_kernels import CuteFunction
+from kernel_dispatch import Arch
+from mla_core import DecodeProblem, SplitPlan, plan_splits
+
+from .config import PERSISTENT, WHOLE, DecodeConfig
+from .launch import Launcher
+
+PAIR, SINGLE = "pair", "single"
+ENDS = ("", WHOLE, PERSISTENT, WHOLE + PERSISTENT)
+TACTICS = tuple(tile + end for tile in (PAIR, SINGLE) for end in ENDS)
+
+# (rows of a request, at most; tile): a single CTA where its 64 rows are enough.
+NO_LIMIT = float("inf")
+TILES: tuple[tuple[float, str], ...] = ((64, SINGLE), (NO_LIMIT, PAIR))
+
+
+def _trace(config: DecodeConfig, options: str) -> Any:
+    from .cute.trace import trace
+
+    return trace(config, options)
+
+
+_HERE = Path(__file__).parent
+FUNCTION = CuteFunction(
+    "mla_decode",
+    _trace,
+    sources=(_HERE / "cute", _HERE / "config.py"),
+    options=("--generate-line-info",),  # for profilers, and for what the emulator finds; no effect on code
+)
+
+
+@dataclass(frozen=True)
+class Division:
+    """What a tactic makes of a problem: code, splits of the keys, clusters.
+
+    num_clusters: of the grid; fewer than there are units where each works on several.
+    """
+
+    config: DecodeConfig
+    splits: SplitPlan
+    num_clusters: int
+
+    @staticmethod
+    def of(problem: DecodeProblem, arch: Arch, tactic: str) -> Division:
+        """The division that a tactic names."""
+        if tactic not in TACTICS:
+            raise ValueError(f"tactic {tactic!r}, expected one of {', '.join(TACTICS)}")
+        pair = tactic.startswith(PAIR)
+        shape = DecodeConfig.of(problem, pair=pair, split=False, pdl=False)
+        cluster = shape.cluster_size
+        to_fill = cluster if WHOLE in tactic else arch.sm_count  # one cluster is filled without a split
+        splits = plan_splits(
+            problem,
+            sm_count=to_fill,
+            tile_m=shape.tile_m,
+            tile_n=shape.tile_n,
+            cluster_size=cluster,
+            per_request=True,
+        )
+        split = splits.num_splits > 1
+        wants_pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
+        config = DecodeConfig.of(problem, pair=pair, split=split, pdl=split and wants_pdl)
+        units = num_units(problem, config, splits.num_splits)
+        resident = arch.sm_count // cluster
+        return Division(config, splits, min(units, resident) if PERSISTENT in tactic else units)
+
+
+def num_units(problem: DecodeProblem, config: DecodeConfig, num_splits: int) -> int:
+    """Units of work: row tiles of all requests, each against the keys of every split."""
+    return problem.batch * num_splits * -(-problem.rows // config.tile_m)
+
+
+class DecodeKernels:
+    """The kernels behind the provider `sm100`."""
+
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
+        """Partial results of the tactic that needs the most."""
+        return max(Division.of(problem, arch, tile).splits.workspace_bytes for tile in (PAIR, SINGLE))
+
+    def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
+        """All tactics, the heuristic's choice first.
+
+        The tile follows the rows of a request. Where all sequences are as long and there are more units than
+        fit the device at once, clusters stay and take one after the other; otherwise the hardware starts a
+        cluster wherever one has ended, which evens out what varies.
+        """
+        tile = next(name for limit, name in TILES if problem.rows <= limit)
+        division = Division.of(problem, arch, tile)
+        resident = arch.sm_count // division.config.cluster_size
+        stays = not problem.is_var_seq and division.num_clusters > resident
+        preferred = tile + PERSISTENT if stays else tile
+        return sorted(TACTICS, key=lambda name: (name != preferred, not name.startswith(tile)))
+
+    def prepare(
+        self, problem: DecodeProblem, arch: Arch, device: torch.device, tactic: str
+    ) -> Callable[..., None]:
+        """The launcher of a tactic, compiled first if it is not in the compile cache; needs no GPU."""
+        division = Division.of(problem, arch, tactic)
+        # The instructions of tensor memory exist for a target with a suffix only, which every device has.
+        target = arch.name if arch.suffix else f"{arch.name}a"
+        return Launcher(FUNCTION.load(division.config, target), problem, division)
+
+
+KERNELS = DecodeKernels()
