@@ -51,6 +51,41 @@ def test_run_what_cannot_be_run(scale: str, capsys: pytest.CaptureFixture[str]) 
     assert main(["run", "nowhere.py:job"]) == 2
 
 
+def test_names_of_arrays(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", scale, "--arg", "f32:4=zeros", "--arg", "2.5", "--arg", "4"]
+    names = ["--name", "x", "--name", "factor", "--name", "n"]
+    assert main([*arguments, *names]) == 0
+    assert main([*arguments, *names, "--uninitialised", "x"]) == 1
+    assert "The read of x + 0 bytes finds nothing" in capsys.readouterr().out
+    assert main([*arguments, "--read-only", "arg0"]) == 1
+    assert main([*arguments, "--name", "x"]) == 2
+    assert main([*arguments, "--uninitialised", "x"]) == 2
+    assert "uninitialised: ['x'] are none of ['arg0']" in capsys.readouterr().err
+
+
+LAUNCH_OPTIONS = (
+    "--kernel k|--grid 2|--block 32|--cluster 1|--shared-bytes 0|--arg 1|--name x|--uninitialised x|"
+    "--read-only x|--device sm_90"
+)
+
+
+@pytest.mark.parametrize("option", LAUNCH_OPTIONS.split("|"))
+@pytest.mark.parametrize("command", ["run", "check", "trace"])
+def test_options_of_a_launch_are_not_for_python(
+    command: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "subject.py"
+    path.write_text(SUBJECT.format(ptx=SCALE))
+    assert main([command, f"{path}:scale", *option.split()]) == 2
+    assert f"{option.split()[0]}: is for a PTX file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["", "4,", "a", "1,2,3,4", "-1"])
+def test_sizes(scale: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", scale, f"--grid={size}"]) == 2
+    assert f"--grid {size}: expected" in capsys.readouterr().err
+
+
 def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "subject.py"
     path.write_text(SUBJECT.format(ptx=SCALE))

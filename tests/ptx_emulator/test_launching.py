@@ -73,6 +73,52 @@ def test_arguments_are_checked() -> None:
         launch(SCALE, args=[x, 2.0, 4], names=["x", "factor"])
     with pytest.raises(ValueError, match="y"):
         launch(SCALE, args=[x, 2.0, 4], uninitialised=["y"])
+    with pytest.raises(EmulatorError, match=r"n is a \.u32, it cannot be 4\.0"):
+        launch(SCALE, args=[x, 2.0, 4.0])
+    with pytest.raises(EmulatorError, match=r"x is a \.u64, it cannot be 0\.5"):
+        launch(SCALE, args=[0.5, 2.0, 4])
+    with pytest.raises(EmulatorError, match=r"n is a \.u32, it cannot be np.float32"):
+        launch(SCALE, args=[x, 2.0, np.float32(4)])
+    with pytest.raises(EmulatorError, match=r"factor is a \.f32, it cannot be the address of an array"):
+        launch(SCALE, args=[x, x, 4])
+    with pytest.raises(EmulatorError, match=r"1e\+39 does not fit factor, a \.f32"):
+        launch(SCALE, args=[x, 1e39, 4])
+
+
+@pytest.mark.parametrize("factor", [3, 3.0, np.float32(3), np.int64(3), True + 2], ids=repr)
+def test_a_number_for_a_float_is_its_value(factor: float) -> None:
+    x = np.ones(4, dtype=np.float32)
+    launch(SCALE, args=[x, factor, np.uint32(4)])
+    assert list(x) == [3.0] * 4
+
+
+def test_two_arrays_of_one_name() -> None:
+    text = kernel_text("", 2)
+    x, y = np.ones(4), np.ones(4)
+    with pytest.raises(ValueError, match="'x' is the name of two arrays"):
+        launch(text, args=[x, y], names=["x", "x"])
+    with pytest.raises(ValueError, match="'y' is the name of two arrays"):
+        launch(text, args=[x, y], names=["x", "y"], memory={"y": np.ones(4)})
+
+
+def test_kernels_by_their_names_in_cpp() -> None:
+    text = kernel_text("", 0)
+    start = text.index(".visible")
+    mangled = ("_ZN4gemm6kernelIfEEvPT_", "_ZN3mla6kernelEv", "_Z7combinePf", "plain", "_ZN3mla5plainEv")
+    module = text[:start] + "".join(
+        text[start:].replace(" kernel()", f" {name}()").replace("smem", f"smem{k}")
+        for k, name in enumerate(mangled)
+    )
+    found = {}
+    for name in ("gemm::kernel", "mla::kernel", "combine", "plain", "mla::plain", mangled[0]):
+        found[name] = launch(module, name).counts[0].kernel
+    assert list(found.values()) == [*mangled, mangled[0]]
+    with pytest.raises(EmulatorError, match=f"kernel is ambiguous, it may be {mangled[0]}, {mangled[1]}"):
+        launch(module, "kernel")
+    with pytest.raises(EmulatorError, match="the module has _ZN4gemm.*, not 'ernel'"):
+        launch(module, "ernel")
+    with pytest.raises(EmulatorError, match="the module has _ZN4gemm.*, say which"):
+        launch(module)
 
 
 def test_an_array_that_is_too_small_is_named() -> None:
@@ -184,8 +230,11 @@ def test_cuda_source(tmp_path: Path) -> None:
     location = caught.value.reports[0].location
     assert location is not None
     assert (Path(location.file).name, location.line) == ("kernel.h", 4)
-    with pytest.raises(BuildError, match="nonsense"):
+    with pytest.raises(BuildError, match="(?s)<source>.*nonsense"):
         compile_cuda("nonsense", "sm_90a")
+    with pytest.raises(EmulationError) as caught:
+        launch(compile_cuda(CUDA, "sm_90a"), "add", grid=4, block=32, args=[out, x, 100])
+    assert "<source>:4" in str(caught.value)
 
 
 INLINED = """.version 8.0

@@ -29,8 +29,25 @@ ARGUMENT = """an argument of the kernel, once for each parameter in order: a num
 TYPE:SHAPE=FILL, such as f32:128x64=randn, i32:16=arange, u8:1024=zeros, f32:64=nan, f32:10=FILE.npy"""
 
 
+NAME = "what findings call an argument, once for each --arg in order (default: arg0, arg1, ...)"
+UNINITIALISED = "an array whose content counts as never written: an output or a workspace"
+READ_ONLY = "an array that the kernel may not write"
 ROLE = (
     "the name of some warps, once for each role: load=0, softmax=4-7,12 (default: found by what they execute)"
+)
+
+
+_LAUNCH_OPTIONS = (
+    "kernel",
+    "grid",
+    "block",
+    "cluster",
+    "shared_bytes",
+    "arg",
+    "name",
+    "uninitialised",
+    "read_only",
+    "device",
 )
 
 
@@ -104,15 +121,22 @@ def ops(chosen: argparse.Namespace) -> int:
 def _job(chosen: argparse.Namespace) -> Job:
     path, _, function = chosen.subject.rpartition(":")
     if path.endswith(".py"):
+        given = [option for option in _LAUNCH_OPTIONS if getattr(chosen, option) is not None]
+        if given:
+            option = given[0].replace("_", "-")
+            raise ValueError(f"--{option}: is for a PTX file; {chosen.subject} says itself what it launches")
         return _job_of(Path(path), function)
     return Launch(
         ptx=Path(chosen.subject).read_text(encoding="utf-8"),
         kernel=chosen.kernel,
-        grid=_size(chosen.grid),
-        block=_size(chosen.block),
-        cluster=_size(chosen.cluster),
-        shared_bytes=chosen.shared_bytes,
-        args=[parse_argument(text, chosen.seed) for text in chosen.arg],
+        grid=_size("grid", chosen.grid, 1),
+        block=_size("block", chosen.block, 32),
+        cluster=_size("cluster", chosen.cluster, 1),
+        shared_bytes=chosen.shared_bytes or 0,
+        args=[parse_argument(text, chosen.seed) for text in chosen.arg or ()],
+        names=chosen.name or (),
+        uninitialised=chosen.uninitialised or (),
+        read_only=chosen.read_only or (),
         device=chosen.device,
     )
 
@@ -146,8 +170,12 @@ def _roles(texts: Sequence[str]) -> dict[str, list[int]] | None:
     return roles or None
 
 
-def _size(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.replace("x", ",").split(","))
+def _size(name: str, text: str | None, default: int) -> tuple[int, ...]:
+    if text is None:
+        return (default,)
+    if re.fullmatch(r"\d+([,x]\d+){0,2}", text) is None:
+        raise ValueError(f"--{name} {text}: expected one to three numbers, such as 4 or 4,2,1")
+    return tuple(int(part) for part in re.split("[,x]", text))
 
 
 def _options(chosen: argparse.Namespace, *, checks: bool, traced: bool = False) -> Options:
@@ -207,13 +235,17 @@ def _subject_parser(commands: Any, name: str, command: Any) -> argparse.Argument
         name, help=command.__doc__, description=command.__doc__
     )
     parser.add_argument("subject", help=SUBJECT)
-    parser.add_argument("--kernel", help="needed if the PTX has several")
-    parser.add_argument("--grid", default="1", help="such as 4 or 4,2,1")
-    parser.add_argument("--block", default="32")
-    parser.add_argument("--cluster", default="1")
-    parser.add_argument("--shared-bytes", type=int, default=0, help="dynamic shared memory")
-    parser.add_argument("--arg", action="append", default=[], help=ARGUMENT)
-    parser.add_argument("--device", help="architecture; by default the file's .target")
+    of_launch = parser.add_argument_group("launch of a PTX file")
+    of_launch.add_argument("--kernel", help="needed if the PTX has several; C++ names may be unmangled")
+    of_launch.add_argument("--grid", help="such as 4 or 4,2,1 (default: 1)")
+    of_launch.add_argument("--block", help="threads of a CTA (default: 32)")
+    of_launch.add_argument("--cluster", help="CTAs of a cluster (default: 1)")
+    of_launch.add_argument("--shared-bytes", type=int, help="dynamic shared memory (default: 0)")
+    of_launch.add_argument("--arg", action="append", help=ARGUMENT)
+    of_launch.add_argument("--name", action="append", help=NAME)
+    of_launch.add_argument("--uninitialised", action="append", metavar="NAME", help=UNINITIALISED)
+    of_launch.add_argument("--read-only", action="append", metavar="NAME", help=READ_ONLY)
+    of_launch.add_argument("--device", help="architecture; by default the file's .target")
     parser.add_argument("--seed", type=int, default=0, help="of random schedules and random arrays")
     parser.add_argument("--workers", type=int, help="OS threads (default: one per core)")
     parser.set_defaults(command=command)

@@ -19,6 +19,7 @@ from ptx_emulator.counts import COUNT_NAMES, LaunchCounts
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.program import Program, lower
 from ptx_emulator.ptx.module import Module
+from ptx_emulator.ptx.names import matching
 from ptx_emulator.ptx.parser import parse
 from ptx_emulator.reports import KINDS, EmulationError, Report, reports_from_json
 from ptx_emulator.targets import check_runs_on
@@ -144,24 +145,38 @@ class LoadedModule:
                 self.variables[variable.name] = memory
 
     def kernel(self, name: str | None = None) -> Kernel:
-        """The kernel of a name; without one, the only kernel of the module.
+        """The kernel of a name; see `kernel_name`.
 
         Raises:
             EmulatorError: there is no such kernel, or more than one to choose from.
             UnsupportedInstruction: it holds an instruction that the emulator does not know.
         """
-        names = list(self.module.functions)
-        if name is None:
-            if len(names) != 1:
-                raise EmulatorError(f"kernel: the module has {names}, say which")
-            name = names[0]
-        if name not in self.module.functions:
-            raise EmulatorError(f"kernel: the module has {names}, not {name!r}")
+        name = self.kernel_name(name)
         if name not in self._kernels:
             symbols = {variable: memory.ctypes.data for variable, memory in self.variables.items()}
             function = self.module.functions[name]
             self._kernels[name] = Kernel(lower(self.module, function, symbols, operations()))
         return self._kernels[name]
+
+    def kernel_name(self, name: str | None = None) -> str:
+        """The name that the PTX has for a kernel.
+
+        Args:
+            name: this name, or that of a C++ function without its parameters, such as `gemm::kernel` or
+                `kernel`; None for the only kernel of the module.
+
+        Raises:
+            EmulatorError: there is no such kernel, or more than one to choose from.
+        """
+        names = list(self.module.functions)
+        found = names if name is None else matching(names, name)
+        if len(found) == 1:
+            return found[0]
+        if name is None:
+            raise EmulatorError(f"kernel: the module has {', '.join(names) or 'none'}, say which")
+        if found:
+            raise EmulatorError(f"kernel: {name} is ambiguous, it may be {', '.join(found)}")
+        raise EmulatorError(f"kernel: the module has {', '.join(names) or 'none'}, not {name!r}")
 
 
 @dataclass(frozen=True)

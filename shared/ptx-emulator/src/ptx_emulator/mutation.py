@@ -100,7 +100,7 @@ def survey(
     result, right = run(module)
     if result.reports or not right:
         raise EmulatorError("run: the unchanged kernel is " + ("not silent" if result.reports else "wrong"))
-    name = kernel or next(iter(module.module.functions))
+    name = module.kernel_name(kernel)
     outcomes = []
     everything = list(mutants(module.module.functions[name]))
     for mutant in tqdm(everything, desc="mutants", disable=not progress):

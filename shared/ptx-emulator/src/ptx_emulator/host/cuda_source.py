@@ -19,6 +19,7 @@ from pathlib import Path
 from ptx_emulator.build import cache_folder
 from ptx_emulator.errors import BuildError
 
+_TEXT = "<source>"  # what a source that was given as text is called
 _NVRTC_SUCCESS = 0
 _NVRTC_PATTERNS = ("cu13/lib/libnvrtc.so*", "cuda_nvrtc/lib/libnvrtc.so*")
 _INCLUDE_PATTERNS = ("cu13/include", "cuda_runtime/include")
@@ -35,7 +36,7 @@ def compile_cuda(
     """The PTX of a CUDA source.
 
     Args:
-        source: the text of a source, or the path of a file as a `Path`.
+        source: the text of a source, or the path of a file as a `Path`. Findings call a text `<source>`.
         arch: architecture, such as `sm_90a`.
         options: more options for the compiler.
         compiler: `nvcc`, `nvrtc`, or `auto`: nvcc if it is installed (`$NVCC`, or on the PATH), else NVRTC.
@@ -55,13 +56,13 @@ def compile_cuda(
     if nvcc is not None and compiler != "nvrtc":
         version = _nvcc_version(nvcc)
         return _cached(
-            (version, arch, text, str(source) if isinstance(source, Path) else "", *flags),
+            (version, arch, text, str(source) if isinstance(source, Path) else _TEXT, *flags),
             lambda: _run_nvcc(nvcc, source, text, arch, flags),
         )
     library = _nvrtc()
     if library is None:
         raise BuildError("no CUDA compiler: install nvcc, or `pip install ptx-emulator[nvrtc]`")
-    name = str(source) if isinstance(source, Path) else "source.cu"
+    name = str(source) if isinstance(source, Path) else _TEXT
     return _run_nvrtc(library, name, text, arch, flags)
 
 
@@ -86,10 +87,14 @@ def _run_nvcc(
         command += ["-MD", "-MF", str(depends), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise BuildError(f"nvcc failed:\n{done.stderr[-4000:]}")
+            said = done.stderr if path is source else done.stderr.replace(str(path), _TEXT)
+            raise BuildError(f"nvcc failed:\n{said[-4000:]}")
         words = re.split(r"(?<!\\)\s+", depends.read_text(encoding="utf-8").replace("\\\n", " "))
         files = [word.replace("\\ ", " ") for word in words[1:] if word and not word.startswith(folder)]
-        return ptx.read_text(encoding="utf-8"), [file for file in files if Path(file).is_file()]
+        text = ptx.read_text(encoding="utf-8")
+        if path is not source:
+            text = text.replace(f'"{path}"', f'"{_TEXT}"')
+        return text, [file for file in files if Path(file).is_file()]
 
 
 def _cached(parts: Sequence[str], compile_now: Callable[[], tuple[str, list[str]]]) -> str:

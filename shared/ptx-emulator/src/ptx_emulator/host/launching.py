@@ -14,9 +14,11 @@ from ptx_emulator.host.arrays import Memory, disjoint, is_array, memories_of, me
 from ptx_emulator.host.job import finish, give
 from ptx_emulator.host.options import Options
 from ptx_emulator.machine import Kernel, LoadedModule, Machine, Result
+from ptx_emulator.ptx.module import Parameter
 from ptx_emulator.tensor_map import TensorMap
 
 Size = int | tuple[int, ...]
+_FLOATS = {2: "<e", 4: "<f", 8: "<d"}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Launch:
 
     Args:
         ptx: the module's text.
-        kernel: name of the kernel; None if the module has only one.
+        kernel: name of the kernel, as in the PTX or as in C++ (`gemm::kernel`, `kernel`); None if the module
+            has only one.
         grid, block, cluster: sizes, `x` or `(x, y, z)` with missing ones 1.
         shared_bytes: dynamic shared memory.
         args: in the order of the kernel's parameters: tensors and arrays (their address is passed), integers,
-            floats, NumPy scalars, tensor maps, or the bytes of a parameter such as a struct.
+            floats, NumPy scalars, tensor maps, or the bytes of a parameter such as a struct. An integer for a
+            floating-point parameter is converted; a float for an integer parameter is an error.
         names: of the arrays in `args`, for reports; `arg0`, `arg1`, … without.
         pdl: whether it may start before its predecessor has completed (programmatic stream serialization).
         device: architecture; the module's `.target` without.
@@ -64,10 +68,13 @@ class Launch:
         if self.names and len(self.names) != len(self.args):
             raise ValueError(f"names: {len(self.names)} for {len(self.args)} arguments")
         names = self.names or [f"arg{index}" for index in range(len(self.args))]
-        arrays = {name: arg for name, arg in zip(names, self.args, strict=True) if is_array(arg)}
-        return memories_of(
-            {**arrays, **self.memory}, uninitialised=self.uninitialised, read_only=self.read_only
-        )
+        arrays: dict[str, Any] = {}
+        given = [(name, arg) for name, arg in zip(names, self.args, strict=True) if is_array(arg)]
+        for name, array in (*given, *self.memory.items()):
+            if name in arrays:
+                raise ValueError(f"names: {name!r} is the name of two arrays")
+            arrays[name] = array
+        return memories_of(arrays, uninitialised=self.uninitialised, read_only=self.read_only)
 
     def enqueue(self, machine: Machine, module: LoadedModule | None = None) -> None:
         """Appends the launch to the stream of a machine; see `run`."""
@@ -184,29 +191,47 @@ def pack(kernel: Kernel, args: Sequence[Any]) -> bytes:
         raise EmulatorError(f"args: {len(args)} given, {function.name} takes {len(parameters)}")
     block = bytearray(kernel.program.parameter_bytes)
     for parameter, arg in zip(parameters, args, strict=True):
-        data = _encode(parameter.name, arg, parameter.bytes)
+        data = _encode(parameter, arg)
         if len(data) != parameter.bytes:
             raise EmulatorError(f"args: {parameter.name} has {parameter.bytes} bytes, not {len(data)}")
         block[parameter.offset : parameter.offset + parameter.bytes] = data
     return bytes(block)
 
 
-def _encode(name: str, arg: Any, num_bytes: int) -> bytes:
+def _encode(parameter: Parameter, arg: Any) -> bytes:
+    """The bytes of an argument; their number may be wrong."""
+    name = parameter.name
     if is_array(arg):
+        if parameter.type not in ("u64", "s64", "b64"):
+            raise EmulatorError(f"args: {name} is a .{parameter.type}, it cannot be the address of an array")
         return memory_of(name, arg).address.to_bytes(8, "little")
     if isinstance(arg, (bytes, bytearray, memoryview)):
         return bytes(arg)
-    if isinstance(arg, np.generic):
-        return arg.tobytes()
-    if isinstance(arg, (bool, int)):
-        try:
-            return int(arg).to_bytes(num_bytes, "little", signed=arg < 0)
-        except OverflowError:
-            raise EmulatorError(f"args: {arg} does not fit {name}, which has {num_bytes} bytes") from None
-    if isinstance(arg, float) and num_bytes in (2, 4, 8):
-        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[num_bytes], arg)
     if isinstance(arg, TensorMap):
         return arg.encode()
     if arg is None:
-        return bytes(num_bytes)
+        return bytes(parameter.bytes)
+    if isinstance(arg, (bool, int, float, np.number, np.bool_)):
+        return _encode_number(parameter, arg)
     raise EmulatorError(f"args: {name} cannot be a {type(arg).__name__}")
+
+
+def _encode_number(parameter: Parameter, arg: Any) -> bytes:
+    """A number as the type of the parameter has it; where that is `.b32`, as the number has it."""
+    name, kind = parameter.name, parameter.type[:1]
+    is_float = isinstance(arg, (float, np.floating))
+    if is_float and kind in "us":
+        raise EmulatorError(f"args: {name} is a .{parameter.type}, it cannot be {arg!r}")
+    if isinstance(arg, np.generic) and (is_float or kind != "f"):
+        return arg.tobytes()
+    if is_float or kind == "f":
+        if parameter.bytes not in _FLOATS:
+            raise EmulatorError(f"args: {name} has {parameter.bytes} bytes, it cannot be {arg!r}")
+        try:
+            return struct.pack(_FLOATS[parameter.bytes], arg)
+        except OverflowError:
+            raise EmulatorError(f"args: {arg!r} does not fit {name}, a .{parameter.type}") from None
+    try:
+        return int(arg).to_bytes(parameter.bytes, "little", signed=arg < 0)
+    except OverflowError:
+        raise EmulatorError(f"args: {arg} does not fit {name}, which has {parameter.bytes} bytes") from None

@@ -135,12 +135,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A kernel parameter; `bytes` long at `offset` of the parameter block."""
+    """A kernel parameter; `bytes` long at `offset` of the parameter block. `type` is `u64`, `b8` of an array."""
 
     name: str
     offset: int
     bytes: int
     align: int
+    type: str
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ class _Parser:
         offset = 0
         while not self._take(")"):
             self._expect(".param")
-            align, size = 0, 0
+            align, size, type_name = 0, 0, ""
             while self._peek().startswith("."):
                 word = self._next()
                 if word == ".align":
@@ -274,7 +274,7 @@ class _Parser:
                 elif word in (".ptr", ".global", ".const", ".shared", ".local"):
                     continue
                 else:
-                    size = _type_bytes(word)
+                    size, type_name = _type_bytes(word), word.removeprefix(".")
                     if self._peek() == ".ptr":
                         self._pointer_attributes()
             name = self._next()
@@ -284,7 +284,7 @@ class _Parser:
                 self._expect("]")
             align = align or natural
             offset = -(-offset // align) * align
-            function.parameters.append(Parameter(name, offset, size, align))
+            function.parameters.append(Parameter(name, offset, size, align, type_name))
             offset += size
             self._take(",")
 
