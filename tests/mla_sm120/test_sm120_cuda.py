@@ -11,9 +11,10 @@ import pytest
 import torch
 from kernel_dispatch import ArgumentError, as_arch, resolve
 from kernel_testing import poison_
+from kernel_testing.mla import E4M3, FP16, Case, Inputs
+from mla_core import DecodeProblem
 from mla_core.plan import Plan, plan_selection
 from mla_sm120 import config
-from sm120_cases import E4M3, FP16, Case, Inputs
 
 BACKENDS = {"sm_90": "sm90", "sm_120": "sm120", "sm_121": "sm121"}
 ARCH = as_arch(None)
@@ -45,10 +46,11 @@ def cold_memory() -> Iterator[None]:
 
 
 def plan_of(inputs: Inputs, tactic: str | None = None) -> Plan:
-    selection = resolve(inputs.problem, torch.device("cuda", torch.cuda.current_device()), BACKEND)
+    problem, device = DecodeProblem(**inputs.sizes), torch.device("cuda", torch.cuda.current_device())
+    selection = resolve(problem, device, BACKEND)
     if tactic is not None:
         selection = replace(selection, tactic=tactic)
-    return plan_selection(selection, inputs.problem, torch.device("cuda", torch.cuda.current_device()))
+    return plan_selection(selection, problem, device)
 
 
 def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from kernel_dispatch import as_arch
-from mla_core import plan_splits
+from kernel_testing.mla import E4M3, Case, Inputs
+from mla_core import DecodeProblem, plan_splits
 from mla_core.planning import SplitPlan
 from mla_sm120 import config, launch, sources
 from mla_sm120.config import Division
-from sm120_cases import E4M3, Case, Inputs
 
 EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptx-emulator" / "src"
 if EMULATOR.is_dir():
@@ -51,7 +51,7 @@ def tensor_map(inputs: Inputs) -> Any:
 
 
 def launches(inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: tuple[str, ...]) -> Any:
-    problem = inputs.problem
+    problem = DecodeProblem(**inputs.sizes)
     launcher = launch.Launcher(problem, Division(tile, splits), None, None, 0, pdl=True)
     workspace = torch.full((max(1, splits.workspace_bytes),), 255, dtype=torch.uint8)
     parameters = bytearray(launch.PARAMETER_BYTES)
@@ -89,7 +89,9 @@ def test_matches_float64_without_races(case: Case, tile: int, sm_count: int, arc
         pytest.skip("only one-byte elements have two transposes")
     assert as_arch(name).smem_optin_bytes >= config.SMEM_BYTES
     inputs = Inputs(case)
-    splits = plan_splits(inputs.problem, sm_count=sm_count, tile_m=tile, tile_n=config.TILE_KEYS)
+    splits = plan_splits(
+        DecodeProblem(**inputs.sizes), sm_count=sm_count, tile_m=tile, tile_n=config.TILE_KEYS
+    )
     options = ("-DMLA_PORTABLE_TRANSPOSE",) if portable else ()
     launches(inputs, name, tile, splits, options).run(ptx_emulator.Options())
     inputs.check(inputs.out, inputs.lse)
@@ -98,7 +100,7 @@ def test_matches_float64_without_races(case: Case, tile: int, sm_count: int, arc
 @pytest.mark.parametrize("schedule", ["greedy", "late", "random"])
 def test_schedules_agree(schedule: str) -> None:
     inputs = Inputs(Case((200, 33), "e4m3", 16, 2))
-    splits = plan_splits(inputs.problem, sm_count=4, tile_m=32, tile_n=config.TILE_KEYS)
+    splits = plan_splits(DecodeProblem(**inputs.sizes), sm_count=4, tile_m=32, tile_n=config.TILE_KEYS)
     launches(inputs, "sm_120a", 32, splits, ()).run(ptx_emulator.Options(schedule=schedule))
     inputs.check(inputs.out, inputs.lse)
     assert inputs.query.dtype is E4M3
