@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from emulator_recording import TYPES
 from ptx_emulator.machine import LoadedModule, Machine, Result
+from ptx_emulator.options import Options
 
 _PRELUDE = """.version 8.8
 .target {target}
@@ -66,9 +67,9 @@ def run_kernel(
     Args:
         expect_reports: return findings in `Result.reports` instead of raising them.
         initialised: False: reading of the arrays what the kernel has not written is a finding.
-        options: of `Machine`.
+        options: of `Options`.
     """
-    machine = Machine(target, checks=checks, **options)
+    machine = Machine(target, Options(checks=checks, **options))
     module = LoadedModule(kernel_text(body, len(arrays), target, globals), target)
     machine.attach(module)
     params = b""

@@ -7,6 +7,7 @@ import pytest
 from harness import kernel_text
 from planted_bugs import lines_of, without, zeros
 from ptx_emulator.machine import LoadedModule, Machine, Result
+from ptx_emulator.options import Options
 
 WRITER = """
 griddepcontrol.launch_dependents;
@@ -22,7 +23,7 @@ st.global.u32 [%rd2+128], %r2;
 
 
 def run_two(first: str, second: str, array: np.ndarray, pdl: bool, early: bool) -> Result:
-    machine = Machine("sm_90a", early_dependents=early)
+    machine = Machine("sm_90a", Options(early_dependents=early))
     machine.add_range("array1", array.ctypes.data, array.nbytes)
     for body, dependent in ((first, False), (second, pdl)):
         module = LoadedModule(kernel_text(body, 1), "sm_90a")
@@ -91,7 +92,7 @@ LAST = "ld.global.u32 %r2, [%rd1];  // <read>\nst.global.u32 [%rd1+256], %r2;"
 def run_chain(*bodies: str, early: bool) -> Result:
     """Launches of one array, each dependent on the one before."""
     array = zeros(128)
-    machine = Machine("sm_90a", early_dependents=early)
+    machine = Machine("sm_90a", Options(early_dependents=early))
     machine.add_range("array1", array.ctypes.data, array.nbytes)
     for number, body in enumerate(bodies):
         module = LoadedModule(kernel_text(body, 1), "sm_90a")

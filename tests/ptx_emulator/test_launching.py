@@ -17,6 +17,7 @@ from ptx_emulator import (
     Launch,
     Launches,
     Options,
+    aligned,
     compile_cuda,
     explore,
     launch,
@@ -92,6 +93,16 @@ def test_a_number_for_a_float_is_its_value(factor: float) -> None:
     assert list(x) == [3.0] * 4
 
 
+def test_alignment_as_on_a_gpu() -> None:
+    text = kernel_text("ld.global.v8.b32 {%r1,%r2,%r3,%r4,%r5,%r6,%r7,%r8}, [%rd1];", 1, "sm_100a")
+    x = aligned(np.arange(100, dtype=np.float32).reshape(4, 25)[:, :20])
+    assert x.ctypes.data % 256 == 0
+    assert np.array_equal(x, np.arange(100).reshape(4, 25)[:, :20])
+    launch(text, args=[x])
+    with pytest.raises(EmulationError, match="isaligned"):
+        launch(text, args=[x.reshape(-1)[4:]])
+
+
 def test_two_arrays_of_one_name() -> None:
     text = kernel_text("", 2)
     x, y = np.ones(4), np.ones(4)
@@ -115,9 +126,9 @@ def test_kernels_by_their_names_in_cpp() -> None:
     assert list(found.values()) == [*mangled, mangled[0]]
     with pytest.raises(EmulatorError, match=f"kernel is ambiguous, it may be {mangled[0]}, {mangled[1]}"):
         launch(module, "kernel")
-    with pytest.raises(EmulatorError, match="the module has _ZN4gemm.*, not 'ernel'"):
+    with pytest.raises(EmulatorError, match=r"the module has _ZN4gemm.*, not 'ernel'"):
         launch(module, "ernel")
-    with pytest.raises(EmulatorError, match="the module has _ZN4gemm.*, say which"):
+    with pytest.raises(EmulatorError, match=r"the module has _ZN4gemm.*, say which"):
         launch(module)
 
 
@@ -230,7 +241,7 @@ def test_cuda_source(tmp_path: Path) -> None:
     location = caught.value.reports[0].location
     assert location is not None
     assert (Path(location.file).name, location.line) == ("kernel.h", 4)
-    with pytest.raises(BuildError, match="(?s)<source>.*nonsense"):
+    with pytest.raises(BuildError, match=r"(?s)<source>.*nonsense"):
         compile_cuda("nonsense", "sm_90a")
     with pytest.raises(EmulationError) as caught:
         launch(compile_cuda(CUDA, "sm_90a"), "add", grid=4, block=32, args=[out, x, 100])
@@ -271,3 +282,10 @@ def test_a_finding_in_inlined_code_names_the_helper_and_its_caller() -> None:
 def test_compiler_that_is_not_known() -> None:
     with pytest.raises(ValueError, match="clang"):
         compile_cuda(CUDA, compiler="clang")
+
+
+def test_options_are_checked() -> None:
+    for wrong in ({"schedule": "slow"}, {"schedule": ("fair", "slow")}, {"workers": 0}, {"allow": ("bugs",)}):
+        with pytest.raises(EmulatorError, match=next(iter(wrong))):
+            Options(**wrong)
+    assert Options(schedule=("greedy", "late")).policies == Options(schedule="greedy-late").policies

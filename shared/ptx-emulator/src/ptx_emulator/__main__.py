@@ -17,8 +17,8 @@ from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.exploring import explore
 from ptx_emulator.host.job import Job
 from ptx_emulator.host.launching import Launch
-from ptx_emulator.host.options import Options
-from ptx_emulator.machine import SCHEDULES, Result
+from ptx_emulator.machine import Result
+from ptx_emulator.options import SCHEDULES, Options
 from ptx_emulator.reports import reports_json, reports_text
 from ptx_emulator.support import opcode_table, unsupported
 from ptx_emulator.timeline import write_timeline

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ptx_emulator.host.arrays import aligned
+
 _DTYPES = {
     "f16": "float16",
     "f32": "float32",
@@ -33,7 +35,7 @@ def parse_argument(text: str, seed: int) -> Any:
         raise ValueError(f"--arg {text}: type {match[1]!r} is none of {', '.join(_DTYPES)}")
     dtype = np.dtype(_DTYPES[match[1]])
     shape = tuple(int(part) for part in match[2].split("x"))
-    return np.ascontiguousarray(_filled(text, shape, match[3], seed, dtype))
+    return aligned(_filled(text, shape, match[3], seed, dtype))
 
 
 def _filled(text: str, shape: tuple[int, ...], fill: str, seed: int, dtype: np.dtype[Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,24 +17,16 @@ import numpy as np
 from ptx_emulator.build import build
 from ptx_emulator.counts import COUNT_NAMES, LaunchCounts
 from ptx_emulator.errors import EmulatorError
+from ptx_emulator.options import ASYNC_POLICIES, WARP_POLICIES, Options
 from ptx_emulator.program import Program, lower
 from ptx_emulator.ptx.module import Module
 from ptx_emulator.ptx.names import matching
 from ptx_emulator.ptx.parser import parse
-from ptx_emulator.reports import KINDS, EmulationError, Report, reports_from_json
+from ptx_emulator.reports import EmulationError, Report, reports_from_json
 from ptx_emulator.targets import check_runs_on
 from ptx_emulator.targets import target as find_target
 from ptx_emulator.timeline import Row, notable_mask, rows_from_json
 
-_WARPS = {"fair": 0, "greedy": 1, "random": 2}
-_ASYNCS = {"prompt": 0, "eager": 1, "late": 2, "random": 3}
-SCHEDULES = {
-    "fair": ("fair", "prompt"),
-    "greedy": ("greedy", "eager"),
-    "late": ("fair", "late"),
-    "greedy-late": ("greedy", "late"),
-    "random": ("random", "random"),
-}
 READ_ONLY, UNINITIALISED, CONSTANT = 1, 2, 4  # MemoryMap flags of runtime/memory.h
 _GLOBAL_ALIGNMENT = 256
 
@@ -212,63 +204,30 @@ class Machine:
 
     Args:
         device: architecture, such as `sm_100a`.
-        checks: whether accesses are checked for races and for reads of what nobody wrote. Bounds, alignment,
-            barriers, divergence and deadlock are always checked.
-        schedule: one of `SCHEDULES`, or `(warps, asyncs)`.
-        seed: of the random schedules.
-        workers: OS threads over which clusters are spread; default one per core. The order within a cluster
-            does not depend on it.
-        trace: whether spans for a timeline are recorded.
-        early_dependents: whether a grid launched with programmatic stream serialization starts as early as
-            its predecessor allows, or only when that has completed.
-        allow: kinds of findings that go to `Result.allowed`, such as `tcgen05-order`: the waits and
-            fences that the PTX ISA asks for, and that published kernels leave out.
+        options: how launches are run; `strict` and `progress` are for those who run them through a `Job`.
 
     Raises:
-        EmulatorError: an unknown device, schedule or kind of finding.
+        EmulatorError: an unknown device.
     """
 
-    def __init__(
-        self,
-        device: str,
-        *,
-        checks: bool = True,
-        schedule: str | tuple[str, str] = "fair",
-        seed: int = 0,
-        workers: int | None = None,
-        trace: bool = False,
-        early_dependents: bool = True,
-        allow: Collection[str] = (),
-    ) -> None:
+    def __init__(self, device: str, options: Options | None = None) -> None:
         self._handle: int | None = None
         self.device = device
         self.target = find_target(device)
-        pair = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
-        if pair is None or pair[0] not in _WARPS or pair[1] not in _ASYNCS:
-            raise EmulatorError(
-                f"schedule: {schedule!r} is none of {', '.join(SCHEDULES)}, nor a pair of one of "
-                f"{', '.join(_WARPS)} and one of {', '.join(_ASYNCS)}"
-            )
+        self.options = options or Options()
+        warps, asyncs = self.options.policies
         self._options = _Options(
             self.target.sm,
             self.target.max_shared_bytes,
             self.target.num_sms,
-            _WARPS[pair[0]],
-            _ASYNCS[pair[1]],
-            workers or os.cpu_count() or 1,
-            checks,
-            trace,
-            early_dependents,
-            seed,
+            WARP_POLICIES[warps],
+            ASYNC_POLICIES[asyncs],
+            self.options.workers or os.cpu_count() or 1,
+            self.options.checks,
+            self.options.trace,
+            self.options.early_dependents,
+            self.options.seed,
         )
-        unknown = sorted(set(allow) - set(KINDS))
-        if unknown:
-            raise EmulatorError(
-                f"allow: {unknown[0]!r} is not a kind of finding; those are {', '.join(KINDS)}"
-            )
-        if workers is not None and workers < 1:
-            raise EmulatorError(f"workers: {workers}, at least 1 is needed")
-        self._allow = frozenset(allow)
         self._launches: list[_Queued] = []
         self._keep: list[Any] = []
         self._ranges: dict[int, tuple[str, int, int]] = {}  # base -> name, bytes, flags
@@ -342,8 +301,8 @@ class Machine:
         findings = json.loads(runtime.ptxe_findings(self._pointer()).decode())
         reports = reports_from_json(findings, locations)
         result = Result(
-            reports=[report for report in reports if report.kind not in self._allow],
-            allowed=[report for report in reports if report.kind in self._allow],
+            reports=[report for report in reports if report.kind not in self.options.allow],
+            allowed=[report for report in reports if report.kind in self.options.allow],
             counts=list(self._counts()),
             timeline=rows_from_json(
                 json.loads(runtime.ptxe_timeline(self._pointer()).decode()),

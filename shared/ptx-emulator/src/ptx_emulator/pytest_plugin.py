@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ptx_emulator.host.cute import Emulated
     from ptx_emulator.host.exploring import Exploration
     from ptx_emulator.host.job import Job
-    from ptx_emulator.host.options import Options
     from ptx_emulator.machine import Result
+    from ptx_emulator.options import Options
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def emulator(request: pytest.FixtureRequest) -> Emulator:
     """The emulator with the options of the command line."""
-    from ptx_emulator.host.options import Options
+    from ptx_emulator.options import Options
 
     option = request.config.getoption
     return Emulator(

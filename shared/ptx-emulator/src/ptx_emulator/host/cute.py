@@ -17,8 +17,8 @@ from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.arrays import Memory, is_array, memories_of
 from ptx_emulator.host.cute_host import CapturedLaunch, HostFunction
 from ptx_emulator.host.job import finish, give
-from ptx_emulator.host.options import Options
 from ptx_emulator.machine import LoadedModule, Machine, Result
+from ptx_emulator.options import Options
 from ptx_emulator.targets import target as find_target
 
 _ARCH_VARIABLE = "CUTE_DSL_ARCH"
@@ -187,7 +187,7 @@ class Emulated:
             module: kernels to run in place of the function's own, such as a mutant.
         """
         module = module or self.module
-        machine = options.machine(self.device)
+        machine = Machine(self.device, options)
         machine.attach(module)
         give(machine, self.memories(arguments))
         self.launches = []

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.arrays import Memory
 from ptx_emulator.host.job import Job
-from ptx_emulator.host.options import Options
-from ptx_emulator.machine import SCHEDULES, Result
+from ptx_emulator.machine import Result
+from ptx_emulator.options import SCHEDULES, Options
 
 FIXED_SCHEDULES = tuple(name for name in SCHEDULES if name != "random")
 

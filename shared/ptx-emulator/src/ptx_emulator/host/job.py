@@ -10,8 +10,8 @@ from typing import Protocol
 from tqdm import tqdm
 
 from ptx_emulator.host.arrays import Memory
-from ptx_emulator.host.options import Options
 from ptx_emulator.machine import Machine, Result
+from ptx_emulator.options import Options
 
 _BAR_DELAY_S = 1.0
 _BAR_INTERVAL_S = 0.1

@@ -12,8 +12,8 @@ import numpy as np
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.arrays import Memory, disjoint, is_array, memories_of, memory_of
 from ptx_emulator.host.job import finish, give
-from ptx_emulator.host.options import Options
 from ptx_emulator.machine import Kernel, LoadedModule, Machine, Result
+from ptx_emulator.options import Options
 from ptx_emulator.ptx.module import Parameter
 from ptx_emulator.tensor_map import TensorMap
 
@@ -33,7 +33,8 @@ class Launch:
         shared_bytes: dynamic shared memory.
         args: in the order of the kernel's parameters: tensors and arrays (their address is passed), integers,
             floats, NumPy scalars, tensor maps, or the bytes of a parameter such as a struct. An integer for a
-            floating-point parameter is converted; a float for an integer parameter is an error.
+            floating-point parameter is converted; a float for an integer parameter is an error. NumPy arrays
+            start at multiples of 16 bytes, GPU memory at multiples of 256; `aligned` makes such copies.
         names: of the arrays in `args`, for reports; `arg0`, `arg1`, … without.
         pdl: whether it may start before its predecessor has completed (programmatic stream serialization).
         device: architecture; the module's `.target` without.
@@ -102,7 +103,7 @@ class Launch:
             EmulationError: findings, if the options are strict.
         """
         chosen = options or Options()
-        machine = chosen.machine(self.device or self.module().arch)
+        machine = Machine(self.device or self.module().arch, chosen)
         self.enqueue(machine, module)
         return finish(machine, chosen)
 
@@ -123,7 +124,7 @@ class Launches:
         devices = {launch.device or launch.module().arch for launch in self.launches}
         if len(devices) != 1:
             raise ValueError(f"launches: are for {sorted(devices)}, one device is needed")
-        machine = chosen.machine(devices.pop())
+        machine = Machine(devices.pop(), chosen)
         for launch in self.launches:
             launch.enqueue(machine)
         return finish(machine, chosen)

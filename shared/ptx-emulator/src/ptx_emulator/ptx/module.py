@@ -135,7 +135,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A kernel parameter; `bytes` long at `offset` of the parameter block. `type` is `u64`, `b8` of an array."""
+    """A kernel parameter; `bytes` long at `offset` of the parameter block. `type` is `u64`, or `b8`."""
 
     name: str
     offset: int
