@@ -229,7 +229,7 @@ def integration(session: nox.Session) -> None:
 def peers(session: nox.Session) -> None:
     """Run published kernels of others on the emulator; arguments after -- go to pytest."""
     use_base(session)
-    install_packages(session, closure(["ptx-emulator", TEST_HELPERS]))
+    install_packages(session, closure(["ptx-emulator", "mla-sm100", TEST_HELPERS]))
     # Without what they depend on, which is gigabytes: the tests import the kernels' modules alone.
     session.install("--no-deps", "-c", str(CONSTRAINTS), *PEERS)
     run_tests(session, TESTS / "peers", *session.posargs)
