@@ -1,12 +1,12 @@
 """Runs on a GPU what the emulator's tests ran on the emulator, and compares the memory they leave.
 
-    python benchmarks/emulator_on_hopper.py record cases/    # anywhere: runs the tests, keeps the kernels
+    python benchmarks/emulator_on_hopper.py record cases/ [TESTS]   # anywhere: runs tests, keeps the kernels
     python benchmarks/emulator_on_hopper.py replay cases/ --out result.json   # on a GPU: numpy and a driver
 
 `replay` lets the driver compile each kernel's PTX, launches it on the same inputs and compares every byte.
-Kernels with approximate instructions or matrix products may differ by rounding: for them the largest
-difference is given, relative to the largest value of the array. Kernels for another architecture are counted,
-not run. Tensor maps of a few hundred parameter sets are compared with those of `cuTensorMapEncodeTiled`.
+Floats of kernels with approximate instructions or matrix products may differ as far as `Bound` says; how much
+of it they need is in the result. Kernels for another architecture are counted, not run. Tensor maps of a few
+hundred parameter sets are compared with those of `cuTensorMapEncodeTiled`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,83 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-APPROXIMATE = re.compile(
-    r"\.approx|\bdiv\.full|\btanh\.|\bex2\.|\blg2\.|\bmma\.sync|\bwgmma|red\.\S*add\S*f(16|32)|atom\.\S*add\S*f(16|32)"
+# Units in the last place of a number, as numbers of the type that numpy has: bfloat16 as float32.
+ULPS = {"float16": 1.0, "float32": 1.0, "float64": 1.0, "bfloat16": 2.0**16}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a result of the GPU may be from the emulator's, which is the exact one, rounded.
+
+    Of each element, `relative` to it, `absolute`, in units in its last place; or, where a kernel adds up many
+    terms, relative to the `largest` element of the array, by type.
+    """
+
+    text: str
+    relative: float = 0.0
+    absolute: float = 0.0
+    ulps: float = 0.0
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def allowed(self, values: np.ndarray, dtype: str) -> np.ndarray:
+        """The largest differences, with one unit in the last place because both are rounded."""
+        magnitude = np.abs(values)
+        if self.largest:
+            return np.full(values.shape, max(magnitude.max(initial=0.0), 1e-30) * self.largest[dtype])
+        unit = np.spacing(magnitude.astype("float32" if dtype == "bfloat16" else dtype)) * ULPS[dtype]
+        return self.relative * magnitude + self.absolute + (self.ulps + 1) * unit.astype(np.float64)
+
+
+# What the PTX ISA promises of approximate instructions; where it promises nothing, what was seen on an H200.
+APPROXIMATE = [
+    (r"\bex2\.approx(\.ftz)?\.f32", Bound("ex2.approx.f32: 2 ulp", ulps=2)),
+    (r"\bex2\.approx\.f16", Bound("ex2.approx.f16: 2^-9.9 relative", relative=2**-9.9)),
+    (r"\bex2\.approx\.ftz\.bf16", Bound("ex2.approx.ftz.bf16: 2^-7 relative", relative=2**-7)),
+    (
+        r"\blg2\.approx",
+        Bound("lg2.approx: 2^-22 absolute in (0.5, 2), else relative", relative=2**-22, absolute=2**-22),
+    ),
+    (
+        r"\b(sin|cos)\.approx",
+        Bound("sin.approx, cos.approx: 2^-14.7 absolute up to 100 pi", absolute=2**-14.7),
+    ),
+    (r"\btanh\.approx\.f32", Bound("tanh.approx.f32: 2^-11 relative", relative=2**-11)),
+    (r"\btanh\.approx\.f16", Bound("tanh.approx.f16: 2^-10.987 absolute", absolute=2**-10.987)),
+    (r"\btanh\.approx\.bf16", Bound("tanh.approx.bf16: 2^-8 absolute", absolute=2**-8)),
+    (r"\brsqrt\.approx(\.ftz)?\.f32", Bound("rsqrt.approx.f32: 2^-22.9 relative", relative=2**-22.9)),
+    (r"\bsqrt\.approx", Bound("sqrt.approx.f32: 2^-23 relative", relative=2**-23)),
+    (r"\brcp\.approx(\.ftz)?\.f32", Bound("rcp.approx.f32: 1 ulp", ulps=1)),
+    (r"\bdiv\.(approx|full)", Bound("div.approx.f32, div.full.f32: 2 ulp", ulps=2)),
+    (
+        r"\br(cp|sqrt)\.approx\.ftz\.f64",
+        Bound("rcp and rsqrt.approx.ftz.f64: one unit of the 20-bit mantissa (seen)", relative=2**-20),
+    ),
+    (r"\brsqrt\.approx\.f64", Bound("rsqrt.approx.f64: 1 ulp (seen)", ulps=1)),
+]
+# Matrix products: terms are cut off relative to the largest one, of fp8 at 13 bits, before they are added up.
+MATRIX = re.compile(r"\bmma\.sync|\bwgmma\.mma")
+MATRIX_BOUND = Bound(
+    "matrix products: 2^-21 of the largest element, with f16 sums 2^-10",
+    largest={"float32": 2**-21, "float16": 2**-10, "bfloat16": 2**-7, "float64": 2**-50},
 )
-# Largest difference of approximate kernels, relative to the largest value of the array: one unit in the last
-# place of 16-bit types; fp8 products are added up with fewer bits than float32 on the GPU.
-BOUNDS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2e-4, "float64": 1e-12}
+FP8 = re.compile(r"\.e[45]m[23]\.e[45]m[23]\b")
+FP8_BOUND = Bound(
+    "fp8 matrix products: 2^-12 of the largest element, with f16 sums 2^-10",
+    largest={"float32": 2**-12, "float16": 2**-10, "bfloat16": 2**-7, "float64": 2**-50},
+)
+UNORDERED = re.compile(r"\b(red|atom)\.\S*add\S*f(16|32|64)")
+SEVERAL_BOUND = Bound(
+    "several of these, or sums in any order: 2^-16 of the largest element, of 16-bit types its last place",
+    largest={"float32": 2**-16, "float16": 2**-10, "bfloat16": 2**-7, "float64": 2**-45},
+)
 DEADLINE_S = 10.0  # for one kernel
 CHUNK = 40  # kernels in one process
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
@@ -41,6 +106,22 @@ _NOT_READY = 600
 
 class CudaError(Exception):
     """A driver call failed."""
+
+
+def address_bytes(address: int) -> np.ndarray:
+    """An address as it lies in memory."""
+    return np.frombuffer(address.to_bytes(8, "little"), dtype=np.uint8)
+
+
+def bound_of(ptx: str) -> Bound | None:
+    """What a kernel's results are held to; None if they must be equal."""
+    found = [bound for pattern, bound in APPROXIMATE for _ in re.finditer(pattern, ptx)]
+    matrix = bool(MATRIX.search(ptx))
+    if len(found) + matrix > 1 or UNORDERED.search(ptx):
+        return SEVERAL_BOUND
+    if matrix:
+        return FP8_BOUND if FP8.search(ptx) else MATRIX_BOUND
+    return found[0] if found else None
 
 
 class LaunchAttribute(ctypes.Structure):
@@ -88,15 +169,15 @@ class Gpu:
             self._modules[ptx] = function
         return self._modules[ptx]
 
-    def run(self, header: dict[str, Any], arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """Launches a kernel on copies of the arrays and returns what it left in them."""
+    def run(self, header: dict[str, Any], arrays: list[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
+        """Launches a kernel on copies of the arrays; returns what it left in them, and where they were."""
         pointers = []
         for array in arrays:
             pointer = ctypes.c_uint64()
             self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(array.nbytes, 16)))
             pointers.append(pointer)
         try:
-            return self._run(header, arrays, pointers)
+            return self._run(header, arrays, pointers), [pointer.value for pointer in pointers]
         finally:
             for pointer in pointers:
                 self._call("cuMemFree_v2", pointer)
@@ -110,9 +191,7 @@ class Gpu:
             [params, *arrays], [header["params_addresses"], *header["addresses"]], strict=True
         ):
             for at, target, offset in references:
-                raw[at : at + 8] = np.frombuffer(
-                    (pointers[target].value + offset).to_bytes(8, "little"), dtype=np.uint8
-                )
+                raw[at : at + 8] = address_bytes(pointers[target].value + offset)
         for array, pointer in zip(arrays, pointers, strict=True):
             self._call(
                 "cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
@@ -152,17 +231,15 @@ class Gpu:
 def _as_floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.view({"float16": np.float16, "float32": np.float32, "float64": np.float64}[dtype]).astype(
-        np.float64
-    )
+    return raw.view(dtype).astype(np.float64)
 
 
-def largest_difference(expected: np.ndarray, got: np.ndarray, dtype: str) -> float:
-    """Largest difference of two arrays, relative to the largest finite value.
+def share_of_bound(expected: np.ndarray, got: np.ndarray, dtype: str, bound: Bound) -> float:
+    """The largest difference of two arrays as a share of what is allowed there.
 
-    Infinite if NaNs or infinities are not in the same places, or if the type is not a float.
+    Infinite if NaNs or infinities are not in the same places, or if the numbers are no floats.
     """
-    if dtype not in BOUNDS:
+    if dtype not in ULPS:
         return float("inf")
     a, b = _as_floats(expected, dtype), _as_floats(got, dtype)
     finite = np.isfinite(a)
@@ -170,8 +247,7 @@ def largest_difference(expected: np.ndarray, got: np.ndarray, dtype: str) -> flo
         a[~finite], b[~finite], equal_nan=True
     ):
         return float("inf")
-    largest = max(np.abs(a[finite]).max(initial=0.0), 1e-30)
-    return float(np.abs(a[finite] - b[finite]).max(initial=0.0) / largest)
+    return float((np.abs(a[finite] - b[finite]) / bound.allowed(a[finite], dtype)).max(initial=0.0))
 
 
 def compare(path: Path, gpu: Gpu) -> dict[str, Any]:
@@ -181,22 +257,19 @@ def compare(path: Path, gpu: Gpu) -> dict[str, Any]:
         count = len(header["dtypes"])
         before = [content[f"before{k}"] for k in range(count)]
         after = [content[f"after{k}"].copy() for k in range(count)]
-    result = {"case": path.stem, "test": header["test"]}
-    got = gpu.run(header, before)
-    for arrays in (after, got):  # addresses differ
-        for array, references in zip(arrays, header["addresses"], strict=True):
-            for at, _, _ in references:
-                array[at : at + 8] = 0
-    worst, in_bounds = 0.0, bool(APPROXIMATE.search(header["ptx"]))
-    equal = True
+    bound = bound_of(header["ptx"])
+    result = {"case": path.stem, "test": header["test"], "bound": bound.text if bound else ""}
+    got, pointers = gpu.run(header, before)
+    for expected, references in zip(after, header["addresses_after"], strict=True):
+        for at, target, offset in references:
+            expected[at : at + 8] = address_bytes(pointers[target] + offset)
+    equal, share = True, 0.0
     for expected, actual, dtype in zip(after, got, header["dtypes"], strict=True):
         if not np.array_equal(expected, actual):
             equal = False
-            difference = largest_difference(expected, actual, dtype)
-            worst = max(worst, difference)
-            in_bounds &= difference <= BOUNDS.get(dtype, 0.0)
-    outcome = "equal" if equal else "rounding" if in_bounds else "different"
-    return {**result, "outcome": outcome, "difference": worst}
+            share = max(share, share_of_bound(expected, actual, dtype, bound) if bound else float("inf"))
+    outcome = "equal" if equal else "within bound" if share <= 1 else "different"
+    return {**result, "outcome": outcome, "share": share}
 
 
 def replay_chunk(paths: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
@@ -295,6 +368,13 @@ def tensor_map_sets(count: int = 400, seed: int = 0) -> list[dict[str, Any]]:
     return sets
 
 
+def device_and_driver() -> dict[str, str]:
+    """What nvidia-smi says of the first device."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(zip(("device", "driver"), done.stdout.strip().split(", "), strict=True))
+
+
 def targets_of(path: Path) -> str:
     """The architecture a kept kernel was made for."""
     with np.load(path) as content:
@@ -316,17 +396,17 @@ def replay(folder: Path, out: Path, jobs: int) -> int:
                 results += some
                 if left:
                     pending.append(left)
-    counts = Counter(r["outcome"] for r in results)
+    recorded = folder / "recorded.json"
     summary = {
+        "command": "python benchmarks/emulator_on_hopper.py record cases/, then replay cases/",
+        **(json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}),
+        **device_and_driver(),
         "cases": len(results),
         "not_run_other_architecture": len(paths) - len(here),
-        "outcomes": dict(counts),
-        "largest_rounding_difference": max(
-            (r["difference"] for r in results if r["outcome"] == "rounding"), default=0
-        ),
+        "outcomes": dict(Counter(r["outcome"] for r in results)),
         "tests": len({r["test"] for r in results}),
-        "not_equal": [r for r in results if r["outcome"] in ("different", "failed")],
-        "rounding_by_test": _worst_by_test(results),
+        "not_equal": _by_test(r for r in results if r["outcome"] in ("different", "failed")),
+        "within_bound": _by_test(r for r in results if r["outcome"] == "within bound"),
     }
     maps = folder / "tensor_maps.json"
     if maps.exists():
@@ -340,25 +420,39 @@ def replay(folder: Path, out: Path, jobs: int) -> int:
     return 1 if summary["not_equal"] else 0
 
 
-def _worst_by_test(results: list[dict[str, Any]]) -> dict[str, float]:
-    worst: dict[str, float] = {}
+def _by_test(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of one test and outcome together, with the largest share of the bound that one needs."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for r in results:
-        if r["outcome"] == "rounding":
-            name = r["test"].split("[")[0]
-            worst[name] = max(worst.get(name, 0.0), r["difference"])
-    return dict(sorted(worst.items()))
+        test = r["test"].rsplit("/", 1)[-1].split("[")[0]
+        key = (test, r["outcome"], r.get("why", ""), r.get("bound", ""))
+        group = groups.setdefault(key, {"test": test, "cases": 0})
+        group |= {k: r[k] for k in ("outcome", "why", "bound") if r.get(k)}
+        group["cases"] += 1
+        if r["outcome"] == "within bound":
+            group["share_of_bound"] = max(group.get("share_of_bound", 0.0), round(r["share"], 3))
+    return [groups[key] for key in sorted(groups)]
 
 
-def record(folder: Path) -> int:
-    """Runs the emulator's tests and keeps every kernel they run."""
+def record(folder: Path, tests: list[Path]) -> int:
+    """Runs the emulator's tests, and others that use it, and keeps every kernel they run."""
     folder.mkdir(parents=True, exist_ok=True)
     maps = json.dumps(tensor_map_sets())
     (folder / "tensor_maps.json").write_text(maps, encoding="utf-8")
     environment = {**os.environ, "PTX_EMULATOR_RECORD": str(folder.resolve())}
-    tests = Path(__file__).resolve().parent.parent / "tests" / "ptx_emulator"
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(tests)], env=environment, check=False
-    ).returncode
+    ours = Path(__file__).resolve().parent.parent / "tests" / "ptx_emulator"
+    sys.path.insert(0, str(ours))
+    from emulator_recording import NOT_RECORDED
+
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ours, capture_output=True, check=False)
+    recorded = {"commit": head.stdout.decode().strip(), "not_recorded": NOT_RECORDED}
+    (folder / "recorded.json").write_text(json.dumps(recorded), encoding="utf-8")
+    return max(
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", str(path)], env=environment, check=False
+        ).returncode
+        for path in (ours, *tests)
+    )
 
 
 def main() -> int:
@@ -368,11 +462,12 @@ def main() -> int:
     )
     parser.add_argument("action", choices=("record", "replay"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("tests", type=Path, nargs="*", help="tests to record besides the emulator's own")
     parser.add_argument("--out", type=Path, default=Path("emulator_on_hopper.json"))
     parser.add_argument("--jobs", type=int, default=12)
     arguments = parser.parse_args()
     if arguments.action == "record":
-        return record(arguments.folder)
+        return record(arguments.folder, arguments.tests)
     return replay(arguments.folder, arguments.out, arguments.jobs)
 
 

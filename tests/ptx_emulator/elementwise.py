@@ -19,6 +19,7 @@ def elementwise(
     result: Any = np.uint32,
     *,
     num_results: int = 1,
+    numbers: Any = None,
     target: str = "sm_90a",
     **options: Any,
 ) -> Any:
@@ -26,7 +27,8 @@ def elementwise(
 
     `{a}`, `{b}`, `{c}`, `{e}` stand for the registers of the inputs, `{d}` or `{d0}`, `{d1}`, … for those of
     the results; %p10 and up, %r100 and up, %rd40 and up are free. Results start as all ones. A warp executes
-    32 elements; the last one is not full if the length is no multiple of that.
+    32 elements; the last one is not full if the length is no multiple of that. `numbers` is the type of the
+    numbers in results, if it is not `result`.
     """
     length = len(inputs[0])
     assert all(len(array) == length for array in inputs)
@@ -56,7 +58,8 @@ def elementwise(
         body.append(f"st.global.b{8 * size} [%rd{35 + n}], {names[f'd{n}']};")
     body.append("outside:")
     grid = (-(-length // _BLOCK), 1, 1)
-    run_kernel("\n".join(body), *arrays, *outputs, grid=grid, target=target, **options)
+    kept = [output.view(numbers or result) for output in outputs]
+    run_kernel("\n".join(body), *arrays, *kept, grid=grid, target=target, **options)
     return outputs[0] if num_results == 1 else outputs
 
 

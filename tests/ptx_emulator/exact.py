@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -135,6 +135,11 @@ def sqrt(a: float, fmt: Format, mode: str = "rn") -> float:
     root = math.isqrt(int(scaled))
     exact = Fraction(2 * root + (root * root != scaled), 2) / 2**places
     return round_exact(exact, fmt, mode)
+
+
+def any_exponent(fmt: Format) -> Format:
+    """The format with numbers of full precision far below its own: what .ftz rounds to before it flushes."""
+    return replace(fmt, min_exponent=-600)
 
 
 def flush(value: float, fmt: Format) -> float:

@@ -14,6 +14,10 @@ SCHEDULES = [
 ]
 
 
+# Two warps at one barrier, by two instructions.
+TWO_SYNCS = "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1{}; bra.uni B; A: bar.sync 1{}; B:"
+
+
 def messages(result: Any) -> str:
     return "\n".join(report.message for report in result.reports)
 
@@ -128,11 +132,16 @@ def test_an_incomplete_warp_counts_as_a_warp_and_exited_warps_are_not_waited_for
     assert out[0] == 1
 
 
-def test_all_threads_may_be_counted_or_not():
-    run_kernel(
-        "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1, 64; bra.uni B; A: bar.sync 1; B:",
-        block=(64, 1, 1),
-    )
+@pytest.mark.parametrize("counts", [("", ""), (", 64", ", 64")])
+def test_all_threads_may_be_counted_or_not(counts: tuple[str, str]):
+    run_kernel(TWO_SYNCS.format(*counts), block=(64, 1, 1))
+
+
+@pytest.mark.parametrize("counts", [("", ", 64"), (", 64", ""), (", 32", ", 64")])
+def test_counts_that_differ_are_found(counts: tuple[str, str]):
+    """Also that of all threads from none: a GPU stops with an illegal instruction."""
+    result = run_kernel(TWO_SYNCS.format(*counts), block=(64, 1, 1), expect_reports=True)
+    assert "others did for" in messages(result)
 
 
 def test_the_two_sides_of_a_branch_may_meet_at_an_unaligned_barrier():
@@ -223,7 +232,7 @@ def test_a_relaxed_arrival_orders_only_with_a_fence(fence: str):
         (
             "setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.arrive 1, 64; exit; A: bar.sync 1, 96;",
             96,
-            "others did with",
+            "others did for",
         ),
         ("setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1; exit; A: bar.sync 2;", 64, "have not"),
         ("setp.lt.u32 %p1, %r1, 16; @%p1 bar.sync 0;", 32, ".aligned"),

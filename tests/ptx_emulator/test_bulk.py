@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from copies import REDUCTIONS
 from harness import run_kernel
+from ptx_emulator.errors import UnsupportedInstruction
 
 SCHEDULES = [
     {"schedule": "fair"},
@@ -247,7 +248,7 @@ TYPES = {
     "f64": np.float64,
 }
 GLOBAL_REDUCTIONS = [
-    *(f"add.{t}" for t in ("u32", "s32", "u64", "s64", "f32", "f64")),
+    *(f"add.{t}" for t in ("u32", "s32", "u64", "f32", "f64")),
     "add.noftz.f16",
     "add.noftz.bf16",
     *(f"{op}.{t}" for op in ("min", "max") for t in ("u32", "s32", "u64", "s64", "f16", "bf16")),
@@ -278,6 +279,20 @@ def test_reduction_in_global_memory(what: str):
     )
     run_kernel(body, operand.view(np.uint32), memory, shared_bytes=256)
     np.testing.assert_array_equal(memory.view(np.uint8), expected.astype(dtype).view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "global.shared::cta.bulk_group.add.s64 [%rd2], [%r21], 128;",
+        "global.shared::cta.bulk_group.and.u32 [%rd2], [%r21], 128;",
+        "shared::cluster.shared::cta.mbarrier::complete_tx::bytes.min.u64 [%r21], [%r21], 128, [%r20];",
+        "shared::cluster.shared::cta.mbarrier::complete_tx::bytes.xor.b64 [%r21], [%r21], 128, [%r20];",
+    ],
+)
+def test_reductions_that_do_not_exist(what: str):
+    with pytest.raises(UnsupportedInstruction, match="there is no reduction"):
+        run_kernel(f"cp.reduce.async.bulk.{what}")
 
 
 @pytest.mark.parametrize("options", SCHEDULES)

@@ -150,12 +150,29 @@ def rounded(value: float, fmt: Format, mode: str) -> float:
     return round_exact(Fraction(value), fmt, mode) if math.isfinite(value) and value != 0 else value
 
 
-def check_floats(instruction: str, source: str, fmt: Format, function: Callable[[float], float]) -> None:
-    a = float_inputs(source)
+def kept_nan(instruction: str, bits: int) -> int | None:
+    """What becomes of a NaN whose payload is kept."""
+    if instruction.endswith("f32.bf16"):
+        return bits << 16
+    if instruction.endswith("f32.f64") and "sat" not in instruction:
+        return bits >> 32 & 1 << 31 | 0x7FC00000 | bits >> 29 & 0x7FFFFF
+    return bits & 0xFFFFE000 if "rna.tf32" in instruction else None
+
+
+def check_floats(
+    instruction: str,
+    source: str,
+    fmt: Format,
+    function: Callable[[float], float],
+    inputs: np.ndarray | None = None,
+) -> None:
+    a = float_inputs(source) if inputs is None else inputs
     got = elementwise(f"{instruction} {{d}}, {{a}};", [a], fmt.bits)
     for n, value in enumerate(FLOATS[source][0].values(a)):
         if math.isnan(value) and fmt is F64:
             assert np.isnan(got[n : n + 1].view(np.float64))[0]
+        elif math.isnan(value) and (expected_bits := kept_nan(instruction, int(a[n]))) is not None:
+            assert int(got[n]) == expected_bits, (instruction, hex(int(a[n])), hex(int(got[n])))
         else:
             expected = function(value)
             assert int(got[n]) == fmt.encode(expected), (instruction, value, hex(int(got[n])), expected)
@@ -177,6 +194,16 @@ def check_floats(instruction: str, source: str, fmt: Format, function: Callable[
 def test_narrower_floats(result: str, source: str, mode: str) -> None:
     fmt = FLOATS[result][0]
     check_floats(f"cvt.{mode}.{result}.{source}", source, fmt, lambda value: rounded(value, fmt, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_narrower_floats_flush_after_rounding_to_full_precision(mode: str) -> None:
+    smallest = 2.0**-126
+    a = np.concatenate([smallest * (1 + np.linspace(-1e-7, 1e-7, 501)), [2.0**-127, 2.0**-160]])
+    a = np.concatenate([a, -a]).view(np.uint64)
+    wide = exact.any_exponent(F32)
+    function = lambda value: exact.flush(rounded(value, wide, mode), F32)  # noqa: E731
+    check_floats(f"cvt.{mode}.ftz.f32.f64", "f64", F32, function, a)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +437,9 @@ def test_pack(result: str) -> None:
 def test_any_numbers(values: list[float], mode: str) -> None:
     a = np.array(values).view(np.uint64)
     for fmt in (F16, BF16, F32):
-        got = elementwise(f"cvt.{mode}.{fmt.name}.f64 {{d}}, {{a}};", [a], fmt.bits)
-        assert got.tolist() == [fmt.encode(rounded(value, fmt, mode)) for value in values]
+        check_floats(
+            f"cvt.{mode}.{fmt.name}.f64", "f64", fmt, functools.partial(rounded, fmt=fmt, mode=mode), a
+        )
 
 
 @pytest.mark.parametrize(

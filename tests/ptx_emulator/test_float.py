@@ -17,7 +17,11 @@ from odd_values import ODD_F32, ODD_F64, random_bits
 
 MODES = ("rn", "rz", "rm", "rp")
 ROUNDED = {"add": (exact.add, 2), "mul": (exact.mul, 2), "fma": (exact.fma, 3), "div": (exact.div, 2)}
+WIDE = exact.any_exponent(F32)
 COUNT = 141
+QUIET = np.uint64(1 << 51)
+# Two quiet NaNs, and two whose upper word is that of an infinity.
+NANS_F64 = [0x7FFE90515CF475EF, 0xFFF8000000000123, 0xFFF0000000000001, 0x7FF0000012345678]
 
 
 def inputs_of(fmt: Format, count: int, seed: int = 0) -> list[np.ndarray]:
@@ -79,7 +83,37 @@ def test_flush_to_zero(name: str) -> None:
     function, count = ROUNDED[name]
     sources = ", ".join(["{a}", "{b}", "{c}"][:count])
     text = f"{name}.rn.ftz.f32 {{d}}, {sources};"
-    check(text, F32, inputs_of(F32, count), lambda *values: function(*values, F32), ftz=True)
+    check(text, F32, inputs_of(F32, count), lambda *values: function(*values, WIDE), ftz=True)
+
+
+def near_the_smallest_normal(name: str) -> list[np.ndarray]:
+    """Operands of which the result lies within a few units of 2^-149 around +-2^-126."""
+    rng = np.random.default_rng(3)
+    size, smallest = 1500, 2.0**-126 * (1 - 2.0**-25)
+    a = rng.uniform(1, 2, size) * rng.choice([-1, 1], size)
+    if name != "div":
+        a *= 2.0**-40
+    a = a.astype(np.float32).astype(np.float64)
+    c = (rng.choice([-1, 1], size) * rng.choice([0, 1, 1.5, 2, 1 + 2.0**-23], size) * 2.0**-126).astype(
+        np.float32
+    )
+    b = {"mul": smallest / a, "fma": (smallest * np.sign(a) - c) / a, "div": smallest * a}[name]
+    beside = b.astype(np.float32).view(np.int32) + rng.integers(-1, 2, size, dtype=np.int32)
+    a, b = a.astype(np.float32).view(np.uint32), beside.view(np.uint32)
+    return {"mul": [a, b], "fma": [a, b, c.view(np.uint32)], "div": [b, a]}[name]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["mul", "fma", "div"])
+def test_flush_after_rounding_to_full_precision(name: str, mode: str) -> None:
+    """What would be normal only on the grid of subnormal numbers is flushed."""
+    inputs = near_the_smallest_normal(name)
+    text = f"{name}.{mode}.ftz.f32 {{d}}, {', '.join(['{a}', '{b}', '{c}'][: len(inputs)])};"
+    check(text, F32, inputs, lambda *values: ROUNDED[name][0](*values, WIDE, mode), ftz=True)
+    if name == "div":
+        inverse = np.arange(0x7E7FFF00, 0x7E800100, dtype=np.uint32)
+        text = f"rcp.{mode}.ftz.f32 {{d}}, {{a}};"
+        check(text, F32, [inverse], lambda a: exact.div(1.0, a, WIDE, mode), ftz=True)
 
 
 @pytest.mark.parametrize("name", ["add", "mul", "fma"])
@@ -148,13 +182,30 @@ def test_extremes(name: str, nan: bool) -> None:
 
 
 def test_signs() -> None:
-    for bits, dtype, odd in ((32, np.uint32, ODD_F32), (64, np.uint64, ODD_F64)):
+    for bits, dtype, odd in ((32, np.uint32, ODD_F32), (64, np.uint64, [*ODD_F64, *NANS_F64])):
         a, b = pairs_of(odd, dtype)
         top = dtype(1) << dtype(bits - 1)
-        np.testing.assert_array_equal(elementwise(f"neg.f{bits} {{d}}, {{a}};", [a], dtype), a ^ top)
-        np.testing.assert_array_equal(elementwise(f"abs.f{bits} {{d}}, {{a}};", [a], dtype), a & ~top)
+        nan = np.isnan(a.view(np.float32 if bits == 32 else np.float64))
+        quiet = dtype(0x7FFFFFFF) if bits == 32 else a | QUIET  # an f64 keeps even the sign
+        negated, magnitude = np.where(nan, quiet, a ^ top), np.where(nan, quiet, a & ~top)
+        np.testing.assert_array_equal(elementwise(f"neg.f{bits} {{d}}, {{a}};", [a], dtype), negated)
+        np.testing.assert_array_equal(elementwise(f"abs.f{bits} {{d}}, {{a}};", [a], dtype), magnitude)
         got = elementwise(f"copysign.f{bits} {{d}}, {{a}}, {{b}};", [a, b], dtype)
         np.testing.assert_array_equal(got, (a & top) | (b & ~top))
+
+
+@pytest.mark.parametrize("name", ["add.rn", "mul.rn", "min", "max"])
+def test_payloads_of_f64(name: str) -> None:
+    """A NaN stays, as a quiet one; of two the second."""
+    a, b = pairs_of([*NANS_F64, 0x3FF0000000000000], np.uint64)
+    a, b = a[:-1], b[:-1]  # but for the pair of numbers
+    got = elementwise(f"{name}.f64 {{d}}, {{a}}, {{b}};", [a, b], np.uint64)
+    nan = np.isnan(b.view(np.float64))
+    expected = np.where(nan, b, a) | QUIET
+    if name in ("min", "max"):
+        one = nan ^ np.isnan(a.view(np.float64))
+        expected = np.where(one, 0x3FF0000000000000, expected)
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -168,7 +219,7 @@ def test_testp(bits: int) -> None:
         "infinite": np.isinf(numbers),
         "number": ~np.isnan(numbers),
         "notanumber": np.isnan(numbers),
-        "normal": np.isfinite(numbers) & (np.abs(numbers) >= tiny),
+        "normal": np.isfinite(numbers) & ((np.abs(numbers) >= tiny) | (numbers == 0)),
         "subnormal": (numbers != 0) & (np.abs(numbers) < tiny),
     }
     for name, wanted in expected.items():
@@ -251,6 +302,13 @@ def test_approximate_division(a: float, b: float, expected: float) -> None:
 
 
 def test_approximate_f64() -> None:
+    """NaN and infinity are what the upper word says."""
+    odd = np.array([*NANS_F64, 0xFFF0000000000000, 0x7FF0000000000000, 0x8000000000000001], np.uint64)
+    nan = 0x7FFFFFFF00000000
+    got = elementwise("rcp.approx.ftz.f64 {d}, {a};", [odd], np.uint64)
+    assert got.tolist() == [nan, nan, 1 << 63, 0, 1 << 63, 0, 0xFFF0000000000000]
+    got = elementwise("rsqrt.approx.ftz.f64 {d}, {a};", [odd], np.uint64)
+    assert got.tolist() == [nan, nan, nan, 0, nan, 0, 0xFFF0000000000000]
     values = np.random.default_rng(5).uniform(0.01, 1e6, 200)
     for name, function in (("rcp", lambda x: 1 / x), ("rsqrt", lambda x: 1 / np.sqrt(x))):
         got = elementwise(f"{name}.approx.ftz.f64 {{d}}, {{a}};", [values.view(np.uint64)], np.float64)

@@ -71,7 +71,7 @@ BINARY: dict[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
     "div": lambda a, b: truncating(a, b) if b else -1,
-    "rem": lambda a, b: a - b * truncating(a, b) if b else a,
+    "rem": lambda a, b: a - b * truncating(a, b) if b else -1,
 }
 
 
@@ -258,10 +258,18 @@ def test_bfind(type_name: str) -> None:
 
 def field_inputs(bits: int, sources: int) -> list[np.ndarray]:
     rng = np.random.default_rng(bits)
-    places = np.array([0, 1, 7, 15, 30, 31, 32, 33, 40, 62, 63, 64, 65, 128, 255, 256, 257], np.uint32)
+    places = np.array(
+        [0, 1, 7, 15, 30, 31, 32, 33, 40, 62, 63, 64, 65, 128, 255, 256, 257, -1, -64], np.int64
+    )
+    places = places.astype(np.uint32)
     return [random_bits(rng, COUNT, odd_integers(bits), DTYPES[bits]) for _ in range(sources)] + [
         rng.choice(places, COUNT) for _ in range(2)
     ]
+
+
+def field_number(number: int, bits: int) -> int:
+    """A position or length, as a GPU takes it beyond the 255 that PTX allows."""
+    return number & 0xFF if bits == 32 else number
 
 
 @pytest.mark.parametrize("type_name", WORDS)
@@ -270,7 +278,7 @@ def test_bfe(type_name: str) -> None:
     bits = int(type_name[1:])
 
     def extract(a: int, b: int, c: int) -> int:
-        top, pos, length = bits - 1, b & 0xFF, c & 0xFF
+        top, pos, length = bits - 1, field_number(b, bits), field_number(c, bits)
         unsigned = type_name[0] == "u" or length == 0
         sign = 0 if unsigned else a >> min(pos + length - 1, top) & 1
         return sum((a >> (pos + i) & 1 if i < length and pos + i <= top else sign) << i for i in range(bits))
@@ -289,8 +297,8 @@ def test_bfi(bits: int) -> None:
     """The pseudo-code of the PTX ISA."""
 
     def insert(a: int, b: int, c: int, d: int) -> int:
-        pos, length = c & 0xFF, d & 0xFF
-        for i in range(length):
+        pos, length = field_number(c, bits), field_number(d, bits)
+        for i in range(min(length, bits)):
             if pos + i < bits:
                 b = b & ~(1 << (pos + i)) | (a >> i & 1) << (pos + i)
         return b

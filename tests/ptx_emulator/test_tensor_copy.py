@@ -1,5 +1,6 @@
 """Tensor copies against boxes and swizzles that are computed element by element."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +10,8 @@ from copies import REDUCTIONS, aligned, box_positions, boxed, map_of, swizzled, 
 from harness import run_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ptx_emulator import EmulationError
+from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.tensor_map import DataType, OobFill, Swizzle, TensorMap
 
 SCHEDULES = [{"schedule": "fair"}, {"schedule": "late"}, {"schedule": "random", "seed": 7}]
@@ -74,16 +77,19 @@ def load(
     return out.view(np.uint8)
 
 
+# The first coordinates are multiples of 16 bytes of every type; the last ones may begin before the tensor.
 CASES = [
-    (1, (37,), (32,), (4,)),
+    (1, (37,), (32,), (16,)),
     (1, (37,), (32,), (-16,)),
     (2, (9, 48), (32, 4), (16, 3)),
-    (2, (9, 48), (32, 4), (-8, 7)),
+    (2, (9, 48), (32, 4), (-16, 7)),
     (2, (9, 48), (32, 4), (48, 0)),
-    (3, (5, 4, 32), (16, 3, 2), (8, 2, -1)),
+    (3, (5, 4, 32), (16, 3, 2), (16, 2, -1)),
     (4, (3, 4, 5, 16), (16, 2, 3, 2), (0, 4, 2, 2)),
-    (5, (2, 3, 2, 3, 16), (16, 2, 2, 2, 2), (-4, 2, 1, -1, 1)),
+    (5, (2, 3, 2, 3, 16), (16, 2, 2, 2, 2), (0, 2, 1, -1, 1)),
+    (5, (2, 3, 2, 3, 32), (16, 2, 2, 2, 2), (16, 2, 1, 1, 1)),
 ]
+INSIDE = [case for case in CASES if min(case[3]) >= 0]
 
 
 @pytest.mark.parametrize(("rank", "shape", "box", "start"), CASES, ids=lambda v: str(v).replace(" ", ""))
@@ -111,6 +117,11 @@ SWIZZLE_ROWS = {
 }
 
 
+def target_of(swizzle: Swizzle) -> str:
+    """Atoms of more than 16 bytes came with sm_100."""
+    return "sm_100a" if swizzle > Swizzle.B128 else "sm_90a"
+
+
 @pytest.mark.parametrize("base", [1024, 1024 + 128 * 3])
 @pytest.mark.parametrize("start", [(0, 0), (8, 50), (-24, -3)])
 @pytest.mark.parametrize("swizzle", SWIZZLE_ROWS)
@@ -118,7 +129,8 @@ def test_load_with_swizzle(swizzle: Swizzle, start: tuple[int, int], base: int):
     tensor = numbered((64, 96), np.uint16)
     tensor_map = map_of(tensor, DataType.UINT16, (SWIZZLE_ROWS[swizzle], 24), swizzle=swizzle)
     expected = swizzled(boxed(tensor, tensor_map, start, bytes(2)), swizzle, base)
-    np.testing.assert_array_equal(load(tensor, tensor_map, start, base), expected)
+    loaded = load(tensor, tensor_map, start, base, target=target_of(swizzle))
+    np.testing.assert_array_equal(loaded, expected)
 
 
 @st.composite
@@ -133,7 +145,7 @@ def random_loads(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tup
     outer = {"min_size": rank - 1, "max_size": rank - 1}
     shape = (*draw(st.lists(st.integers(1, 5), **outer)), unit * draw(st.integers(1, 12)))
     box = (inner, *draw(st.lists(st.integers(1, 3), **outer)))
-    start = tuple(draw(st.integers(-4, 8)) for _ in range(rank))
+    start = (draw(st.integers(-4, 8)) * unit, *(draw(st.integers(-4, 8)) for _ in range(rank - 1)))
     return shape, box, start, dtype, swizzle
 
 
@@ -146,7 +158,8 @@ def test_load_of_random_boxes(case: tuple[tuple[int, ...], tuple[int, ...], tupl
     tensor_map = map_of(tensor, data_type, box, swizzle=swizzle)
     expected = swizzled(boxed(tensor, tensor_map, start, bytes(dtype.itemsize)), swizzle, 1024)
     size = tensor_map.box_bytes
-    np.testing.assert_array_equal(load(tensor, tensor_map, start)[:size], expected[:size])
+    loaded = load(tensor, tensor_map, start, target=target_of(swizzle))
+    np.testing.assert_array_equal(loaded[:size], expected[:size])
 
 
 def test_load_with_element_strides():
@@ -157,15 +170,53 @@ def test_load_with_element_strides():
     assert load(tensor, tensor_map, (0, 3, 8))[: len(expected)].tobytes() == expected
 
 
-@pytest.mark.parametrize("data_type", [DataType.FLOAT32, DataType.BFLOAT16])
-def test_load_with_nan_outside(data_type: DataType):
-    dtype = DTYPES[data_type]
+@pytest.mark.parametrize(
+    ("data_type", "dtype"),
+    [
+        (DataType.FLOAT16, np.float16),
+        (DataType.BFLOAT16, ml_dtypes.bfloat16),
+        (DataType.FLOAT32, np.float32),
+        (DataType.FLOAT32_FTZ, np.float32),
+        (DataType.TFLOAT32, np.float32),
+        (DataType.TFLOAT32_FTZ, np.float32),
+        (DataType.FLOAT64, np.float64),
+    ],
+)
+def test_load_with_nan_outside(data_type: DataType, dtype: Any):
+    """The NaN is the same in every 16 bits."""
     tensor = numbered((4, 16), dtype)
     tensor_map = map_of(tensor, data_type, (16, 4), oob_fill=OobFill.NAN)
-    loaded = load(tensor, tensor_map, (8, 2)).view(dtype)[:64].reshape(4, 16).astype(np.float32)
-    np.testing.assert_array_equal(loaded[:2, :8], tensor[2:, 8:].astype(np.float32))
-    assert np.isnan(loaded[2:]).all()
-    assert np.isnan(loaded[:, 8:]).all()
+    loaded = load(tensor, tensor_map, (8, 2)).view(dtype)[:64].reshape(4, 16)
+    np.testing.assert_array_equal(loaded[:2, :8].astype(np.float64), tensor[2:, 8:].astype(np.float64))
+    for outside in (loaded[2:], loaded[:2, 8:]):
+        assert np.isnan(outside.astype(np.float64)).all()
+        assert set(np.ascontiguousarray(outside).view(np.uint16).ravel().tolist()) == {0x7FF7}
+
+
+ODD_WORDS = [0x00000001, 0x807FFFFF, 0x7F800001, 0xFFC12345, 0x3F800FFF, 0x3F801000, 0x3F801001, 0x3F803000]
+ODD_WORDS += [0x7F7FFFFF, 0x80000000, 0x7F800000, 0xFF800000, 0x00412345, 0x33333333, 0x00FFFFFF, 0x12345678]
+
+
+def tf32_of(word: int) -> int:
+    """To nearest even; a NaN becomes a certain one."""
+    value = float(np.array([word], np.uint32).view(np.float32)[0])
+    if not np.isfinite(value):
+        return 0x7FFFE000 if np.isnan(value) else word
+    below = word & 0xFFFFE000
+    rest = word & 0x1FFF
+    return below + (0x2000 if rest > 0x1000 or (rest == 0x1000 and below & 0x2000) else 0)
+
+
+@pytest.mark.parametrize(
+    "data_type", [DataType.FLOAT32, DataType.FLOAT32_FTZ, DataType.TFLOAT32, DataType.TFLOAT32_FTZ]
+)
+def test_load_rounds_to_tf32_and_changes_nothing_else(data_type: DataType):
+    tensor = aligned((4, 16), np.uint32)
+    tensor[...] = ODD_WORDS
+    loaded = load(tensor, map_of(tensor, data_type, (16, 4)), (0, 0)).view(np.uint32).reshape(4, 16)
+    tf32 = data_type in (DataType.TFLOAT32, DataType.TFLOAT32_FTZ)
+    expected = [tf32_of(word) if tf32 else word for word in ODD_WORDS]
+    np.testing.assert_array_equal(loaded, [expected] * 4)
 
 
 def test_load_of_packed_nibbles():
@@ -205,7 +256,7 @@ def store(
     return run_kernel(body, *arrays, shared_bytes=1024 + len(content) + 128, **options)
 
 
-@pytest.mark.parametrize("start", [(0, 0), (40, 20), (-8, -3)])
+@pytest.mark.parametrize("start", [(0, 0), (40, 20), (88, 3)])
 @pytest.mark.parametrize("swizzle", SWIZZLE_ROWS)
 @pytest.mark.parametrize("options", SCHEDULES)
 def test_store_with_swizzle(swizzle: Swizzle, start: tuple[int, int], options: dict[str, Any]):
@@ -217,13 +268,13 @@ def test_store_with_swizzle(swizzle: Swizzle, start: tuple[int, int], options: d
         if at is not None:
             expected[at] = value
     content = swizzled(values.tobytes(), swizzle, 1024).tobytes()
-    (counts,) = store(tensor, tensor_map, start, content, **options).counts
+    (counts,) = store(tensor, tensor_map, start, content, target=target_of(swizzle), **options).counts
     np.testing.assert_array_equal(tensor, expected)
     inside = [at for at in box_positions(tensor_map, start) if at is not None]
     assert counts["tma_store_bytes"] == 2 * len(inside)
 
 
-@pytest.mark.parametrize(("rank", "shape", "box", "start"), CASES, ids=lambda v: str(v).replace(" ", ""))
+@pytest.mark.parametrize(("rank", "shape", "box", "start"), INSIDE, ids=lambda v: str(v).replace(" ", ""))
 def test_store_of_every_rank(rank: int, shape: tuple[int, ...], box: tuple[int, ...], start: tuple[int, ...]):
     widths = (*shape[:-1], -(-shape[-1] // 4) * 4)
     tensor = numbered(widths, np.float32)
@@ -438,6 +489,47 @@ def test_a_tensor_map_over_more_than_the_tensor_is_reported():
     arrays = (tensor, tensor_map_array(beyond))
     found = reports_of(INIT.format(base=1024, count=1, sync=ALONE) + ISSUE + WAIT, *arrays, shared_bytes=4096)
     assert "out-of-bounds" in found.replace("_", "-")
+
+
+@pytest.mark.parametrize("start", [(1, 0), (-2, 0), (6, 3)])
+@pytest.mark.parametrize("direction", ["load", "store", "prefetch"])
+def test_a_first_coordinate_that_is_no_multiple_of_16_bytes_is_reported(
+    direction: str, start: tuple[int, int]
+):
+    tensor = numbered((8, 32), np.uint32)
+    tensor_map = map_of(tensor, DataType.UINT32, (16, 4))
+    wanted = (
+        f"The first coordinate of a tensor copy, {start[0]}, is {4 * start[0]} bytes from the start of a row"
+    )
+    prefetch = f"cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%rd2, {coordinates(start)}];"
+    copies: dict[str, Callable[[], Any]] = {
+        "load": lambda: load(tensor, tensor_map, start),
+        "store": lambda: store(tensor, tensor_map, start, bytes(256)),
+        "prefetch": lambda: run_kernel(prefetch, tensor, tensor_map_array(tensor_map)),
+    }
+    with pytest.raises(EmulationError, match=wanted):
+        copies[direction]()
+
+
+@pytest.mark.parametrize("what", ["cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor"])
+@pytest.mark.parametrize(("start", "dimension"), [((-4, 0), 0), ((0, -1), 1)])
+def test_a_store_that_begins_before_the_tensor_is_reported(what: str, start: tuple[int, int], dimension: int):
+    tensor = numbered((8, 32), np.uint32)
+    tensor_map = map_of(tensor, DataType.UINT32, (16, 4))
+    operation = ".add" if "reduce" in what else ""
+    with pytest.raises(
+        EmulationError, match=f"Coordinate {dimension} of a tensor copy to global memory is -"
+    ):
+        store(tensor, tensor_map, start, bytes(256), what, operation)
+
+
+def test_an_atom_that_hopper_does_not_have_is_reported():
+    tensor = numbered((8, 32), np.uint32)
+    tensor_map = map_of(tensor, DataType.UINT32, (16, 4), swizzle=Swizzle.B128_ATOM_32B)
+    with pytest.raises(EmulationError, match="swizzle atom of more than 16 bytes needs sm_100"):
+        store(tensor, tensor_map, (0, 0), bytes(512))
+    with pytest.raises(UnsupportedInstruction, match="it needs sm_100f"):
+        run_kernel("tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [%rd1], 1;", tensor)
 
 
 def test_something_that_is_no_tensor_map_is_reported():

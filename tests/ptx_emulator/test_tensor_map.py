@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ptx_emulator.tensor_map import (
+    MAX_BOX_BYTES,
     DataType,
     Interleave,
     L2Promotion,
@@ -29,12 +30,13 @@ def tensor_maps(draw: st.DrawFn) -> TensorMap:
     unit = 128 // bits  # elements of 16 bytes
     inner = draw(st.integers(1, min(span * 8 // bits, 256) // unit)) * unit
     floats = "FLOAT" in data_type.name
+    most = min(256, int((MAX_BOX_BYTES // (inner * bits // 8)) ** (1 / max(1, rank - 1))))
     return TensorMap(
         data_type,
         draw(st.integers(1, 2**44)) * 16,
         tuple(draw(st.lists(st.integers(1, 2**32), min_size=rank, max_size=rank))),
         tuple(draw(st.lists(st.integers(0, 2**36 - 1), min_size=rank - 1, max_size=rank - 1).map(_times_16))),
-        (inner, *draw(st.lists(st.integers(1, 256), min_size=rank - 1, max_size=rank - 1))),
+        (inner, *draw(st.lists(st.integers(1, most), min_size=rank - 1, max_size=rank - 1))),
         (1, *draw(st.lists(st.integers(1, 8), min_size=rank - 1, max_size=rank - 1))),
         Interleave.NONE,
         swizzle,
@@ -79,6 +81,30 @@ VALID = {
 }
 
 
+# In three dimensions.
+LARGE = {"dims": (16, 4096, 4096), "strides": (48, 4096 * 48), "box": (8, 256, 57)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"box": (16, 256, 57), "element_strides": (2, 1, 1)},
+        {
+            "box": (8, 255, 231),
+            "element_strides": (1, 4, 1),
+        },  # 63 * 231 rows count, though 64 * 231 are copied
+        {"box": (8, 256, 256), "element_strides": (8, 8, 8)},
+        {"interleave": Interleave.B16, "swizzle": Swizzle.B32, "box": (256, 4, 4)},
+        {"interleave": Interleave.B32, "strides": (64, 4096), "swizzle": Swizzle.B128, "box": (256, 4, 4)},
+        {"interleave": Interleave.B32, "strides": (64, 4096), "box": (16, 4, 4)},
+        {"strides": (0, 16)},
+    ],
+)
+def test_what_the_driver_takes_is_taken(change: dict[str, object]):
+    assert len(TensorMap(**{**VALID, **LARGE, **change}).encode()) == 128  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,6 +120,11 @@ VALID = {
         ({"element_strides": (1, 9)}, "element stride 1"),
         ({"swizzle": Swizzle.B64}, "128 bytes, the swizzle allows 64"),
         ({"interleave": Interleave.B16}, "rank of 3"),
+        ({**LARGE, "box": (8, 256, 58)}, "237568 bytes"),
+        ({**LARGE, "box": (16, 256, 58), "element_strides": (2, 1, 1)}, "237568 bytes"),
+        ({**LARGE, "box": (8, 255, 232), "element_strides": (1, 4, 1)}, "233856 bytes"),
+        ({**LARGE, "interleave": Interleave.B16, "box": (1, 4, 4)}, "16 bytes"),
+        ({**LARGE, "interleave": Interleave.B32}, "stride 1"),
         ({"data_type": DataType.UINT16, "oob_fill": OobFill.NAN}, "UINT16"),
         ({"dims": (1,) * 6, "strides": (16,) * 5, "box": (8,) * 6}, "rank must be 1 to 5"),
     ],

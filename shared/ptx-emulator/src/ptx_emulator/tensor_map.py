@@ -23,12 +23,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 
 BYTES = 128
 MAX_RANK = 5
 STRIDE_UNIT = 16  # bytes
 MAX_BOX = 256
 MAX_ELEMENT_STRIDE = 8
+MAX_BOX_BYTES = 228 << 10  # all shared memory of an SM; one CTA has less
 
 _FLAGS, _STRIDES, _STRIDES_HIGH, _DIMS, _ELEMENT_STRIDES, _BOX = 8, 12, 28, 32, 52, 55
 
@@ -283,6 +285,10 @@ def _shape_problem(m: TensorMap) -> str | None:
     for index, step in enumerate(m.steps):
         if not 1 <= step <= MAX_ELEMENT_STRIDE:
             return f"element stride {index} must be 1 to {MAX_ELEMENT_STRIDE}, not {step}"
+    # The driver rounds the elements of a dimension down, though one more may be copied.
+    num_bytes = prod(length // step for length, step in zip(m.box, m.steps, strict=True)) * m.element_bits // 8
+    if num_bytes > MAX_BOX_BYTES:
+        return f"the box has {num_bytes} bytes, at most {MAX_BOX_BYTES} are possible"
     if m.data_type == DataType.U4_ALIGN8B and m.dims[0] % 2:
         return f"dimension 0 of packed 4-bit elements must be even, not {m.dims[0]}"
     if m.data_type in _PADDED and (m.dims[0] % 128 or m.box[0] != 128):
@@ -300,14 +306,12 @@ def _alignment_problem(m: TensorMap) -> str | None:
     for index, stride in enumerate(m.strides, 1):
         if stride % unit or not 0 <= stride < 2**40:
             return f"stride {index} must be a multiple of {unit} below 2**40, not {stride}"
-    if not m.interleave and m.box[0] * m.element_bits % 128:
+    if m.box[0] * m.element_bits % 128:
         return f"a row of the box must be a multiple of 16 bytes, not {m.box[0] * m.element_bits / 8:g}"
     return None
 
 
 def _swizzle_problem(m: TensorMap) -> str | None:
-    if m.interleave == Interleave.B32 and m.swizzle != Swizzle.B32:
-        return "the 32-byte interleave needs the swizzle of 32 bytes"
     span = _SPANS.get(m.swizzle, 128)
     row_bytes = m.box[0] * m.element_bits // 8
     if not m.interleave and m.swizzle and row_bytes > span:

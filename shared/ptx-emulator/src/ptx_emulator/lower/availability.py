@@ -59,6 +59,7 @@ _ROWS: tuple[tuple[str, str, Needs], ...] = (
     ("cp.async.bulk", "tile::gather4|tile::scatter4|cta_group::1|cta_group::2", _TCGEN05),
     ("prefetch", "tensormap", _HOPPER),
     ("tensormap.replace", "", _ALL_SPECIFIC),
+    ("tensormap.replace", "swizzle_atomicity", _BLACKWELL_SPECIFIC),
     ("wgmma", "", _WGMMA),
     ("tcgen05", "", _TCGEN05),
     ("tcgen05.mma", "kind::i8", Needs(only=("100a", "101a", "110a"))),

@@ -23,9 +23,9 @@ NO_REDUCTION = 8
 TYPES = {"b32": 2, "u32": 2, "s32": 3, "b64": 4, "u64": 4, "s64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
 INTEGERS = ("u32", "s32", "u64", "s64")
 HALVES = ("f16", "bf16")
-# Which types a reduction of bulk copies has.
+# Which types a reduction of bulk copies into global memory has.
 REDUCTION_TYPES = {
-    "add": (*INTEGERS, *HALVES, "f32", "f64"),
+    "add": ("u32", "s32", "u64", *HALVES, "f32", "f64"),
     "min": (*INTEGERS, *HALVES),
     "max": (*INTEGERS, *HALVES),
     "inc": ("u32",),
@@ -189,7 +189,7 @@ def lower_bulk_reduction(ctx: Lowering, instruction: Instruction) -> None:
         return
     if spaces != ("shared::cluster", "shared::cta"):
         raise ctx.unsupported(f"there is no reduction from .{spaces[1]} to .{spaces[0]}")
-    if type_name not in ("b32", "u32", "s32", "b64", "u64"):
+    if type_name not in RED_ASYNC_TYPES[how]:
         raise ctx.unsupported(f"there is no reduction of .{type_name} in shared memory")
     lower_send(ctx, modifiers, given, REDUCTIONS[how], TYPES[type_name])
 

@@ -80,17 +80,27 @@ double to_integral(double value, Rounding mode) {
   }
 }
 
+// What a NaN becomes. Its payload is kept where an H200 keeps it.
+uint64_t converted_nan(uint64_t bits, Type from, Type to, Rounding mode) {
+  if (to == Type::F16 || to == Type::BF16) return kCanonicalNan16;
+  if (to == Type::F64) return as_bits(load_float(bits, from, false)) | kQuietBit64;
+  if (from == Type::F64) return as_bits(static_cast<float>(as_double(bits)));
+  if (from == Type::BF16) return bits << 16;
+  if (to == Type::TF32 && mode == Rounding::NearestAway) return bits & 0xffffe000;
+  return kCanonicalNan;
+}
+
+// Of a number, not a NaN.
 uint64_t store_float(double value, Type type, Rounding mode, uint32_t options) {
   if (options & kIntegral) value = to_integral(value, mode);
-  if (options & kSat) value = value > 0.0 ? (value < 1.0 ? value : 1.0) : 0.0;  // NaN gives 0
-  if (options & kRelu) value = value <= 0.0 ? 0.0 : value;                      // NaN stays
+  if (options & kSat) value = value > 0.0 ? (value < 1.0 ? value : 1.0) : 0.0;
+  if (options & kRelu) value = value <= 0.0 ? 0.0 : value;
   if (type == Type::F64) return as_bits(value);
-  const bool half = type == Type::F16 || type == Type::BF16;
-  if (std::isnan(value)) return half ? kCanonicalNan16 : kCanonicalNan;
   const FloatFormat& format = format_of(type);
-  value = round_to(value, format, mode);
+  const bool flush = (options & kFtz) && type == Type::F32;
+  value = round_to(value, flush ? kFp32AnyExponent : format, mode);
   if ((options & kSatFinite) && std::isinf(value)) value = std::copysign(format.max_finite, value);
-  if ((options & kFtz) && type == Type::F32) value = flushed(value, 0x1p-126);
+  if (flush) value = flushed(value, 0x1p-126);
   const float single = static_cast<float>(value);
   if (type == Type::F16) return float_to_fp16(single);
   if (type == Type::BF16) return float_to_bf16(single);
@@ -141,6 +151,12 @@ struct Conversion {
         from(static_cast<Type>(i.args[5])), mode(static_cast<Rounding>(i.args[6])), options(i.args[7]) {}
 };
 
+uint64_t converted(uint64_t bits, const Conversion& c) {
+  const double value = load_float(bits, c.from, c.options & kFtz);
+  if (value == value) return store_float(value, c.to, c.mode, c.options);
+  return c.options & kSat ? 0 : converted_nan(bits, c.from, c.to, c.mode);
+}
+
 // All of them: destination, source, bits of both registers, both types, rounding, options.
 PTXE_OP("cvt.integer") {
   const Conversion c(i);
@@ -170,8 +186,7 @@ PTXE_OP("cvt.from_integer") {
 PTXE_OP("cvt.float") {
   const Conversion c(i);
   each_lane(w, [&](int lane) {
-    const double value = load_float(load_bits(w, c.a, c.a_bits, lane), c.from, c.options & kFtz);
-    store_bits(w, c.d, c.d_bits, lane, store_float(value, c.to, c.mode, c.options));
+    store_bits(w, c.d, c.d_bits, lane, converted(load_bits(w, c.a, c.a_bits, lane), c));
   });
   return Step::Next;
 }
@@ -180,9 +195,11 @@ PTXE_OP("cvt.pair") {
   const auto type = static_cast<Type>(i.args[3]);
   const auto mode = static_cast<Rounding>(i.args[4]);
   const float *a = w.values<float>(i.args[1]), *b = w.values<float>(i.args[2]);
+  const auto half = [&](float value) {
+    return value == value ? store_float(value, type, mode, i.args[5]) : uint64_t{kCanonicalNan16};
+  };
   each_lane(w, [&](int lane) {
-    const uint64_t high = store_float(a[lane], type, mode, i.args[5]), low = store_float(b[lane], type, mode, i.args[5]);
-    w.values<uint32_t>(i.args[0])[lane] = static_cast<uint32_t>(high << 16 | low);
+    w.values<uint32_t>(i.args[0])[lane] = static_cast<uint32_t>(half(a[lane]) << 16 | half(b[lane]));
   });
   return Step::Next;
 }
@@ -194,8 +211,7 @@ template <class D, class S> D number(S a) { return static_cast<D>(a); }
 
 float single_nan(float value) { return value == value ? value : as_float(kCanonicalNan); }
 float fp16_single(uint16_t a) { return single_nan(fp16_to_float(a)); }
-float bf16_single(uint16_t a) { return single_nan(bf16_to_float(a)); }
-float narrowed(double a) { return single_nan(static_cast<float>(a)); }
+float narrowed(double a) { return static_cast<float>(a); }  // of a NaN's payload the upper bits
 float relu(float value) { return value <= 0.0f ? 0.0f : value; }
 uint32_t fp16_pair(float a, float b) { return static_cast<uint32_t>(float_to_fp16(a)) << 16 | float_to_fp16(b); }
 uint32_t bf16_pair(float a, float b) { return static_cast<uint32_t>(float_to_bf16(a)) << 16 | float_to_bf16(b); }
@@ -229,7 +245,7 @@ const Register kFrequent[] = {
     {"cvt.f32.f64", Rounded<&narrowed>::run},
     {"cvt.f64.f32", Lanewise<&number<double, float>>::run},
     {"cvt.f32.f16", Lanewise<&fp16_single>::run},
-    {"cvt.f32.bf16", Lanewise<&bf16_single>::run},
+    {"cvt.f32.bf16", Lanewise<&bf16_to_float>::run},
     {"cvt.f16.f32", Lanewise<&float_to_fp16>::run},
     {"cvt.bf16.f32", Lanewise<&float_to_bf16>::run},
     {"cvt.f16x2.f32", Lanewise<&fp16_pair>::run},

@@ -13,8 +13,8 @@ namespace {
 enum Flags : int { kPlain = 0, kFtz = 1, kSat = 2, kNan = 4, kXorSign = 8 };
 
 float canonical(float value) { return value == value ? value : as_float(kCanonicalNan); }
-// The payload of an f64 NaN is kept as the host does it; PTX does not say which one results.
-double canonical(double value) { return value; }
+// The payload of an f64 NaN is kept, but it becomes a quiet one.
+double canonical(double value) { return value == value ? value : as_double(as_bits(value) | kQuietBit64); }
 
 template <int F> float flush(float value) {
   if constexpr ((F & kFtz) == 0) return value;
@@ -33,14 +33,31 @@ template <int F, class T> T finish(T value) {
   return canonical(value);
 }
 
-template <int F, class T> T add(T a, T b) { return finish<F>(flush<F>(a) + flush<F>(b)); }
-template <int F, class T> T sub(T a, T b) { return finish<F>(flush<F>(a) - flush<F>(b)); }
-template <int F, class T> T mul(T a, T b) { return finish<F>(flush<F>(a) * flush<F>(b)); }
-template <int F, class T> T fma_of(T a, T b, T c) {
-  return finish<F>(std::fma(flush<F>(a), flush<F>(b), flush<F>(c)));
+// Sums are exact where they are subnormal. Of two f64 NaNs the second one's payload is kept.
+template <int F, class T> T add(T a, T b) {
+  if constexpr (std::is_same_v<T, double>) return canonical(b == b ? a + b : b);
+  return finish<F>(flush<F>(a) + flush<F>(b));
 }
-template <int F, class T> T div(T a, T b) { return finish<F>(flush<F>(a) / flush<F>(b)); }
-template <int F, class T> T rcp(T a) { return finish<F>(T{1} / flush<F>(a)); }
+template <int F, class T> T sub(T a, T b) { return finish<F>(flush<F>(a) - flush<F>(b)); }
+
+// The result of an operation on flushed operands. Its first factor, the dividend or all summands can be scaled.
+template <int F, class T, class Operation> T rounded(Operation operation) {
+  T result = operation(T{1});
+  if constexpr ((F & kFtz) != 0 && std::is_same_v<T, float>) result = flush_result(result, operation(kFlushScale));
+  return finish<F>(result);
+}
+template <int F, class T> T mul(T a, T b) {
+  if constexpr (std::is_same_v<T, double>) return canonical(b == b ? a * b : b);
+  return rounded<F, T>([a = flush<F>(a), b = flush<F>(b)](T scale) { return a * scale * b; });
+}
+template <int F, class T> T fma_of(T a, T b, T c) {
+  const T x = flush<F>(a), y = flush<F>(b), z = flush<F>(c);
+  return rounded<F, T>([=](T scale) { return std::fma(x * scale, y, z * scale); });
+}
+template <int F, class T> T div(T a, T b) {
+  return rounded<F, T>([a = flush<F>(a), b = flush<F>(b)](T scale) { return a * scale / b; });
+}
+template <int F, class T> T rcp(T a) { return rounded<F, T>([a = flush<F>(a)](T scale) { return scale / a; }); }
 template <int F, class T> T sqrt_of(T a) { return finish<F>(std::sqrt(flush<F>(a))); }
 
 // div.approx gives 0, or NaN for an infinite dividend, where 1/b would be subnormal.
@@ -67,16 +84,18 @@ double upper_word(double value) {
   const bool subnormal = (bits >> 52 & 0x7ff) == 0;
   return as_double(subnormal ? bits & (uint64_t{1} << 63) : bits & ~uint64_t{0xffffffff});
 }
-double rcp64_approx(double a) { return std::isnan(a) ? a : upper_word(1.0 / upper_word(a)); }
-double rsqrt64_approx(double a) { return std::isnan(a) ? a : upper_word(1.0 / std::sqrt(upper_word(a))); }
+double from_upper_word(double value) {
+  return std::isnan(value) ? as_double(uint64_t{0x7fffffff} << 32) : upper_word(value);
+}
+double rcp64_approx(double a) { return from_upper_word(1.0 / upper_word(a)); }
+double rsqrt64_approx(double a) { return from_upper_word(1.0 / std::sqrt(upper_word(a))); }
 
-// Sign operations work on the bits: they keep a NaN as it is.
 float neg_bits(float a) { return as_float(as_bits(a) ^ 0x80000000); }
 double neg_bits(double a) { return as_double(as_bits(a) ^ uint64_t{1} << 63); }
 float abs_bits(float a) { return as_float(as_bits(a) & 0x7fffffff); }
 double abs_bits(double a) { return as_double(as_bits(a) & ~(uint64_t{1} << 63)); }
-template <int F, class T> T neg(T a) { return flush<F>(neg_bits(a)); }
-template <int F, class T> T abs_of(T a) { return flush<F>(abs_bits(a)); }
+template <int F, class T> T neg(T a) { return a == a ? flush<F>(neg_bits(a)) : canonical(a); }
+template <int F, class T> T abs_of(T a) { return a == a ? flush<F>(abs_bits(a)) : canonical(a); }
 template <class T> T copy_sign(T a, T b) { return std::copysign(b, a); }  // the sign of a, the rest of b
 
 // Whether a goes before b, with -0 before +0.
@@ -177,7 +196,7 @@ template <class T> bool has_property(T value, Property property) {
     case Property::Infinite: return std::isinf(value);
     case Property::Number: return !std::isnan(value);
     case Property::NotANumber: return std::isnan(value);
-    case Property::Normal: return std::isnormal(value);
+    case Property::Normal: return std::isnormal(value) || value == T{0};
     default: return std::fpclassify(value) == FP_SUBNORMAL;
   }
 }

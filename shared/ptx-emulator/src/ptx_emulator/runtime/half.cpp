@@ -12,11 +12,13 @@ enum Flags : int { kPlain = 0, kFtz = 1, kSat = 2, kRelu = 4, kNan = 8, kXorSign
 
 struct Fp16 {
   static constexpr uint16_t kExponent = 0x7c00;
+  static constexpr float kFlushBelow = 0x1.ffep-15f;  // what rounds to 2^-14 with 11 bits, whatever the exponent
   static float load(uint16_t bits) { return fp16_to_float(bits); }
   static uint16_t store(float value) { return float_to_fp16(value); }
 };
 struct Bf16 {
   static constexpr uint16_t kExponent = 0x7f80;
+  static constexpr float kFlushBelow = 0x1.ffp-127f;  // what rounds to 2^-126 with 8 bits
   static float load(uint16_t bits) { return bf16_to_float(bits); }
   static uint16_t store(float value) { return float_to_bf16(value); }
 };
@@ -30,15 +32,16 @@ template <class T, int F> struct Arithmetic {
   static uint16_t store(float value) {
     if constexpr (F & kSat) value = value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f;  // NaN gives 0
     if constexpr (F & kRelu) value = value <= 0.0f ? 0.0f : value;                        // NaN stays
-    return flush(T::store(value));
+    if constexpr (F & kFtz) value = std::fabs(value) < T::kFlushBelow ? std::copysign(0.0f, value) : value;
+    return T::store(value);
   }
   static bool is_nan(uint16_t bits) { return (bits & 0x7fff) > T::kExponent; }
 
   static uint16_t add(uint16_t a, uint16_t b) { return store(load(a) + load(b)); }
   static uint16_t sub(uint16_t a, uint16_t b) { return store(load(a) - load(b)); }
   static uint16_t mul(uint16_t a, uint16_t b) { return store(load(a) * load(b)); }
-  static uint16_t neg(uint16_t a) { return flush(a ^ 0x8000); }
-  static uint16_t abs(uint16_t a) { return flush(a & 0x7fff); }
+  static uint16_t neg(uint16_t a) { return is_nan(a) ? kCanonicalNan16 : flush(a ^ 0x8000); }
+  static uint16_t abs(uint16_t a) { return is_nan(a) ? kCanonicalNan16 : flush(a & 0x7fff); }
   static uint16_t ex2(uint16_t a) { return store(exp2_float(load(a))); }
   static uint16_t tanh(uint16_t a) { return store(static_cast<float>(std::tanh(static_cast<double>(load(a))))); }
 

@@ -73,7 +73,7 @@ template <class T> T mad24_lo(T a, T b, T c) { return static_cast<T>(static_cast
 template <class T> T mad24_hi(T a, T b, T c) { return static_cast<T>(static_cast<u32>(mul24_hi(a, b)) + static_cast<u32>(c)); }
 s32 mad24_hi_sat(s32 a, s32 b, s32 c) { return saturate<s32>(static_cast<s64>(mul24_hi(a, b)) + c); }
 
-// Division by zero is unspecified in the PTX ISA; all ones and the dividend are what GPUs were seen to give.
+// Division by zero is unspecified in the PTX ISA; quotient and remainder are all ones, as an H200 gave them.
 template <class T> T div(T a, T b) {
   if (b == 0) return static_cast<T>(~T{0});
   if constexpr (std::is_signed_v<T>)
@@ -81,7 +81,7 @@ template <class T> T div(T a, T b) {
   return static_cast<T>(a / b);
 }
 template <class T> T rem(T a, T b) {
-  if (b == 0) return a;
+  if (b == 0) return static_cast<T>(~T{0});
   if constexpr (std::is_signed_v<T>)
     if (b == -1) return 0;
   return static_cast<T>(a % b);
@@ -152,11 +152,17 @@ template <class T> u32 bfind_shift(T a) {
   const u32 found = bfind(a);
   return found == ~0u ? found : kBits<T> - 1 - found;
 }
+// Position and length of a field. Beyond 255 they are undefined in the PTX ISA: an H200 takes their low byte for 32
+// bits and the whole of them for 64.
+template <class T> u32 field_number(u32 number) {
+  if constexpr (kBits<T> == 32) return number & 0xff;
+  return number > 0xff ? 0xff : number;
+}
 template <class T> T bfe(T a, u32 position, u32 length) {
   using U = std::make_unsigned_t<T>;
   constexpr u32 top = kBits<T> - 1;
-  position &= 0xff;
-  length &= 0xff;
+  position = field_number<T>(position);
+  length = field_number<T>(length);
   const u32 last = position + length - 1 < top ? position + length - 1 : top;  // where the sign is
   const bool negative = std::is_signed_v<T> && length != 0 && (static_cast<U>(a) >> last & 1);
   const U field = position > top ? U{0} : static_cast<U>(a) >> position;
@@ -165,8 +171,8 @@ template <class T> T bfe(T a, u32 position, u32 length) {
   return static_cast<T>((field & inside) | (negative ? ~inside : U{0}));
 }
 template <class T> T bfi(T a, T b, u32 position, u32 length) {
-  position &= 0xff;
-  length &= 0xff;
+  position = field_number<T>(position);
+  length = field_number<T>(length);
   if (position >= kBits<T>) return b;
   const T mask = static_cast<T>((length >= kBits<T> ? ~T{0} : static_cast<T>((T{1} << length) - 1)) << position);
   return static_cast<T>((b & ~mask) | (static_cast<T>(a << position) & mask));

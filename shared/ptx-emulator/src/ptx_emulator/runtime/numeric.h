@@ -30,6 +30,7 @@ inline uint64_t as_bits(double value) {
 
 constexpr uint32_t kCanonicalNan = 0x7fffffff;  // of f32 and tf32
 constexpr uint16_t kCanonicalNan16 = 0x7fff;    // of f16 and bf16
+constexpr uint64_t kQuietBit64 = uint64_t{1} << 51;
 
 // Numbers as the lowering passes them (modifiers.py, convert.py).
 enum class Rounding : uint32_t { Nearest, Zero, Down, Up, NearestAway };
@@ -137,6 +138,7 @@ constexpr FloatFormat kFp16{10, -14, 65504.0};
 constexpr FloatFormat kBf16{7, -126, 0x1.fep127};
 constexpr FloatFormat kTf32{10, -126, 0x1.ffcp127};
 constexpr FloatFormat kFp32{23, -126, 0x1.fffffep127};
+constexpr FloatFormat kFp32AnyExponent{23, -1022, 0x1.fffffep127};
 
 // The value of the format next to `value` in the rounding mode, infinity on overflow where the mode says so.
 double round_to(double value, const FloatFormat& format, Rounding mode);
@@ -165,6 +167,14 @@ inline float fma_to_odd(float a, float b, float c) {
   const double part = sum - product;
   const double error = (product - (sum - part)) + (static_cast<double>(c) - part);
   return to_odd_float(to_odd(sum, error));
+}
+
+// .ftz makes zero of an f32 result that, rounded to 24 bits whatever its exponent, lies below the smallest normal
+// number. Hosts round to the coarser grid of subnormals, which reaches that number from further below; so `scaled` is
+// the result of the same operation, in the same rounding mode, with operands scaled up by kFlushScale.
+constexpr float kFlushScale = 0x1p30f;
+inline float flush_result(float result, float scaled) {
+  return std::fabs(scaled) < 0x1p-126f * kFlushScale ? std::copysign(0.0f, result) : result;
 }
 
 // 2^x to within one unit of the last place of a float.

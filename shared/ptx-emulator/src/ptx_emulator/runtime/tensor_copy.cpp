@@ -76,12 +76,20 @@ uint64_t bytes_inside(const Box& box) {
   return bytes;
 }
 
-// Fill of elements outside the tensor. The NaN is taken to be the canonical one of the type.
+// Fill of elements outside the tensor: a NaN is 0x7ff7 in every 16 bits, whatever the type, as an H200 writes it.
 void fill(const TensorMap& map, std::vector<uint8_t>& buffer) {
-  std::fill(buffer.begin(), buffer.end(), 0);
-  if (!map.fill_nan) return;
-  const uint32_t bytes = map.element_bits() / 8;
-  for (size_t k = 0; k < buffer.size(); ++k) buffer[k] = k % bytes == bytes - 1 ? 0x7f : 0xff;
+  for (size_t k = 0; k < buffer.size(); ++k) buffer[k] = !map.fill_nan ? 0 : k % 2 ? 0x7f : 0xf7;
+}
+
+// What a load makes of f32 numbers if the tensor map says tf32: rounded to nearest even, NaN 0x7fffe000.
+void round_to_tf32(uint8_t* numbers, uint32_t bytes) {
+  for (uint32_t k = 0; k < bytes; k += sizeof(uint32_t)) {
+    uint32_t bits;
+    std::memcpy(&bits, numbers + k, sizeof bits);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    bits = nan ? 0x7fffe000 : (bits + 0xfff + (bits >> 13 & 1)) & 0xffffe000;
+    std::memcpy(numbers + k, &bits, sizeof bits);
+  }
 }
 
 // The region of shared memory that a box at `address` touches.
@@ -117,6 +125,7 @@ struct TensorLoad : AsyncOp {
           resolve_async(cluster, actor, Space::Global, piece.global, piece.bytes, 1, AccessKind::Read, actor.site);
       if (place) {
         std::memcpy(buffer.data() + piece.offset, place.data, piece.bytes);
+        if (box.map.is_tf32()) round_to_tf32(buffer.data() + piece.offset, piece.bytes);
       } else {
         std::memset(buffer.data() + piece.offset, 0xff, piece.bytes);
       }
@@ -209,15 +218,38 @@ struct TensorStore : GroupedCopy {
 
 enum class Mode : uint32_t { Tile, Rows };
 
-// The box that a lane names by a tensor map and coordinates; no bytes after a report.
-Box read_box(Warp& w, const Instruction& i, uint64_t map_address, uint32_t rank, Mode mode, uint32_t first_coordinate,
-             int lane) {
+// Reports coordinates that make a GPU stop with an illegal instruction.
+void check_coordinates(Warp& w, const TensorMap& map, const int32_t* start, bool is_store, int lane) {
+  const int64_t first_bits = int64_t{start[0]} * map.element_bits();
+  if (first_bits % (16 * 8)) {
+    report(w, Report::Misaligned, lane,
+           "The first coordinate of a tensor copy, " + std::to_string(start[0]) + ", is " +
+               std::to_string(first_bits / 8) + " bytes from the start of a row; it must be a multiple of 16 bytes.");
+  }
+  for (uint32_t d = 0; is_store && d < map.rank; ++d) {
+    if (start[d] >= 0) continue;
+    report(w, Report::OutOfBounds, lane,
+           "Coordinate " + std::to_string(d) + " of a tensor copy to global memory is " + std::to_string(start[d]) +
+               "; only copies from global memory may begin before the tensor.");
+  }
+}
+
+enum class Direction : uint32_t { Load, Store };
+
+// The box that a lane names by a tensor map and coordinates; no bytes if the map cannot be used, which is reported.
+Box read_box(Warp& w, const Instruction& i, Direction direction, uint64_t map_address, uint32_t rank, Mode mode,
+             uint32_t first_coordinate, int lane) {
   Box none;
   const Place place = locate(w, Space::Generic, map_address, kTensorMapBytes, 64, lane);
   if (!place) return none;
   TensorMap map;
   std::string why;
-  if (!decode_tensor_map(place.data, map, why)) {
+  bool usable = decode_tensor_map(place.data, map, why);
+  if (usable && map.swizzle > Swizzle::B128 && w.cluster->grid->machine->target.sm < 100) {
+    usable = false;
+    why = "its swizzle atom of more than 16 bytes needs sm_100";
+  }
+  if (!usable) {
     report(w, Report::Unsupported, lane, "The tensor map cannot be used: " + why + ".");
     return none;
   }
@@ -229,6 +261,7 @@ Box read_box(Warp& w, const Instruction& i, uint64_t map_address, uint32_t rank,
   int32_t start[kMaxRank] = {};
   const uint32_t num_coordinates = mode == Mode::Tile ? rank : 1 + kGatherRows;
   for (uint32_t d = 0; d < num_coordinates; ++d) start[d] = w.values<int32_t>(i.args[first_coordinate + d])[lane];
+  check_coordinates(w, map, start, direction == Direction::Store && mode == Mode::Tile, lane);
   if (mode == Mode::Tile) return tile_box(map, start);
   if (map.box[1] != 1) {
     report(w, Report::OutOfBounds, lane,
@@ -261,7 +294,7 @@ PTXE_OP("tensor.load") {
   const uint32_t cta_group = i.args[15], mask_bits = i.args[17];
   each_lane(w, [&](int lane) {
     auto op = std::make_unique<TensorLoad>();
-    op->box = read_box(w, i, map.at(w, lane), i.args[13], static_cast<Mode>(i.args[14]), 18, lane);
+    op->box = read_box(w, i, Direction::Load, map.at(w, lane), i.args[13], static_cast<Mode>(i.args[14]), 18, lane);
     if (!op->box.bytes) return;
     const uint32_t to = shared_operand(w, space, destination.at(w, lane), lane);
     const uint32_t signal = shared_operand(w, Space::SharedCluster, mbarrier.at(w, lane), lane);
@@ -295,7 +328,7 @@ PTXE_OP("tensor.store") {
   const auto reduction = static_cast<ReduceOp>(i.args[10]);
   each_lane(w, [&](int lane) {
     auto op = std::make_unique<TensorStore>();
-    op->box = read_box(w, i, map.at(w, lane), i.args[8], static_cast<Mode>(i.args[9]), 11, lane);
+    op->box = read_box(w, i, Direction::Store, map.at(w, lane), i.args[8], static_cast<Mode>(i.args[9]), 11, lane);
     if (!op->box.bytes) return;
     op->source = shared_operand(w, Space::Shared, source.at(w, lane), lane);
     op->reduction = find_reduction(reduction, op->box.map.type);
@@ -311,9 +344,11 @@ PTXE_OP("tensor.store") {
   return Step::Next;
 }
 
-PTXE_OP("tensor.prefetch") {  // map, rank, mode, coordinates: only that the tensor map is one
+PTXE_OP("tensor.prefetch") {  // map, rank, mode, coordinates: only that the copy would be possible
   const AddressArgs map(i, 0);
-  each_lane(w, [&](int lane) { read_box(w, i, map.at(w, lane), i.args[4], static_cast<Mode>(i.args[5]), 6, lane); });
+  each_lane(w, [&](int lane) {
+    read_box(w, i, Direction::Load, map.at(w, lane), i.args[4], static_cast<Mode>(i.args[5]), 6, lane);
+  });
   return Step::Next;
 }
 

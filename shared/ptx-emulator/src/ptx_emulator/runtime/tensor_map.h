@@ -29,6 +29,7 @@ struct TensorMap {
   uint32_t box_elements(uint32_t d) const {  // that are copied
     return d == 0 ? box[0] : (box[d] + element_strides[d] - 1) / element_strides[d];
   }
+  bool is_tf32() const { return type == ElementType::TF32 || type == ElementType::TF32Ftz; }
   uint32_t row_bytes() const { return box[0] * element_bits() / 8; }
 };
 
