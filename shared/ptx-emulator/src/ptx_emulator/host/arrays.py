@@ -38,7 +38,7 @@ class Memory:
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
     """A copy of an array whose memory starts as GPU allocations do, at a multiple of 256 bytes.
 
-    NumPy promises 16 bytes only. Where a kernel needs more (64 for a tensor map, 32 for an access of 256 bits),
+    NumPy promises 16 bytes only. Where a kernel needs more (64 for a tensor map, 32 for 256-bit accesses),
     its accesses may be reported as misaligned although they would not be on a GPU.
     """
     raw = np.zeros(array.nbytes + _ALLOCATION_ALIGNMENT, dtype=np.uint8)
