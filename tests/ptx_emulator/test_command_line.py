@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from harness import kernel_text
 from ptx_emulator.__main__ import main
 from ptx_emulator.command_line_arguments import parse_argument
 from test_launching import RACE, SCALE
@@ -104,6 +105,15 @@ def test_trace(scale: str, tmp_path: Path) -> None:
     assert main(["trace", scale, *arguments, "--role", "scaling=0", "-o", str(output)]) == 0
     events = json.loads(output.read_text())["traceEvents"]
     assert "warp 0 scaling" in [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+
+
+def test_trace_of_a_deadlock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stuck, output = tmp_path / "stuck.ptx", tmp_path / "out.json"
+    stuck.write_text(kernel_text("setp.lt.u32 %p1, %r1, 32; @%p1 bra END; bar.sync 1, 96; END:", 0))
+    assert main(["trace", str(stuck), "--block", "64", "-o", str(output)]) == 1
+    assert "Deadlock" in capsys.readouterr().out
+    events = json.loads(output.read_text())["traceEvents"]
+    assert {e["tid"] for e in events if e["ph"] == "X"} == {0, 1}
 
 
 def test_roles(scale: str, capsys: pytest.CaptureFixture[str]) -> None:

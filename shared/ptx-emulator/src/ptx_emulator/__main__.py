@@ -94,11 +94,12 @@ def check(chosen: argparse.Namespace) -> int:
 
 
 def trace(chosen: argparse.Namespace) -> int:
-    """Runs once and writes a timeline."""
+    """Runs once and writes a timeline; findings that need no race checker are printed."""
     result = _job(chosen).run(_options(chosen, checks=False, traced=True))
     write_timeline(chosen.output, result.timeline, _roles(chosen.role))
     num_spans = sum(len(row.spans) for row in result.timeline)
     print(f"{chosen.output}: {num_spans} spans; open it at https://ui.perfetto.dev")
+    print(reports_text(result.reports))
     return 1 if result.reports else 0
 
 
