@@ -154,9 +154,15 @@ def kept_nan(instruction: str, bits: int) -> int | None:
     """What becomes of a NaN whose payload is kept."""
     if instruction.endswith("f32.bf16"):
         return bits << 16
-    if instruction.endswith("f32.f64") and "sat" not in instruction:
+    if instruction.endswith("f32.f64"):
         return bits >> 32 & 1 << 31 | 0x7FC00000 | bits >> 29 & 0x7FFFFF
-    return bits & 0xFFFFE000 if "rna.tf32" in instruction else None
+    if instruction.endswith(".bf16.f64"):
+        return bits >> 48 & 1 << 15 | 0x7FC0 | bits >> 45 & 0x7F
+    if instruction.endswith(".f16.f64"):
+        return bits >> 48 & 1 << 15 | 0x7E00 | bits >> 42 & 0x3FF
+    if "tf32" in instruction:
+        return bits & 0xFFFFE000 if "rna" in instruction else 0x7FFFE000
+    return None
 
 
 def check_floats(
@@ -253,7 +259,17 @@ def test_relu_and_satfinite(fmt: Format, mode: str) -> None:
         (".satfinite.relu", lambda value: finite(rounded(relu(value), fmt, mode), fmt)),
     ):
         got = elementwise(f"cvt.{mode}{suffix}.{name}.f32 {{d}}, {{a}};", [a], fmt.bits, target=target)
-        assert got.tolist() == [fmt.encode(function(value)) for value in values], suffix
+        nan = 0x7FFFE000 if fmt is TF32 else 0x7FFF
+        expected = [nan if math.isnan(value) else fmt.encode(function(value)) for value in values]
+        assert got.tolist() == expected, suffix
+
+
+@pytest.mark.parametrize("suffix", ["rn", "rz", "rn.relu", "rz.relu"])
+def test_tf32(suffix: str) -> None:
+    function = relu if "relu" in suffix else float
+    check_floats(
+        f"cvt.{suffix}.tf32.f32", "f32", TF32, lambda value: rounded(function(value), TF32, suffix[:2])
+    )
 
 
 def test_tf32_ties_away() -> None:

@@ -194,7 +194,18 @@ def test_signs() -> None:
         np.testing.assert_array_equal(got, (a & top) | (b & ~top))
 
 
-@pytest.mark.parametrize("name", ["add.rn", "mul.rn", "min", "max"])
+def test_payloads_of_f64_fma() -> None:
+    """The second operand's NaN stays, else the third's, else the first's."""
+    values = np.array([*NANS_F64, 0x3FF0000000000000], np.uint64)
+    a, b, c = (np.ascontiguousarray(grid.ravel()) for grid in np.meshgrid(values, values, values))
+    got = elementwise("fma.rn.f64 {d}, {a}, {b}, {c};", [a, b, c], np.uint64)
+    nan_a, nan_b, nan_c = (np.isnan(x.view(np.float64)) for x in (a, b, c))
+    expected = np.select([nan_b, nan_c, nan_a], [b, c, a]) | QUIET
+    some = nan_a | nan_b | nan_c
+    np.testing.assert_array_equal(got[some], expected[some])
+
+
+@pytest.mark.parametrize("name", ["add.rn", "sub.rn", "mul.rn", "min", "max"])
 def test_payloads_of_f64(name: str) -> None:
     """A NaN stays, as a quiet one; of two the second."""
     a, b = pairs_of([*NANS_F64, 0x3FF0000000000000], np.uint64)

@@ -1,6 +1,7 @@
 """Tensor copies against boxes and swizzles that are computed element by element."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -55,13 +56,20 @@ def coordinates(start: tuple[int, ...]) -> str:
 
 
 def load(
-    tensor: np.ndarray, tensor_map: TensorMap, start: tuple[int, ...], base: int = 1024, **options: Any
+    tensor: np.ndarray,
+    tensor_map: TensorMap,
+    start: tuple[int, ...],
+    base: int = 1024,
+    words: int = 0,
+    **options: Any,
 ) -> np.ndarray:
-    """Shared memory after a load of a box."""
-    words = -(-tensor_map.box_bytes // 128) * 32
-    out = np.zeros(words, np.uint32)
+    """Shared memory after a load of a box: as long as the box, or `words`, which are zeros at first."""
+    num_words = words or tensor_map.box_bytes // 4
+    out = np.zeros(-(-num_words // 32) * 32, np.uint32)
+    clear = FILL.format(words=num_words, out=3).replace("DUMP", "CLEAR") + "fence.proxy.async; bar.sync 0;"
     body = (
         INIT.format(base=base, count=1, sync=ALONE)
+        + (clear if words else "")
         + f"""
         @!%p20 bra ISSUED;
         mbarrier.arrive.expect_tx.shared.b64 _, [%r20], {tensor_map.box_bytes};
@@ -70,10 +78,10 @@ def load(
         ISSUED:
         """
         + WAIT
-        + DUMP.format(words=tensor_map.box_bytes // 4, out=3)
+        + DUMP.format(words=num_words, out=3)
     )
-    shared = base + words * 4
-    run_kernel(body, tensor, tensor_map_array(tensor_map), out, shared_bytes=shared, **options)
+    arrays = (tensor, tensor_map_array(tensor_map), out)
+    run_kernel(body, *arrays, shared_bytes=base + out.nbytes, **options)
     return out.view(np.uint8)
 
 
@@ -274,6 +282,53 @@ def test_store_with_swizzle(swizzle: Swizzle, start: tuple[int, int], options: d
     assert counts["tma_store_bytes"] == 2 * len(inside)
 
 
+def whole_units(tensor_map: TensorMap) -> TensorMap:
+    """The tensor as a store sees it: its rows end with a whole unit of 16 bytes."""
+    unit = 128 // tensor_map.element_bits
+    width = -(-tensor_map.dims[0] // unit) * unit
+    return replace(tensor_map, dims=(width, *tensor_map.dims[1:]))
+
+
+@pytest.mark.parametrize("op", ["", "add"])
+@pytest.mark.parametrize("width", [9, 10, 11, 12])
+@pytest.mark.parametrize("swizzle", [Swizzle.NONE, Swizzle.B32])
+def test_store_to_rows_that_are_no_multiple_of_16_bytes(swizzle: Swizzle, width: int, op: str):
+    """The GPU writes whole units of 16 bytes, past the end of the row."""
+    tensor = numbered((6, 16), np.uint32)
+    tensor_map = map_of(tensor, DataType.UINT32, (8, 3), dims=(width, 5), swizzle=swizzle)
+    values = np.arange(24, dtype=np.uint32) + 1000
+    expected = tensor.copy()
+    for value, at in zip(values, box_positions(whole_units(tensor_map), (4, 3)), strict=True):
+        if at is not None:
+            expected[at] = expected[at] + value if op else value
+    content = swizzled(values.tobytes(), swizzle, 1024).tobytes()
+    what = "cp.reduce.async.bulk.tensor" if op else "cp.async.bulk.tensor"
+    store(tensor, tensor_map, (4, 3), content, what, f".{op}" if op else "")
+    np.testing.assert_array_equal(tensor, expected)
+
+
+def test_a_store_past_the_array_in_its_last_unit_is_reported():
+    memory = aligned((12,), np.uint32)
+    tensor_map = TensorMap(DataType.UINT32, memory.ctypes.data, (9,), (), (8,))
+    with pytest.raises(EmulationError, match="past the end of"):
+        store(memory[:9], tensor_map, (4,), bytes(32))
+
+
+@pytest.mark.parametrize("swizzle", [Swizzle.B32, Swizzle.B64, Swizzle.B128])
+def test_rows_narrower_than_the_swizzle_lie_in_lines_of_its_width(swizzle: Swizzle):
+    span = {Swizzle.B32: 32, Swizzle.B64: 64}.get(swizzle, 128)
+    tensor = numbered((12, 32), np.uint32)
+    tensor_map = map_of(tensor, DataType.UINT32, (4, 10), swizzle=swizzle)
+    lines = np.zeros((10, span), np.uint8)
+    lines[:, :16] = np.ascontiguousarray(tensor[1:11, 8:12]).view(np.uint8)
+    expected = swizzled(lines.tobytes(), swizzle, 1024)[: 10 * span]
+    loaded = load(tensor, tensor_map, (8, 1), words=10 * span // 4)
+    np.testing.assert_array_equal(loaded[: 10 * span], expected)
+    copied = aligned(tensor.shape, np.uint32)
+    store(copied, replace(tensor_map, address=copied.ctypes.data), (8, 1), expected.tobytes())
+    np.testing.assert_array_equal(copied[1:11, 8:12], tensor[1:11, 8:12])
+
+
 @pytest.mark.parametrize(("rank", "shape", "box", "start"), INSIDE, ids=lambda v: str(v).replace(" ", ""))
 def test_store_of_every_rank(rank: int, shape: tuple[int, ...], box: tuple[int, ...], start: tuple[int, ...]):
     widths = (*shape[:-1], -(-shape[-1] // 4) * 4)
@@ -281,7 +336,7 @@ def test_store_of_every_rank(rank: int, shape: tuple[int, ...], box: tuple[int, 
     tensor_map = map_of(tensor, DataType.FLOAT32, box, dims=shape[::-1])
     values = np.arange(np.prod(box), dtype=np.float32) + 0.5
     expected = tensor.copy()
-    for value, at in zip(values, box_positions(tensor_map, start), strict=True):
+    for value, at in zip(values, box_positions(whole_units(tensor_map), start), strict=True):
         if at is not None:
             expected[at] = value
     store(tensor, tensor_map, start, values.tobytes())

@@ -80,13 +80,18 @@ double to_integral(double value, Rounding mode) {
   }
 }
 
-// What a NaN becomes. Its payload is kept where an H200 keeps it.
-uint64_t converted_nan(uint64_t bits, Type from, Type to, Rounding mode) {
-  if (to == Type::F16 || to == Type::BF16) return kCanonicalNan16;
+// What a NaN becomes. Its payload, or the upper part of it, is kept where an H200 keeps it.
+uint64_t converted_nan(uint64_t bits, Type from, Type to, Rounding mode, uint32_t options) {
   if (to == Type::F64) return as_bits(load_float(bits, from, false)) | kQuietBit64;
-  if (from == Type::F64) return as_bits(static_cast<float>(as_double(bits)));
-  if (from == Type::BF16) return bits << 16;
-  if (to == Type::TF32 && mode == Rounding::NearestAway) return bits & 0xffffe000;
+  if (from == Type::F64) {
+    const int width = bits_of(to), mantissa_bits = format_of(to).mantissa_bits;
+    const uint64_t sign = bits >> 63 << (width - 1), exponent = (uint64_t{1} << (width - 1)) - (uint64_t{1} << mantissa_bits);
+    const uint64_t mantissa = (bits | kQuietBit64) << 12 >> (64 - mantissa_bits);
+    return sign | exponent | mantissa;
+  }
+  if (to == Type::F16 || to == Type::BF16) return kCanonicalNan16;
+  if (from == Type::BF16 && !(options & kFtz)) return bits << 16;
+  if (to == Type::TF32) return mode == Rounding::NearestAway ? bits & 0xffffe000 : 0x7fffe000;
   return kCanonicalNan;
 }
 
@@ -154,7 +159,7 @@ struct Conversion {
 uint64_t converted(uint64_t bits, const Conversion& c) {
   const double value = load_float(bits, c.from, c.options & kFtz);
   if (value == value) return store_float(value, c.to, c.mode, c.options);
-  return c.options & kSat ? 0 : converted_nan(bits, c.from, c.to, c.mode);
+  return c.options & kSat ? 0 : converted_nan(bits, c.from, c.to, c.mode, c.options);
 }
 
 // All of them: destination, source, bits of both registers, both types, rounding, options.

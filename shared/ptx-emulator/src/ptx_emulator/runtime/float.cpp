@@ -33,12 +33,15 @@ template <int F, class T> T finish(T value) {
   return canonical(value);
 }
 
-// Sums are exact where they are subnormal. Of two f64 NaNs the second one's payload is kept.
+// Sums are exact where they are subnormal. Of f64 NaNs the second operand's payload is kept, then the third's.
 template <int F, class T> T add(T a, T b) {
   if constexpr (std::is_same_v<T, double>) return canonical(b == b ? a + b : b);
   return finish<F>(flush<F>(a) + flush<F>(b));
 }
-template <int F, class T> T sub(T a, T b) { return finish<F>(flush<F>(a) - flush<F>(b)); }
+template <int F, class T> T sub(T a, T b) {
+  if constexpr (std::is_same_v<T, double>) return canonical(b == b ? a - b : b);
+  return finish<F>(flush<F>(a) - flush<F>(b));
+}
 
 // The result of an operation on flushed operands. Its first factor, the dividend or all summands can be scaled.
 template <int F, class T, class Operation> T rounded(Operation operation) {
@@ -51,6 +54,7 @@ template <int F, class T> T mul(T a, T b) {
   return rounded<F, T>([a = flush<F>(a), b = flush<F>(b)](T scale) { return a * scale * b; });
 }
 template <int F, class T> T fma_of(T a, T b, T c) {
+  if constexpr (std::is_same_v<T, double>) return canonical(b != b ? b : c == c ? std::fma(a, b, c) : c);
   const T x = flush<F>(a), y = flush<F>(b), z = flush<F>(c);
   return rounded<F, T>([=](T scale) { return std::fma(x * scale, y, z * scale); });
 }

@@ -57,6 +57,9 @@ V combine(V a, V b) {
     if constexpr (std::is_signed_v<V> && std::is_integral_v<V>) {
       using U = std::make_unsigned_t<V>;
       return static_cast<V>(static_cast<U>(a) + static_cast<U>(b));
+    } else if constexpr (std::is_same_v<V, float>) {
+      const float sum = a + b;
+      return sum == sum ? sum : as_float(kCanonicalNan);
     } else {
       return static_cast<V>(a + b);
     }

@@ -12,42 +12,51 @@ namespace {
 constexpr uint32_t kSharedAlignment = 128;  // of a box in shared memory
 constexpr uint32_t kLineBytes = 128;        // that a swizzle maps onto itself
 constexpr uint32_t kGatherRows = 4;
+constexpr int64_t kUnitBits = 128;  // of global memory
+
+enum class Direction : uint32_t { Load, Store };
 
 // The part of a row of the box that is inside the tensor.
 struct Piece {
-  uint32_t offset;  // in the unswizzled box
+  uint32_t offset;  // in shared memory, before it is swizzled
   uint32_t bytes;
   uint64_t global;
 };
 
+// Rows lie in shared memory one after the other, or each in a line as wide as the swizzle.
 struct Box {
   TensorMap map;
-  uint32_t bytes = 0;
+  Direction direction = Direction::Load;
+  uint32_t num_rows = 0;
   std::vector<Piece> pieces;
+
+  uint32_t row_pitch() const { return std::max(map.row_bytes(), swizzle_span(map.swizzle)); }
+  uint32_t bytes() const { return num_rows * map.row_bytes(); }
+  uint32_t extent() const { return num_rows * row_pitch(); }
 };
 
+// Copies to global memory write whole units of 16 bytes, also where the tensor ends within one.
 void add_row(Box& box, const int64_t* at, uint32_t row) {
   const TensorMap& map = box.map;
   for (uint32_t d = 1; d < map.rank; ++d) {
     if (at[d] < 0 || at[d] >= static_cast<int64_t>(map.dims[d])) return;
   }
   const int64_t first = std::max<int64_t>(at[0], 0);
-  const int64_t last = std::min<int64_t>(at[0] + map.box[0], static_cast<int64_t>(map.dims[0]));
-  if (first >= last) return;
   const int64_t bits = map.element_bits();
+  auto end = static_cast<int64_t>(map.dims[0]);
+  if (box.direction == Direction::Store) end = (end * bits + kUnitBits - 1) / kUnitBits * kUnitBits / bits;
+  const int64_t last = std::min<int64_t>(at[0] + map.box[0], end);
+  if (first >= last || first >= static_cast<int64_t>(map.dims[0])) return;
   uint64_t global = map.address + static_cast<uint64_t>(first * bits / 8);
   for (uint32_t d = 1; d < map.rank; ++d) global += static_cast<uint64_t>(at[d]) * map.strides[d];
   const auto skipped = static_cast<uint32_t>((first - at[0]) * bits / 8);
-  box.pieces.push_back({row * map.row_bytes() + skipped, static_cast<uint32_t>((last - first) * bits / 8), global});
+  box.pieces.push_back({row * box.row_pitch() + skipped, static_cast<uint32_t>((last - first) * bits / 8), global});
 }
 
-// Rows lie one after the other in shared memory, also where a swizzle would allow longer rows: the reading taken
-// here of a box that is narrower than its swizzle.
-Box tile_box(const TensorMap& map, const int32_t* start) {
-  Box box{map, 0, {}};
-  uint32_t num_rows = 1;
-  for (uint32_t d = 1; d < map.rank; ++d) num_rows *= map.box_elements(d);
-  for (uint32_t row = 0; row < num_rows; ++row) {
+Box tile_box(const TensorMap& map, Direction direction, const int32_t* start) {
+  Box box{map, direction, 1, {}};
+  for (uint32_t d = 1; d < map.rank; ++d) box.num_rows *= map.box_elements(d);
+  for (uint32_t row = 0; row < box.num_rows; ++row) {
     int64_t at[kMaxRank] = {start[0]};
     uint32_t rest = row;
     for (uint32_t d = 1; d < map.rank; ++d) {
@@ -56,13 +65,12 @@ Box tile_box(const TensorMap& map, const int32_t* start) {
     }
     add_row(box, at, row);
   }
-  box.bytes = num_rows * map.row_bytes();
   return box;
 }
 
 // tile::gather4 and tile::scatter4: four rows of a matrix, from the same column on.
-Box row_box(const TensorMap& map, const int32_t* start) {
-  Box box{map, kGatherRows * map.row_bytes(), {}};
+Box row_box(const TensorMap& map, Direction direction, const int32_t* start) {
+  Box box{map, direction, kGatherRows, {}};
   for (uint32_t row = 0; row < kGatherRows; ++row) {
     const int64_t at[kMaxRank] = {start[0], start[1 + row]};
     add_row(box, at, row);
@@ -94,8 +102,8 @@ void round_to_tf32(uint8_t* numbers, uint32_t bytes) {
 
 // The region of shared memory that a box at `address` touches.
 uint32_t region_bytes(const Box& box) {
-  if (box.map.swizzle == Swizzle::None) return box.bytes;
-  return (box.bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+  if (box.map.swizzle == Swizzle::None) return box.bytes();
+  return (box.extent() + kLineBytes - 1) / kLineBytes * kLineBytes;
 }
 
 struct TensorLoad : AsyncOp {
@@ -108,17 +116,17 @@ struct TensorLoad : AsyncOp {
   bool step(Cluster& cluster) override {
     if (next == 0) read(cluster);
     write(cluster, destinations[next]);
-    mbarrier_complete_tx(cluster, mbarriers[next], box.bytes, actor);
+    mbarrier_complete_tx(cluster, mbarriers[next], box.bytes(), actor);
     if (++next < destinations.size()) return false;
     retire(cluster, actor);
     return true;
   }
   std::string describe() const override {
-    return "cp.async.bulk.tensor of " + std::to_string(box.bytes) + " bytes to shared memory";
+    return "cp.async.bulk.tensor of " + std::to_string(box.bytes()) + " bytes to shared memory";
   }
 
   void read(Cluster& cluster) {
-    buffer.resize(box.bytes);
+    buffer.resize(box.extent());
     fill(box.map, buffer);
     for (const Piece& piece : box.pieces) {
       const Place place =
@@ -137,13 +145,15 @@ struct TensorLoad : AsyncOp {
                                       kSharedAlignment, AccessKind::Write, actor.site);
     if (!place) return;
     if (box.map.swizzle == Swizzle::None) {
-      std::memcpy(place.data, buffer.data(), box.bytes);
+      std::memcpy(place.data, buffer.data(), box.bytes());
       return;
     }
-    const uint32_t atom = swizzle_atom(box.map.swizzle);
-    for (uint32_t k = 0; k < box.bytes; k += atom) {
-      const uint32_t to = swizzle_address(box.map.swizzle, destination + k) - destination;
-      std::memcpy(place.data + to, buffer.data() + k, atom);
+    const uint32_t atom = swizzle_atom(box.map.swizzle), pitch = box.row_pitch(), row_bytes = box.map.row_bytes();
+    for (uint32_t row = 0; row < box.extent(); row += pitch) {
+      for (uint32_t k = row; k < row + row_bytes; k += atom) {
+        const uint32_t to = swizzle_address(box.map.swizzle, destination + k) - destination;
+        std::memcpy(place.data + to, buffer.data() + k, atom);
+      }
     }
   }
 };
@@ -155,7 +165,7 @@ struct TensorStore : GroupedCopy {
 
   // Only what is inside the tensor is read, row by row: the rest of the box need not have been written.
   void read(Cluster& cluster) override {
-    buffer.resize(box.bytes);
+    buffer.resize(box.extent());
     if (source % kSharedAlignment) {
       report(*cluster.grid, Report::Misaligned, reader.site,
              "A tensor copy from shared address " + std::to_string(source & kOffsetMask) +
@@ -212,7 +222,7 @@ struct TensorStore : GroupedCopy {
     }
   }
   std::string describe() const override {
-    return "cp.async.bulk.tensor of " + std::to_string(box.bytes) + " bytes to global memory";
+    return "cp.async.bulk.tensor of " + std::to_string(box.bytes()) + " bytes to global memory";
   }
 };
 
@@ -233,8 +243,6 @@ void check_coordinates(Warp& w, const TensorMap& map, const int32_t* start, bool
                "; only copies from global memory may begin before the tensor.");
   }
 }
-
-enum class Direction : uint32_t { Load, Store };
 
 // The box that a lane names by a tensor map and coordinates; no bytes if the map cannot be used, which is reported.
 Box read_box(Warp& w, const Instruction& i, Direction direction, uint64_t map_address, uint32_t rank, Mode mode,
@@ -262,12 +270,12 @@ Box read_box(Warp& w, const Instruction& i, Direction direction, uint64_t map_ad
   const uint32_t num_coordinates = mode == Mode::Tile ? rank : 1 + kGatherRows;
   for (uint32_t d = 0; d < num_coordinates; ++d) start[d] = w.values<int32_t>(i.args[first_coordinate + d])[lane];
   check_coordinates(w, map, start, direction == Direction::Store && mode == Mode::Tile, lane);
-  if (mode == Mode::Tile) return tile_box(map, start);
+  if (mode == Mode::Tile) return tile_box(map, direction, start);
   if (map.box[1] != 1) {
     report(w, Report::OutOfBounds, lane,
            "Four rows are copied with a box of " + std::to_string(map.box[1]) + " rows; the box must have one.");
   }
-  return row_box(map, start);
+  return row_box(map, direction, start);
 }
 
 // The CTA whose mbarrier is signalled for a copy into `destination`: its own, or with .cta_group::2 the CTA of its
@@ -295,7 +303,7 @@ PTXE_OP("tensor.load") {
   each_lane(w, [&](int lane) {
     auto op = std::make_unique<TensorLoad>();
     op->box = read_box(w, i, Direction::Load, map.at(w, lane), i.args[13], static_cast<Mode>(i.args[14]), 18, lane);
-    if (!op->box.bytes) return;
+    if (!op->box.bytes()) return;
     const uint32_t to = shared_operand(w, space, destination.at(w, lane), lane);
     const uint32_t signal = shared_operand(w, Space::SharedCluster, mbarrier.at(w, lane), lane);
     if (mask_bits) {
@@ -312,8 +320,8 @@ PTXE_OP("tensor.load") {
       op->mbarriers.push_back(signal);
     }
     if (op->destinations.empty()) return;
-    count(w, Count::TmaLoadBytes, op->box.bytes);
-    const uint64_t completion = through_copy_engine(w, op->box.bytes, "tensor load");
+    count(w, Count::TmaLoadBytes, op->box.bytes());
+    const uint64_t completion = through_copy_engine(w, op->box.bytes(), "tensor load");
     op->actor = issue(w, Proxy::Async);
     op->actor.site = site_of(w, lane);
     op->actor.time = completion;
@@ -329,7 +337,7 @@ PTXE_OP("tensor.store") {
   each_lane(w, [&](int lane) {
     auto op = std::make_unique<TensorStore>();
     op->box = read_box(w, i, Direction::Store, map.at(w, lane), i.args[8], static_cast<Mode>(i.args[9]), 11, lane);
-    if (!op->box.bytes) return;
+    if (!op->box.bytes()) return;
     op->source = shared_operand(w, Space::Shared, source.at(w, lane), lane);
     op->reduction = find_reduction(reduction, op->box.map.type);
     if (reduction != ReduceOp::None && !op->reduction) {
@@ -338,7 +346,7 @@ PTXE_OP("tensor.store") {
     }
     count(w, Count::TmaStoreBytes, bytes_inside(op->box));
     const char* name = op->reduction ? "tensor reduce" : "tensor store";
-    op->join_group(w, lane, through_copy_engine(w, op->box.bytes, name));
+    op->join_group(w, lane, through_copy_engine(w, op->box.bytes(), name));
     start_async(w, std::move(op));
   });
   return Step::Next;

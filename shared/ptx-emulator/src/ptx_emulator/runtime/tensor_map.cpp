@@ -59,9 +59,8 @@ bool check(const TensorMap& map, std::string& why) {
     why = "padded sub-byte types are not emulated";
   else if (map.address % 16) why = "its address is not a multiple of 16";
   else if (map.box[0] * map.element_bits() % 128) why = "the rows of its box are no multiple of 16 bytes";
-  constexpr uint32_t kSpans[] = {~0u, 32, 64, 128, 128, 128, 128};
-  const uint32_t span = kSpans[static_cast<uint32_t>(map.swizzle)];
-  if (why.empty() && map.row_bytes() > span) {
+  const uint32_t span = swizzle_span(map.swizzle);
+  if (why.empty() && span && map.row_bytes() > span) {
     why = "the rows of its box are " + std::to_string(map.row_bytes()) + " bytes, the swizzle allows " + std::to_string(span);
   }
   return why.empty();
@@ -165,6 +164,11 @@ uint32_t swizzle_address(Swizzle swizzle, uint32_t address) {
     case Swizzle::B128Atom64: return address ^ (line & 1) << 6;
   }
   return address;
+}
+
+uint32_t swizzle_span(Swizzle swizzle) {
+  constexpr uint32_t kSpans[] = {0, 32, 64, 128, 128, 128, 128};
+  return kSpans[static_cast<uint32_t>(swizzle)];
 }
 
 uint32_t swizzle_atom(Swizzle swizzle) { return swizzle == Swizzle::B128Atom32Flip8 ? 8 : 16; }

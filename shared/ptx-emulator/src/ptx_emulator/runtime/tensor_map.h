@@ -47,6 +47,8 @@ bool replace_tensor_map_field(uint8_t* bytes, TensorMapField field, uint32_t ord
 // Where the byte that an unswizzled copy would put at `address` goes. All patterns are functions of the shared
 // memory address, whatever the start of the box: the "swizzle base offset" of the PTX ISA.
 uint32_t swizzle_address(Swizzle swizzle, uint32_t address);
+// Bytes of the lines in which rows are swizzled; 0 without a swizzle.
+uint32_t swizzle_span(Swizzle swizzle);
 // Bytes that a pattern keeps together.
 uint32_t swizzle_atom(Swizzle swizzle);
 
