@@ -6,10 +6,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from harness import kernel_text, run_kernel
-from ptx_emulator import UnsupportedInstruction
+from ptx_emulator import UnsupportedInstruction, program
 from ptx_emulator.lower import registry
 from ptx_emulator.lower.context import Lowering
 from ptx_emulator.program import lower_instruction
@@ -76,10 +75,9 @@ def test_an_error_of_the_emulator_is_not_called_a_refusal(monkeypatch: pytest.Mo
     def fails(ctx: Lowering, instruction: Instruction) -> None:
         raise KeyError("oops")
 
-    registry.load_groups()
-    monkeypatch.setitem(registry._TABLE, "add", registry.Lowered(fails, "integer"))
-    with pytest.raises(RuntimeError, match=r"PTX line \d+ of kernel: @!%p1 add\.u32 %r2, %r1, 1;") as caught:
-        run_kernel("@!%p1 add.u32 %r2, %r1, 1;", np.zeros(1))
+    monkeypatch.setattr(program, "find", lambda instruction: registry.Lowered(fails, "integer"))
+    with pytest.raises(RuntimeError, match=r"PTX line \d+ of kernel: mov\.u32 %r1, %tid\.x;") as caught:
+        run_kernel("")
     assert isinstance(caught.value.__cause__, KeyError)
 
 

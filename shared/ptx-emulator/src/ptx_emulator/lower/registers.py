@@ -116,7 +116,7 @@ def _extend(live_in: list[int], blocks: list[Block], first: list[int], last: lis
     """Makes intervals reach from the first block that a value enters to the last that it leaves."""
     seen = 0
     for b, block in enumerate(blocks):
-        for n in _bits(live_in[b] & ~seen):
+        for n in bits_set(live_in[b] & ~seen):
             first[n] = min(first[n], block.start)
         seen |= live_in[b]
     seen = 0
@@ -124,12 +124,12 @@ def _extend(live_in: list[int], blocks: list[Block], first: list[int], last: lis
         live_out = 0
         for s in block.successors:
             live_out |= live_in[s]
-        for n in _bits(live_out & ~seen):
+        for n in bits_set(live_out & ~seen):
             last[n] = max(last[n], block.end - 1)
         seen |= live_out
 
 
-def _bits(mask: int) -> Iterator[int]:
+def bits_set(mask: int) -> Iterator[int]:
     """The numbers of the bits that are set."""
     while mask:
         low = mask & -mask

@@ -85,7 +85,12 @@ def lowers(
 def find(instruction: Instruction) -> Lowered | None:
     """What lowers an instruction, or None if its opcode is unknown."""
     load_groups()
-    words = (instruction.opcode, *instruction.modifiers)
+    return _find(instruction.opcode, instruction.modifiers)
+
+
+@cache
+def _find(opcode: str, modifiers: tuple[str, ...]) -> Lowered | None:
+    words = (opcode, *modifiers)
     for length in range(len(words), 0, -1):
         found = _TABLE.get(".".join(words[:length]))
         if found is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ptx_emulator.lower.context import Op, Value
 from ptx_emulator.lower.flow import Block
+from ptx_emulator.lower.registers import bits_set
 
 LOAD, WAIT, USE = "tcgen05.ld", "tcgen05.wait.ld", "tcgen05.use"
 _MOVES = ("mov", "pack", "unpack")
@@ -21,7 +22,7 @@ def guard_early_uses(ops: list[Op], blocks: list[Block], operations: dict[str, i
     if not any(op.name == LOAD for op in ops):
         return
     for index, loads in sorted(_early_uses(ops, blocks).items()):
-        numbers = [n for n in range(len(ops)) if loads >> n & 1]
+        numbers = list(bits_set(loads))
         op = ops[index]
         op.args = [len(numbers), operations[op.name], *numbers, *op.args]
         op.name = USE
@@ -31,7 +32,7 @@ def _early_uses(ops: list[Op], blocks: list[Block]) -> dict[int, int]:
     """Operation -> loads whose registers it may read too early."""
     entry: list[Loaded] = [{} for _ in blocks]
     found: dict[int, int] = {}
-    todo = list(range(len(blocks)))
+    todo = list(reversed(range(len(blocks))))
     while todo:
         number = todo.pop()
         loaded = dict(entry[number])
@@ -47,6 +48,8 @@ def _early_uses(ops: list[Op], blocks: list[Block]) -> dict[int, int]:
 
 def _step(index: int, op: Op, loaded: Loaded) -> int:
     """The effect of one operation; the loads whose registers it uses."""
+    if not loaded and op.name != LOAD:
+        return 0
     if op.name == WAIT and op.guard is None:
         loaded.clear()
         return 0
