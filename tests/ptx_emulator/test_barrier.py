@@ -234,7 +234,7 @@ def test_a_relaxed_arrival_orders_only_with_a_fence(fence: str):
             96,
             "others did for",
         ),
-        ("setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1; exit; A: bar.sync 2;", 64, "have not"),
+        ("setp.lt.u32 %p1, %r1, 32; @%p1 bra A; bar.sync 1; exit; A: bar.sync 2;", 64, "has not"),
         ("setp.lt.u32 %p1, %r1, 16; @%p1 bar.sync 0;", 32, ".aligned"),
         ("barrier.cluster.wait;", 32, "without barrier.cluster.arrive"),
         ("barrier.cluster.arrive; barrier.cluster.arrive; barrier.cluster.wait;", 32, "a second time"),

@@ -115,6 +115,38 @@ def test_deadlock_says_who_waits():
     assert any(r.warp == 0 and "barrier 1" in r.message for r in result.reports)
 
 
+# Kernel -> (warp, what the table says), of 64 threads.
+WAITS = {
+    "named": ("setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 1, 64; @!%p1 bar.sync 2, 64;", {
+        (0, "waits for barrier 1 of CTA (0, 0, 0): 32 of 64 threads have arrived; warp 1 has not"),
+        (1, "waits for barrier 2 of CTA (0, 0, 0): 32 of 64 threads have arrived; warp 0 has not"),
+    }),
+    "bytes": ("mov.u32 %r2, smem; setp.eq.u32 %p1, %r1, 0;"
+              "@%p1 mbarrier.init.shared.b64 [%r2], 2; bar.sync 0;"
+              "@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 48; setp.ge.u32 %p2, %r1, 32; @%p2 exit;"
+              "WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r2], 0; @!%p3 bra WAIT;", {
+        (0, "waits for mbarrier 0x0 of CTA (0, 0, 0), phase 0 (parity 0): 1 of 2 arrivals and 48 bytes missing"),
+    }),
+    "lanes": ("setp.ge.u32 %p2, %r1, 32; @%p2 exit; setp.lt.u32 %p1, %r1, 16; @%p1 bra LOW;"
+              "shfl.sync.idx.b32 %r3, %r1, 0, 31, -1; bra END; LOW: barrier.sync 3, 64; END:", {
+        (0, "lanes 0-15 wait for barrier 3 of CTA (0, 0, 0): lanes 16-31 of its own warp have not arrived"),
+        (0, "lanes 16-31 wait for lanes 0-15 of its warp at a .sync instruction"),
+    }),
+    "poll": ("setp.ge.u32 %p2, %r1, 32; @%p2 exit;"
+             "SPIN: ld.volatile.global.u32 %r3, [%rd1]; setp.eq.u32 %p1, %r3, 0; @%p1 bra SPIN;", {
+        (0, "is in a loop where nothing changes"),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_deadlock_says_what_each_warp_waits_for(case: str):
+    body, expected = WAITS[case]
+    out = np.zeros(4, dtype=np.uint32)
+    result = run_kernel(body, out, block=(64, 1, 1), shared_bytes=16, expect_reports=True)
+    assert {(r.warp, r.message) for r in result.reports} == expected
+
+
 def test_an_endless_poll_is_a_deadlock():
     out = np.zeros(1, dtype=np.uint32)
     body = "SPIN: ld.volatile.global.u32 %r3, [%rd1]; setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;"

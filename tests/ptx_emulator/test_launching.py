@@ -176,6 +176,21 @@ def test_explore_reports_races_of_the_first_schedule() -> None:
     assert {report.kind for report in found.runs[0].result.reports} == {"race"}
 
 
+def test_error_of_a_schedule_has_all_findings_the_most_telling_first() -> None:
+    """Shared memory is read before anybody has written it; later the warps race in global memory."""
+    unwritten = ".reg .b32 %u;\n.shared .b32 slot;\nld.shared.u32 %u, [slot];\n"
+    body = RACE.replace("{\n", "{\n" + unwritten, 1)
+    x = np.zeros(1, dtype=np.uint32)
+    with pytest.raises(ScheduleError) as error:
+        explore(Launch(body, block=64, args=[x]), 4, progress=False).raise_if_wrong()
+    assert [r.kind for r in error.value.run.result.reports] == ["uninitialised", "race"]
+    text = str(error.value)
+    assert text.startswith("schedule fair: race in ")
+    assert "(and 1 more findings)" in text
+    assert text.index("Races:") < text.index("Reads of what nobody wrote:")
+    assert "finds nothing: it has not been written" in text
+
+
 def test_views_of_one_buffer_become_one_range() -> None:
     rows = torch.zeros(4, 10, dtype=torch.bfloat16)
     left, right = memory_of("left", rows[:, :6]), memory_of("right", rows[:, 6:])

@@ -221,7 +221,7 @@ MISUSE = {
     + ARRIVE * 2
     + "mbarrier.test_wait.shared.b64 %p2, [%r2], %rd9;": "only the current",
     ONE + "WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;": (
-        "phase 0 (parity 0): 1 of 1 arrivals missing, tx-count 0"
+        "phase 0 (parity 0): 1 of 1 arrivals missing"
     ),
 }
 

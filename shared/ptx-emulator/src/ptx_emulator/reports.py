@@ -10,22 +10,24 @@ from typing import Any
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.ptx.module import Location
 
+# The most telling first: what is wrong in the program before what comes of it.
 KINDS = {
-    "out-of-bounds": "Accesses out of bounds",
-    "misaligned": "Misaligned accesses",
-    "uninitialised": "Reads of what nobody wrote",
+    "unsupported": "Not supported",
     "race": "Races",
     "proxy-race": "Races between the generic and the async proxy",
-    "tcgen05-order": "Tensor memory accesses without tcgen05 waits or fences",
-    "deadlock": "Deadlock",
-    "divergence": "Divergence at .aligned instructions",
+    "grid-dependency": "Accesses that need griddepcontrol.wait",
     "barrier": "Misuse of barriers",
     "tmem": "Misuse of tensor memory",
-    "tmem-lanes": "Tensor memory addresses with lanes of another warp",
-    "grid-dependency": "Accesses that need griddepcontrol.wait",
-    "unsupported": "Not supported",
+    "out-of-bounds": "Accesses out of bounds",
+    "misaligned": "Misaligned accesses",
+    "divergence": "Divergence at .aligned instructions",
+    "uninitialised": "Reads of what nobody wrote",
+    "deadlock": "Deadlock",
     "trap": "Traps",
+    "tcgen05-order": "Tensor memory accesses without tcgen05 waits or fences",
+    "tmem-lanes": "Tensor memory addresses with lanes of another warp",
 }
+_RANK = {kind: rank for rank, kind in enumerate(KINDS)}
 _MOST_PER_KIND = 20  # in the text of the error; `reports` has all
 
 
@@ -127,10 +129,16 @@ def reports_from_json(
     return [_report(finding, locations.get(finding["kernel"], {})) for finding in findings]
 
 
+def most_telling_first(reports: Sequence[Report]) -> list[Report]:
+    """Ordered by kind as `KINDS` are, otherwise as they were found."""
+    return sorted(reports, key=lambda report: _RANK[report.kind])
+
+
 def reports_text(reports: Sequence[Report]) -> str:
-    """Readable text: grouped by kernel and kind, a table for a deadlock."""
+    """Readable text: grouped by kernel and kind, the most telling kinds first, a table for a deadlock."""
     if not reports:
         return "no findings"
+    reports = most_telling_first(reports)
     parts = [_headline(reports)]
     for (kernel, launch), of_launch in _groups(reports, lambda r: (r.kernel, r.launch)):
         parts.append(f"{kernel} (launch {launch}):")

@@ -14,6 +14,7 @@ from ptx_emulator.host.arrays import Memory
 from ptx_emulator.host.job import Job
 from ptx_emulator.machine import Result
 from ptx_emulator.options import SCHEDULES, Options
+from ptx_emulator.reports import most_telling_first, reports_text
 
 FIXED_SCHEDULES = tuple(name for name in SCHEDULES if name != "random")
 
@@ -52,20 +53,19 @@ class Run:
             else "/".join(self.options.schedule)
         )
         seed = f", seed {self.options.seed}" if "random" in name else ""
-        if self.disagreement is not None:
-            return f"schedule {name}{seed}: {self.disagreement}"
+        wrong = [] if self.disagreement is None else [str(self.disagreement)]
         if self.result.reports:
-            return (
-                f"schedule {name}{seed}: {len(self.result.reports)} findings, first: {self.result.reports[0]}"
-            )
-        return f"schedule {name}{seed}: as the first, no findings"
+            first, *more = most_telling_first(self.result.reports)
+            wrong.append(f"{first}" + (f" (and {len(more)} more findings)" if more else ""))
+        return f"schedule {name}{seed}: {'; '.join(wrong) or 'as the first, no findings'}"
 
 
 class ScheduleError(EmulatorError):
-    """A schedule gave other results or findings; `run.options` repeat it."""
+    """A schedule gave other results or findings, all of which the text has; `run.options` repeat it."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(str(run))
+        reports = run.result.reports
+        super().__init__(f"{run}\n{reports_text(reports)}" if len(reports) > 1 else str(run))
         self.run = run
 
 

@@ -145,8 +145,11 @@ Step wait_for(Warp& w, Copies& copies, Select select) {
   uint32_t missing = 0;
   for (const auto& copy : copies.open) missing += !copy->done && select(*copy);
   if (missing) {
-    w.waits_for = "cp.async: " + std::to_string(missing) + " copies of its threads";
-    return Step::Wait;
+    return wait_because(w, [](Warp& waiting, const Instruction&) {
+      const auto& open = copies_of(waiting).open;
+      const auto pending = std::count_if(open.begin(), open.end(), [](const auto& copy) { return !copy->done; });
+      return "cp.async: " + std::to_string(pending) + " copies of its threads are not complete";
+    });
   }
   for (const auto& copy : copies.open) {
     const Lanes lanes = select(*copy);
@@ -155,7 +158,6 @@ Step wait_for(Warp& w, Copies& copies, Select select) {
     w.time = std::max(w.time, copy->actor.time);
     copy->unwaited &= ~lanes;
   }
-  w.waits_for.clear();
   forget(*w.cluster, copies);
   return Step::Next;
 }

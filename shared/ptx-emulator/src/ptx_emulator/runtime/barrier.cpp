@@ -4,6 +4,7 @@
 // without a thread count waits for every warp that has not exited.
 #include "barrier.h"
 
+#include <algorithm>
 #include <array>
 
 #include "memory.h"
@@ -102,10 +103,11 @@ std::string barrier_name(const Cta& cta, uint32_t number) {
   return "barrier " + std::to_string(number) + " of " + cta_name(cta);
 }
 
-std::string list_warps(const std::vector<const Warp*>& warps) {
-  std::string text;
-  for (const Warp* w : warps) text += (text.empty() ? "" : ", ") + std::to_string(w->index);
-  return text.empty() ? "none" : text;
+// "warp 3", "warps 0-3,7"
+std::string warps_text(const std::vector<const Warp*>& warps) {
+  Lanes mask = 0;
+  for (const Warp* w : warps) mask |= 1u << w->index;
+  return (warps.size() == 1 ? "warp " : "warps ") + lanes_text(mask);
 }
 
 std::string count_text(uint32_t expected) {
@@ -192,28 +194,46 @@ void write_result(Warp& w, uint32_t slot, Kind kind, const Generation& generatio
 
 // ---------------------------------------------------------------------------------------------- of the cluster
 
-struct Waited {  // for whom
-  std::string text;
-};
-
-bool everybody_came(const Cluster& cluster, const Generation& generation, Waited& missing) {
-  uint32_t num_missing = 0;
-  for (const Cta& cta : cluster.ctas) {
-    for (const Warp* w : missing_warps(cta, generation)) {
-      if (++num_missing == 1) {
-        missing.text = "warp " + std::to_string(w->index) + " of " + cta_name(cta);
-      }
-    }
-  }
-  if (num_missing > 1) missing.text += " and " + std::to_string(num_missing - 1) + " more";
-  return num_missing == 0;
+bool everybody_came(const Cluster& cluster, const Generation& generation) {
+  return std::all_of(cluster.ctas.begin(), cluster.ctas.end(),
+                     [&](const Cta& cta) { return missing_warps(cta, generation).empty(); });
 }
 
-void try_complete(Cluster& cluster, ClusterBarrier& barrier, Waited& missing) {
-  if (!barrier.current->arrivals || !everybody_came(cluster, *barrier.current, missing)) return;
+void try_complete(Cluster& cluster, ClusterBarrier& barrier) {
+  if (!barrier.current->arrivals || !everybody_came(cluster, *barrier.current)) return;
   barrier.current->complete = true;
   barrier.current = std::make_shared<Generation>();
   ++cluster.progress;
+}
+
+const char* have(const std::vector<const Warp*>& warps) { return warps.size() == 1 ? " has " : " have "; }
+
+// Of lanes whose warp has not come as a whole.
+std::string own_lanes_text(const Warp& w, Lanes here) {
+  return "lanes " + lanes_text(w.live & ~here) + " of its own warp have not arrived";
+}
+
+std::string explain_barrier(Warp& w, const Instruction&) {
+  const Entry* entry = find_entry(entries_of(w), w.lanes, false);
+  const NamedBarrier& barrier = w.cta->state.get<NamedBarriers>().barriers[entry->barrier];
+  const std::string name = barrier_name(*w.cta, entry->barrier) + ": ";
+  if (!entry->generation) return name + own_lanes_text(w, barrier.here[w.index]);
+  const Generation& generation = *entry->generation;
+  const std::vector<const Warp*> missing = missing_warps(*w.cta, generation);
+  return name + std::to_string(generation.arrived) + " of " + count_text(generation.expected) + " have arrived" +
+         (missing.empty() ? ", all warps among them" : "; " + warps_text(missing) + have(missing) + "not");
+}
+
+std::string explain_cluster_barrier(Warp& w, const Instruction&) {
+  const Entry* entry = find_entry(entries_of(w), w.lanes, true);
+  const std::string name = "the barrier of the cluster: ";
+  if (!entry->generation) return name + own_lanes_text(w, entry->lanes);
+  std::string text;
+  for (const Cta& cta : w.cluster->ctas) {
+    const std::vector<const Warp*> missing = missing_warps(cta, *entry->generation);
+    if (!missing.empty()) text += (text.empty() ? "" : ", ") + warps_text(missing) + " of " + cta_name(cta);
+  }
+  return name + text + " not arrived yet";
 }
 
 }  // namespace
@@ -238,9 +258,7 @@ PTXE_OP("barrier") {
   }
   try_complete(*w.cta, barrier);
   if (!entry->generation) {
-    w.waits_for = barrier_name(*w.cta, number) + ": lanes " + lanes_text(w.live & ~barrier.here[w.index]) +
-                  " of its own warp have not arrived";
-    return Step::Wait;
+    return wait_because(w, explain_barrier);
   }
   const GenerationPtr generation = entry->generation;
   if (kind == Kind::Arrive) {
@@ -248,10 +266,7 @@ PTXE_OP("barrier") {
     return Step::Next;
   }
   if (!generation->complete) {
-    w.waits_for = barrier_name(*w.cta, number) + ": " + std::to_string(generation->arrived) + " of " +
-                  count_text(generation->expected) + " arrived; warps " +
-                  list_warps(missing_warps(*w.cta, *generation)) + " have not";
-    return Step::Wait;
+    return wait_because(w, explain_barrier);
   }
   if (generation->expected && generation->arrived > generation->expected) {
     report(w, Report::BarrierMisuse, -1,
@@ -293,8 +308,7 @@ PTXE_OP("barrier.cluster.arrive") {  // relaxed
     here->generation = barrier.current;
     generation.add(w);
     ++w.cluster->progress;
-    Waited missing;
-    try_complete(*w.cluster, barrier, missing);
+    try_complete(*w.cluster, barrier);
   }
   return Step::Next;
 }
@@ -311,13 +325,9 @@ PTXE_OP("barrier.cluster.wait") {
     entry->generation = barrier.current;
     barrier.current->add(w);
   }
-  Waited missing;
-  if (!entry->generation || !entry->generation->complete) try_complete(*w.cluster, barrier, missing);
+  if (!entry->generation || !entry->generation->complete) try_complete(*w.cluster, barrier);
   if (!entry->generation || !entry->generation->complete) {
-    w.waits_for = "the barrier of the cluster: " +
-                  (entry->generation ? missing.text : "lanes " + lanes_text(w.live & ~entry->lanes) + " of its own warp") +
-                  " not arrived";
-    return Step::Wait;
+    return wait_because(w, explain_cluster_barrier);
   }
   const GenerationPtr generation = entry->generation;
   leave(list, entry, w.lanes);

@@ -353,16 +353,17 @@ PTXE_OP("bulk.commit_group") {
   return Step::Next;
 }
 
+static std::string explain_groups(Warp&, const Instruction& i) {
+  return "its bulk async-groups, all but the last " + std::to_string(i.args[0]) +
+         (i.args[1] ? ", to have read their sources" : ", to complete");
+}
+
 PTXE_OP("bulk.wait_group") {  // groups that may be pending, whether only the reading is waited for
   const uint32_t allowed = i.args[0];
   const bool read_only = i.args[1];
   bool done = true;
   each_lane(w, [&](int lane) { done = done && all_done(groups_of(w, lane), allowed, read_only); });
-  if (!done) {
-    w.waits_for = "bulk async-groups" + std::string(read_only ? " to read their sources" : "") + ", all but the last " +
-                  std::to_string(allowed);
-    return Step::Wait;
-  }
+  if (!done) return wait_because(w, explain_groups);
   if (w.track) w.waits_for = "bulk async-groups";
   each_lane(w, [&](int lane) { take_groups(w, groups_of(w, lane), allowed, read_only); });
   return Step::Next;

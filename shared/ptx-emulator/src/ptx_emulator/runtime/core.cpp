@@ -27,6 +27,10 @@ bool is_again(const Finding& known, const Grid& grid, Report kind, const Site& s
          known.has_other == (other != nullptr) && (!other || known.other.pc == other->pc);
 }
 
+std::string explain_gathering(Warp& w, const Instruction&) {
+  return "lanes " + lanes_text(w.groups[w.current].awaited) + " of its warp at a .sync instruction";
+}
+
 }  // namespace
 
 Register::Register(const char* name, Operation run) {
@@ -56,8 +60,8 @@ Step gather(Warp& w, const Instruction& i, Lanes members) {
   }
   here->arrived |= w.lanes;
   if (wanted & ~here->arrived) {
-    w.waits_for = "lanes " + lanes_text(wanted & ~here->arrived) + " at a .sync instruction";
-    return Step::Wait;
+    w.groups[w.current].awaited = wanted & ~here->arrived;
+    return wait_because(w, explain_gathering);
   }
   here->served |= here->arrived & ~w.lanes;
   w.lanes = here->arrived;

@@ -31,7 +31,7 @@ struct Instruction;
 enum class Step : uint8_t {
   Next,     // done, go on with the next instruction
   Jump,     // done, the operation has set where its lanes go on
-  Wait,     // not done: call again when something has changed; the operation has filled Warp::waits_for
+  Wait,     // not done: call again when something has changed; returned by wait_because()
   Yield,    // done, but a poll that failed: let others run before the next instruction
   Stop,     // the grid is aborted (trap)
   Execute,  // only from gather(): go on and execute
@@ -58,6 +58,9 @@ struct Reconvergence {
   std::shared_ptr<Reconvergence> outer;
 };
 
+// What the executing lanes wait for, in words. Called for a deadlock alone, with the warp as it was at the Step::Wait.
+using Explanation = std::string (*)(Warp&, const Instruction&);
+
 // Lanes of one warp that are at the same place.
 struct Group {
   Lanes lanes;
@@ -65,6 +68,8 @@ struct Group {
   std::shared_ptr<Reconvergence> meets;
   bool parked = false;   // at meets->pc, waiting for the other lanes
   bool waiting = false;  // the last step was Step::Wait
+  Explanation why = nullptr;  // it was
+  Lanes awaited = 0;          // of the warp, by gather()
 };
 
 // A .sync operation whose lanes come one group after the other: executed once by the last, for all.
@@ -93,8 +98,7 @@ struct Warp {
   const Instruction* at = nullptr;
   uint64_t* executed = nullptr;  // how often each instruction was, of this worker
   Track* track = nullptr;  // its row of the timeline, if there is one
-  // Why the last Step::Wait: "mbarrier 0x400 of CTA 0, phase 1: ...". What stands before a colon names the wait on the
-  // timeline; where `track` is set, an operation that need not wait any more names it, too, before acquire().
+  // Names a wait on the timeline: where `track` is set, an operation that need not wait any more sets it for acquire().
   std::string waits_for;
 
   std::vector<Gathering> gatherings;
@@ -123,6 +127,12 @@ inline void each_lane(const Warp& w, F f) {
   } else {
     for (Lanes rest = w.lanes; rest; rest &= rest - 1) f(__builtin_ctz(rest));
   }
+}
+
+// For an operation that cannot finish: `return wait_because(w, explain)`.
+inline Step wait_because(Warp& w, Explanation why) {
+  w.groups[w.current].why = why;
+  return Step::Wait;
 }
 
 // For .sync operations with a member mask. Execute: all members that have not exited are here; w.lanes has been

@@ -76,8 +76,7 @@ PTXE_OP("griddepcontrol.wait") {
     grid_dependency_wait(w);
     return Step::Next;
   }
-  w.waits_for = "the launch before this one";
-  return Step::Wait;
+  return wait_because(w, [](Warp&, const Instruction&) { return std::string("the launch before this one to complete"); });
 }
 
 PTXE_OP("griddepcontrol.launch_dependents") {

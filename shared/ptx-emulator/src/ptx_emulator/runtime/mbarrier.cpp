@@ -218,15 +218,11 @@ std::string phase_name(const Warp& w, const MBarrierAt& target, uint64_t phase) 
 
 enum WaitFlags : uint32_t { kParity = 1, kWaitRelaxed = 2 };
 
-struct WaitResult {
-  Lanes complete = 0;
-  MBarrierAt missing;  // of one lane whose phase is not complete
-};
-
-WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, predicate, wanted, flags
+// The lanes whose phase is complete. Arguments: address, space, predicate, wanted, flags.
+Lanes test(Warp& w, const Instruction& i) {
   const AddressArgs address(i, 0);
   const uint32_t flags = i.args[7];
-  WaitResult result;
+  Lanes complete = 0;
   MBarrierAt last;
   uint64_t last_address = ~0ull;
   bool acquired = false;  // from the barrier of the lane before
@@ -238,15 +234,12 @@ WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, 
     }
     last_address = at;
     if (!last) {
-      result.complete |= 1u << lane;  // reported; a wait for it would never end
+      complete |= 1u << lane;  // reported; a wait for it would never end
       return;
     }
     const uint64_t wanted = (flags & kParity) ? w.values<uint32_t>(i.args[6])[lane] : w.values<uint64_t>(i.args[6])[lane];
-    if (!is_complete(w, last, wanted, flags & kParity, lane)) {
-      result.missing = last;
-      return;
-    }
-    result.complete |= 1u << lane;
+    if (!is_complete(w, last, wanted, flags & kParity, lane)) return;
+    complete |= 1u << lane;
     if (acquired) return;
     acquired = true;
     access_memory(w, last.place, kMBarrierBytes, AccessKind::Atomic, lane);
@@ -258,14 +251,26 @@ WaitResult test(Warp& w, const Instruction& i) {  // arguments: address, space, 
       acquire(w, last.barrier->completed);
     }
   });
-  return result;
+  return complete;
 }
 
-std::string wait_text(const MBarrierAt& target) {
-  const MBarrier& b = *target.barrier;
-  return name_of(*target.place.cta, target.place.offset) +
-         format(", phase %" PRIu64 " (parity %u): %u of %u arrivals missing, tx-count %" PRId64, b.phase,
-                static_cast<unsigned>(b.phase & 1), b.pending, b.expected, b.tx);
+// "1 of 2 arrivals and 256 bytes missing"
+std::string missing_text(const MBarrier& b) {
+  std::string text = b.pending ? format("%u of %u arrivals", b.pending, b.expected) : "";
+  if (b.tx > 0) text += (b.pending ? " and " : "") + format("%" PRId64 " bytes", b.tx);
+  if (b.pending || b.tx > 0) text += " missing";
+  if (b.tx < 0) text += (b.pending ? ", " : "") + format("%" PRId64 " bytes more than were expected", -b.tx);
+  return text;
+}
+
+// The phase that the first of the lanes waits for is the one that its mbarrier is in.
+std::string explain_wait(Warp& w, const Instruction& i) {
+  const AddressArgs address(i, 0);
+  const Place place = locate(w, space_of(i), address.at(w, w.first_lane()), kMBarrierBytes, kMBarrierBytes, w.first_lane());
+  if (!place) return "an mbarrier";
+  const MBarrier& b = place.cta->state.get<MBarriers>().by_offset[place.offset];
+  return format("mbarrier 0x%x of ", place.offset) + cta_name(*place.cta) +
+         format(", phase %" PRIu64 " (parity %u): ", b.phase, static_cast<unsigned>(b.phase & 1)) + missing_text(b);
 }
 
 // Whether a try_wait that has nothing to return may give up now; remembers since when it waits.
@@ -438,20 +443,17 @@ PTXE_OP("mbarrier.tx") {  // address, space, bytes, whether they are completed (
 }
 
 PTXE_OP("mbarrier.test_wait") {  // address, space, predicate, phase or parity, flags
-  const WaitResult result = test(w, i);
-  w.set_predicate(i.args[5], result.complete);
-  return result.complete == w.lanes ? Step::Next : Step::Yield;
+  const Lanes complete = test(w, i);
+  w.set_predicate(i.args[5], complete);
+  return complete == w.lanes ? Step::Next : Step::Yield;
 }
 
 PTXE_OP("mbarrier.try_wait") {  // address, space, predicate, phase or parity, flags
-  const WaitResult result = test(w, i);
-  if (!result.complete && !gives_up(w)) {
-    w.waits_for = wait_text(result.missing);
-    return Step::Wait;
-  }
+  const Lanes complete = test(w, i);
+  if (!complete && !gives_up(w)) return wait_because(w, explain_wait);
   resume(w);
-  w.set_predicate(i.args[5], result.complete);
-  return result.complete == w.lanes ? Step::Next : Step::Yield;
+  w.set_predicate(i.args[5], complete);
+  return complete == w.lanes ? Step::Next : Step::Yield;
 }
 
 PTXE_OP("mbarrier.pending_count") {  // count, state

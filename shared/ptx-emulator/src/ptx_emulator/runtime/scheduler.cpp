@@ -243,19 +243,26 @@ struct ClusterRun {
   }
 };
 
+// "waits for ..." or "is in a loop ..."; of a part of the warp: "lanes 0-3 wait for ...".
+std::string waiting_text(Warp& w, const Group& group) {
+  const bool whole = group.lanes == w.live;
+  const std::string who = whole ? "" : "lanes " + lanes_text(group.lanes) + " ";
+  if (!group.parked && !(group.waiting && group.why)) {
+    return who + (whole ? "is" : "are") + " in a loop where nothing changes";
+  }
+  w.at = &w.grid->program->code[group.pc];
+  w.lanes = guarded_lanes(w, group, *w.at);
+  return who + (whole ? "waits for " : "wait for ") +
+         (group.parked ? "the other lanes of the warp" : group.why(w, *w.at));
+}
+
 // What waits for what, for every warp that has not exited.
 void report_deadlock(Machine& machine, const std::vector<ClusterRun*>& runs) {
   for (ClusterRun* run : runs) {
     Cluster& cluster = *run->cluster;
     for (Warp* w : run->warps) {
-      if (!w->live) continue;
-      for (uint32_t g = 0; g < w->groups.size(); ++g) {
-        w->current = g;
-        w->lanes = w->groups[g].lanes;
-        const bool parked = w->groups[g].parked;
-        std::string what = w->waits_for.empty() ? "polling" : w->waits_for;
-        if (parked) what = "the other lanes of its warp";
-        report(*w, Report::Deadlock, -1, "lanes " + lanes_text(w->groups[g].lanes) + " wait for " + what);
+      for (w->current = 0; w->live && w->current < w->groups.size(); ++w->current) {
+        report(*w, Report::Deadlock, -1, waiting_text(*w, w->groups[w->current]));
       }
     }
     for (const auto& op : cluster.in_flight) {

@@ -42,9 +42,18 @@ void mark(Tcgen05Cta& state, uint32_t column, uint32_t n, bool allocated) {
 bool pair_is_here(Warp& w, const CtaGroup& group) {
   Cta& peer = *group.ctas[group.ctas[0] == w.cta ? 1 : 0];
   const uint32_t ticket = w.cta->warp_state[&w].get<AllocWarp>().ticket;
-  if (tcgen05_state(peer).pair_allocs >= ticket) return true;
-  w.waits_for = "tcgen05.alloc.cta_group::2 of " + cta_name(peer) + ", the other one of the pair";
-  return false;
+  return tcgen05_state(peer).pair_allocs >= ticket;
+}
+
+std::string explain_pair(Warp& w, const Instruction&) {
+  return "tcgen05.alloc.cta_group::2 of " + cta_name(w.cluster->ctas[w.cta->rank ^ 1]) + ", the other one of the pair";
+}
+
+std::string explain_alloc(Warp& w, const Instruction& i) {
+  const uint32_t columns = w.values<uint32_t>(i.args[6])[w.first_lane()];
+  return "tcgen05.alloc of " + std::to_string(columns) + " columns: " +
+         std::to_string(tcgen05_state(*w.cta).allocated.count()) + " of " + std::to_string(kTmemColumns) +
+         " columns of tensor memory are allocated";
 }
 
 void store_address(Warp& w, const Instruction& i, uint32_t column) {
@@ -118,12 +127,7 @@ PTXE_OP("tcgen05.alloc") {
   AllocWarp& own = w.cta->warp_state[&w].get<AllocWarp>();
   if (!own.arrived) {
     own.column = find_free(state, columns);
-    if (own.column == kNoColumn) {
-      const size_t taken = state.allocated.count();
-      w.waits_for = "tcgen05.alloc of " + std::to_string(columns) + " columns: " + std::to_string(taken) + " of " +
-                    std::to_string(kTmemColumns) + " columns of tensor memory are allocated";
-      return Step::Wait;
-    }
+    if (own.column == kNoColumn) return wait_because(w, explain_alloc);
     // Before the peer can go on: the two allocate together, and its MMAs write to this CTA as well.
     mark(state, own.column, columns, true);
     state.allocations.push_back({own.column, columns, site_of(w)});
@@ -132,7 +136,7 @@ PTXE_OP("tcgen05.alloc") {
     if (group.size == 2) own.ticket = ++state.pair_allocs;
     ++w.cluster->progress;
   }
-  if (group.size == 2 && !pair_is_here(w, group)) return Step::Wait;
+  if (group.size == 2 && !pair_is_here(w, group)) return wait_because(w, explain_pair);
   own.arrived = false;
   store_address(w, i, own.column);
   ++w.cluster->progress;

@@ -224,6 +224,8 @@ PTXE_OP("tcgen05.st") {
   return Step::Next;
 }
 
+static std::string explain_use(Warp&, const Instruction&) { return "other threads, with registers that tcgen05.ld loads"; }
+
 // An operation that reads registers of tcgen05.ld, perhaps before tcgen05.wait::ld: number of loads, operation, the
 // instructions that load, then the operation's own arguments.
 PTXE_OP("tcgen05.use") {
@@ -233,7 +235,9 @@ PTXE_OP("tcgen05.use") {
   operation.run = operation_at(i.args[1]);
   operation.args += first;
   operation.num_args -= first;
-  return operation.run(w, operation);
+  const Step step = operation.run(w, operation);
+  // The operation's own words would look for its arguments in this instruction.
+  return step == Step::Wait ? wait_because(w, explain_use) : step;
 }
 
 PTXE_OP("tcgen05.wait.ld") {

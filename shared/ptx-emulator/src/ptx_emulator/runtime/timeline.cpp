@@ -151,8 +151,7 @@ Track* track_of(Warp& w) {
 
 void trace_wait(Warp& w, uint64_t begin, uint64_t end) {
   if (!w.track) return;
-  const std::string text = w.waits_for.substr(0, w.waits_for.find(':'));
-  Span span{SpanKind::Wait, w.track->name_index(text), w.at ? w.at->line : 0, begin, end};
+  Span span{SpanKind::Wait, w.track->name_index(w.waits_for), w.at ? w.at->line : 0, begin, end};
   span.waited = end - begin;
   w.track->add(std::move(span));
 }
