@@ -60,8 +60,7 @@ def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("cp.async.mbarrier.arrive", op_class="async copy")
 def lower_mbarrier_arrive(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("async", "mbarrier", "arrive"):
-        modifiers.has(word)
+    modifiers.require("async", "mbarrier", "arrive")
     without_increment = modifiers.has("noinc")
     space, _ = take_space(modifiers)
     if modifiers.type() != "b64" or space not in (None, "shared", "shared::cta"):

@@ -78,8 +78,7 @@ def mask_arguments(ctx: Lowering, operand: Operand | None) -> tuple[Use, int]:
 @lowers("cp.async.bulk", op_class="bulk copy")
 def lower_bulk_copy(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    modifiers.has("async")
-    modifiers.has("bulk")
+    modifiers.require("async", "bulk")
     spaces = take_direction(ctx, modifiers)
     given = Operands(ctx, instruction)
     if spaces == ("global", "shared::cta"):
@@ -101,18 +100,13 @@ def take_direction(ctx: Lowering, modifiers: Modifiers) -> tuple[str, str]:
     return destination, source
 
 
-def need(ctx: Lowering, modifiers: Modifiers, name: str) -> None:
-    if not modifiers.has(name):
-        raise ctx.unsupported(f".{name} is missing")
-
-
 def take_policy(modifiers: Modifiers, given: Operands) -> None:
     if modifiers.has(CACHE_HINT):
         given.next()
 
 
 def lower_load(ctx: Lowering, modifiers: Modifiers, given: Operands, destination_space: str) -> None:
-    need(ctx, modifiers, COMPLETE_TX)
+    modifiers.require(COMPLETE_TX)
     multicast = modifiers.has("multicast::cluster")
     if multicast and destination_space != "shared::cluster":
         raise ctx.unsupported(".multicast::cluster needs .shared::cluster")
@@ -135,7 +129,7 @@ def lower_load(ctx: Lowering, modifiers: Modifiers, given: Operands, destination
 def lower_send(
     ctx: Lowering, modifiers: Modifiers, given: Operands, reduction: int, type_number: int
 ) -> None:
-    need(ctx, modifiers, COMPLETE_TX)
+    modifiers.require(COMPLETE_TX)
     destination, source, size, mbarrier = given.next(), given.next(), given.next(), given.next()
     modifiers.done()
     given.done()
@@ -153,7 +147,7 @@ def lower_send(
 def lower_store(
     ctx: Lowering, modifiers: Modifiers, given: Operands, reduction: int = NO_REDUCTION, type_number: int = 0
 ) -> None:
-    need(ctx, modifiers, "bulk_group")
+    modifiers.require("bulk_group")
     destination, source, size = given.next(), given.next(), given.next()
     take_policy(modifiers, given)
     masked = reduction == NO_REDUCTION and modifiers.has("cp_mask")
@@ -174,8 +168,7 @@ def lower_store(
 @lowers("cp.reduce.async.bulk", op_class="bulk copy")
 def lower_bulk_reduction(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("reduce", "async", "bulk"):
-        modifiers.has(word)
+    modifiers.require("reduce", "async", "bulk")
     spaces = take_direction(ctx, modifiers)
     type_name = modifiers.type()
     how = modifiers.take(*REDUCTIONS)
@@ -197,10 +190,7 @@ def lower_bulk_reduction(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("cp.async.bulk.prefetch", op_class="bulk copy")
 def lower_prefetch(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("async", "bulk", "prefetch"):
-        modifiers.has(word)
-    need(ctx, modifiers, "L2")
-    need(ctx, modifiers, "global")
+    modifiers.require("async", "bulk", "prefetch", "L2", "global")
     given = Operands(ctx, instruction)
     source, size = given.next(), given.next()
     take_policy(modifiers, given)
@@ -220,8 +210,7 @@ def lower_commit_group(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("cp.async.bulk.wait_group", op_class="barrier")
 def lower_wait_group(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("async", "bulk", "wait_group"):
-        modifiers.has(word)
+    modifiers.require("async", "bulk", "wait_group")
     read_only = modifiers.has("read")
     modifiers.done()
     (allowed,) = operands(ctx, instruction, 1)
@@ -236,7 +225,7 @@ def lower_st_async(ctx: Lowering, instruction: Instruction) -> None:
     modifiers.has("async")
     modifiers.take("weak", "cluster")  # the store is ordered by its mbarrier in both forms
     modifiers.has("shared::cluster")
-    need(ctx, modifiers, COMPLETE_TX)
+    modifiers.require(COMPLETE_TX)
     vector = modifiers.take("v2", "v4")
     type_name = modifiers.type()
     if type_name not in ("b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"):
@@ -248,10 +237,9 @@ def lower_st_async(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("red.async", op_class="bulk copy")
 def lower_red_async(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("async", "relaxed", "cluster"):
-        need(ctx, modifiers, word)
+    modifiers.require("async", "relaxed", "cluster")
     modifiers.has("shared::cluster")
-    need(ctx, modifiers, COMPLETE_TX)
+    modifiers.require(COMPLETE_TX)
     type_name = modifiers.type()
     how = modifiers.take(*REDUCTIONS)
     if how is None or type_name not in RED_ASYNC_TYPES[how]:

@@ -29,6 +29,12 @@ class Modifiers:
         """Whether a modifier was given; removes it."""
         return self.take(name) is not None
 
+    def require(self, *names: str) -> None:
+        """Removes modifiers that must be there."""
+        for name in names:
+            if not self.has(name):
+                raise self._ctx.unsupported(f"modifier .{name} is missing")
+
     def type(self) -> str:
         """Removes and returns the last modifier, the type."""
         if not self._left:

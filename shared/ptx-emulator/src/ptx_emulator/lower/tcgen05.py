@@ -50,12 +50,6 @@ def take_group(ctx: Lowering, modifiers: Modifiers) -> int:
     return CTA_GROUPS[name]
 
 
-def require(ctx: Lowering, modifiers: Modifiers, *names: str) -> None:
-    for name in names:
-        if not modifiers.has(name):
-            raise ctx.unsupported(f"modifier .{name} is missing")
-
-
 def tmem_address(ctx: Lowering, operand: Operand) -> list[int | Use]:
     if isinstance(operand, Address) and operand.coordinates:
         raise ctx.unsupported("a tensor memory address has no coordinates")
@@ -65,7 +59,7 @@ def tmem_address(ctx: Lowering, operand: Operand) -> list[int | Use]:
 @lowers("tcgen05.alloc", op_class="tmem")
 def lower_alloc(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "alloc", "sync", "aligned", "b32")
+    modifiers.require("alloc", "sync", "aligned", "b32")
     group = take_group(ctx, modifiers)
     space = SHARED if modifiers.has("shared::cta") else GENERIC
     modifiers.done()
@@ -76,7 +70,7 @@ def lower_alloc(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("tcgen05.dealloc", op_class="tmem")
 def lower_dealloc(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "dealloc", "sync", "aligned", "b32")
+    modifiers.require("dealloc", "sync", "aligned", "b32")
     group = take_group(ctx, modifiers)
     modifiers.done()
     address, columns = operands(ctx, instruction, 2)
@@ -86,7 +80,7 @@ def lower_dealloc(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("tcgen05.relinquish_alloc_permit", op_class="tmem")
 def lower_relinquish(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "relinquish_alloc_permit", "sync", "aligned")
+    modifiers.require("relinquish_alloc_permit", "sync", "aligned")
     group = take_group(ctx, modifiers)
     modifiers.done()
     operands(ctx, instruction, 0)
@@ -128,7 +122,7 @@ def check_registers(ctx: Lowering, uses: list[Use], registers: int) -> None:
 @lowers("tcgen05.ld", op_class="tmem")
 def lower_ld(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "ld", "sync", "aligned")
+    modifiers.require("ld", "sync", "aligned")
     reduces = modifiers.has("red")
     shape, registers, packed = take_transfer(ctx, modifiers, "pack::16b")
     destinations, *rest = operands(ctx, instruction, 2, 3, 4)
@@ -138,7 +132,7 @@ def lower_ld(ctx: Lowering, instruction: Instruction) -> None:
             raise ctx.unsupported("this form of tcgen05.ld.red does not exist")
         operation = MIN if modifiers.has("min") else MAX
         if operation == MAX:
-            require(ctx, modifiers, "max")
+            modifiers.require("max")
         flags = (ABS if modifiers.has("abs") else 0) | (NAN if modifiers.has("NaN") else 0)
         type_name = modifiers.type()
         if type_name not in ("f32", "s32", "u32") or (flags and type_name != "f32"):
@@ -148,7 +142,7 @@ def lower_ld(ctx: Lowering, instruction: Instruction) -> None:
         check_registers(ctx, [result], 1)
         reduction = [operation, flags, result]
     else:
-        require(ctx, modifiers, "b32")
+        modifiers.require("b32")
     modifiers.done()
     if not rest:
         raise ctx.unsupported("an address is missing")
@@ -162,7 +156,7 @@ def lower_ld(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("tcgen05.st", op_class="tmem")
 def lower_st(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "st", "sync", "aligned", "b32")
+    modifiers.require("st", "sync", "aligned", "b32")
     shape, registers, packed = take_transfer(ctx, modifiers, "unpack::16b")
     modifiers.done()
     address, *rest = operands(ctx, instruction, 2, 3)
@@ -178,7 +172,7 @@ def lower_st(ctx: Lowering, instruction: Instruction) -> None:
 def lower_wait(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
     what = modifiers.take("wait::ld", "wait::st")
-    require(ctx, modifiers, "sync", "aligned")
+    modifiers.require("sync", "aligned")
     modifiers.done()
     operands(ctx, instruction, 0)
     ctx.emit("tcgen05.wait.ld" if what == "wait::ld" else "tcgen05.wait.st")
@@ -218,7 +212,7 @@ def scale_input_d(ctx: Lowering, kind: str, rest: list[Operand]) -> int:
 @lowers("tcgen05.mma", op_class="mma")
 def lower_mma(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "mma")
+    modifiers.require("mma")
     for unknown, what in (("ws", "weight-stationary MMA"), ("sp", "sparse MMA"), ("ashift", "a shifted A")):
         if modifiers.has(unknown):
             raise ctx.unsupported(f"{what} is not emulated")
@@ -262,7 +256,7 @@ def lower_mma(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("tcgen05.cp", op_class="tmem")
 def lower_cp(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "cp")
+    modifiers.require("cp")
     group = take_group(ctx, modifiers)
     shape = modifiers.take(*(shape for shape, _ in COPIES))
     multicast = modifiers.take("warpx2::02_13", "warpx2::01_23", "warpx4")
@@ -286,7 +280,7 @@ def lower_shift(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("tcgen05.commit", op_class="barrier")
 def lower_commit(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = begin(ctx, instruction)
-    require(ctx, modifiers, "commit", "mbarrier::arrive::one", "b64")
+    modifiers.require("commit", "mbarrier::arrive::one", "b64")
     group = take_group(ctx, modifiers)
     modifiers.take("shared::cluster")  # without it the address is generic: its low 32 bits are the same
     multicast = modifiers.has("multicast::cluster")

@@ -8,7 +8,6 @@ from ptx_emulator.lower.bulk import (
     REDUCTIONS,
     Operands,
     mask_arguments,
-    need,
     take_direction,
     take_policy,
 )
@@ -71,8 +70,7 @@ def tensor_operand(
 @lowers("cp.async.bulk.tensor", op_class="tensor copy")
 def lower_tensor_copy(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("async", "bulk", "tensor"):
-        modifiers.has(word)
+    modifiers.require("async", "bulk", "tensor")
     rank = take_rank(ctx, modifiers)
     destination, source = take_direction(ctx, modifiers)
     given = Operands(ctx, instruction)
@@ -87,7 +85,7 @@ def lower_tensor_copy(ctx: Lowering, instruction: Instruction) -> None:
 
 def lower_load(ctx: Lowering, modifiers: Modifiers, given: Operands, rank: int, space: str) -> None:
     mode = take_mode(ctx, modifiers, rank, "tile::gather4")
-    need(ctx, modifiers, COMPLETE_TX)
+    modifiers.require(COMPLETE_TX)
     multicast = modifiers.has("multicast::cluster")
     group = modifiers.take("cta_group::1", "cta_group::2")
     if multicast and space != "shared::cluster":
@@ -115,7 +113,7 @@ def lower_load(ctx: Lowering, modifiers: Modifiers, given: Operands, rank: int, 
 def lower_store(
     ctx: Lowering, modifiers: Modifiers, given: Operands, rank: int, mode: int, reduction: int
 ) -> None:
-    need(ctx, modifiers, "bulk_group")
+    modifiers.require("bulk_group")
     tensor, source = given.next(), given.next()
     take_policy(modifiers, given)
     modifiers.done()
@@ -127,8 +125,7 @@ def lower_store(
 @lowers("cp.reduce.async.bulk.tensor", op_class="tensor copy")
 def lower_tensor_reduction(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("reduce", "async", "bulk", "tensor"):
-        modifiers.has(word)
+    modifiers.require("reduce", "async", "bulk", "tensor")
     rank = take_rank(ctx, modifiers)
     direction = take_direction(ctx, modifiers)
     if direction != ("global", "shared::cta"):
@@ -143,11 +140,9 @@ def lower_tensor_reduction(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("cp.async.bulk.prefetch.tensor", op_class="tensor copy")
 def lower_tensor_prefetch(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    for word in ("async", "bulk", "prefetch", "tensor"):
-        modifiers.has(word)
+    modifiers.require("async", "bulk", "prefetch", "tensor")
     rank = take_rank(ctx, modifiers)
-    need(ctx, modifiers, "L2")
-    need(ctx, modifiers, "global")
+    modifiers.require("L2", "global")
     mode = take_mode(ctx, modifiers, rank, "tile::gather4")
     given = Operands(ctx, instruction)
     tensor = given.next()
@@ -162,10 +157,10 @@ def lower_tensor_prefetch(ctx: Lowering, instruction: Instruction) -> None:
 def lower_replace(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("replace")
-    need(ctx, modifiers, "tile")
+    modifiers.require("tile")
     field = modifiers.take(*FIELDS)
     space = modifiers.take("global", "shared::cta", "shared")
-    need(ctx, modifiers, "b1024")
+    modifiers.require("b1024")
     type_name = modifiers.type()
     modifiers.done()
     wide = field in ("global_address", "global_stride")
@@ -194,8 +189,7 @@ def lower_copy_and_fence(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
     modifiers.has("cp_fenceproxy")
     direction = take_direction(ctx, modifiers)
-    for word in ("tensormap::generic", "release", "sync", "aligned"):
-        need(ctx, modifiers, word)
+    modifiers.require("tensormap::generic", "release", "sync", "aligned")
     scope = modifiers.take(*SCOPES)
     if direction != ("global", "shared::cta") or scope is None:
         raise ctx.unsupported("only .global.shared::cta with a scope is known")

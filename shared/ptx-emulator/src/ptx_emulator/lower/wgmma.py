@@ -35,9 +35,7 @@ MAX_N = 256
 
 def begin(ctx: Lowering, instruction: Instruction, what: str) -> Modifiers:
     modifiers = Modifiers(ctx, instruction)
-    for name in (what, "sync", "aligned"):
-        if not modifiers.has(name):
-            raise ctx.unsupported(f"modifier .{name} is missing")
+    modifiers.require(what, "sync", "aligned")
     return modifiers
 
 
