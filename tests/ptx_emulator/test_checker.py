@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-from harness import run_kernel
+from harness import kernel_text, run_kernel
 from planted_bugs import SCHEDULES, TWO_WARPS, find, lines_of, silent, without, zeros
+from ptx_emulator.machine import LoadedModule, Machine
+from ptx_emulator.reports import Report
 
 EXCHANGE = """
 shl.b32 %r2, %r1, 2;
@@ -167,3 +169,30 @@ def test_uninitialised_global_memory() -> None:
     assert (report.kind, report.lane) == ("uninitialised", 5)
     assert "array1 + 20 bytes" in report.message
     silent(body, zeros(32))
+
+
+def test_memory_stays_written_in_later_runs() -> None:
+    """The first eight words, by a launch that another synchronize() has run."""
+    array = zeros(32)
+    machine = Machine("sm_90a")
+
+    def run(body: str) -> list[Report]:
+        module = LoadedModule(kernel_text(body, 1), "sm_90a")
+        machine.attach(module)
+        params = array.ctypes.data.to_bytes(8, "little")
+        machine.enqueue(module.kernel(), (1, 1, 1), (32, 1, 1), params=params)
+        return machine.synchronize().reports
+
+    head = "add.u64 %rd2, %rd1, %rd0;\nsetp.lt.u32 %p1, %r1, NUM;\n"
+    write = head.replace("NUM", "8") + "@%p1 st.global.u32 [%rd2], %r1;"
+    read = head + "@%p1 ld.global.u32 %r2, [%rd2];"
+    machine.add_range("output", array.ctypes.data, array.nbytes, initialised=False)
+    assert not run(write)
+    assert not run(read.replace("NUM", "8"))
+    machine.add_range("output", array.ctypes.data, array.nbytes, initialised=False)
+    assert not run(read.replace("NUM", "8"))
+    (report,) = run(read.replace("NUM", "9"))
+    assert (report.kind, report.lane) == ("uninitialised", 8)
+    machine.add_range("workspace", array.ctypes.data, array.nbytes, initialised=False)  # other memory, same place
+    (report,) = run(read.replace("NUM", "8"))
+    assert (report.kind, report.lane) == ("uninitialised", 0)

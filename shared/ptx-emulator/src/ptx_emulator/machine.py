@@ -240,7 +240,8 @@ class Machine:
 
         Args:
             name: what reports call it.
-            initialised: False for an output or a workspace: a read of what no kernel wrote is reported.
+            initialised: False for an output or a workspace: a read of what no kernel has written since this
+                call is reported. (The same call again changes nothing.)
         """
         flags = (READ_ONLY if read_only else 0) | (0 if initialised else UNINITIALISED)
         self._keep_range(name, address, num_bytes, flags)
@@ -325,11 +326,14 @@ class Machine:
         return ctypes.c_void_p(self._handle)
 
     def _new_queue(self) -> None:
-        self._free()
+        earlier = self._handle
         self._handle = _runtime().ptxe_machine(ctypes.byref(self._options))
         self._launches = []
         for base, (name, num_bytes, flags) in self._ranges.items():
             self._add_range(name, base, num_bytes, flags)
+        if earlier:
+            _runtime().ptxe_inherit(self._pointer(), ctypes.c_void_p(earlier))
+            _runtime().ptxe_free_machine(ctypes.c_void_p(earlier))
 
     def _keep_range(self, name: str, address: int, num_bytes: int, flags: int) -> None:
         if num_bytes and self._ranges.get(address) != (name, num_bytes, flags):

@@ -152,7 +152,11 @@ void ptxe_free_machine(Machine* machine) { delete machine; }
 
 void ptxe_add_range(Machine* machine, const char* name, uint64_t base, uint64_t bytes, uint32_t flags) {
   machine->memory.add(name, base, bytes, flags);
+  forget_written(*machine, base, bytes);
 }
+
+// What the kernels of another machine have written of uninitialised ranges counts as written here; before any launch.
+void ptxe_inherit(Machine* machine, Machine* earlier) { inherit_written(*machine, *earlier); }
 
 void ptxe_enqueue(Machine* machine, const Program* program, const PackedLaunch* launch) {
   Grid& grid = machine->grids.emplace_back();

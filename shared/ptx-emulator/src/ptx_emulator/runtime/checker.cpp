@@ -62,14 +62,29 @@ ClusterChecker::ClusterChecker(Cluster& cluster, std::shared_ptr<SharedChecks> s
   num_components_ = num_warps;
 }
 
-std::unique_ptr<Checker> make_checker(Cluster& cluster) {
-  static const char* const kKey = "checker";
-  auto& entry = cluster.machine->shared_state[kKey];
+namespace {
+
+std::shared_ptr<SharedChecks>& shared_checks(Machine& machine) {
   struct Holder : GroupState {
     std::shared_ptr<SharedChecks> checks = std::make_shared<SharedChecks>();
   };
+  auto& entry = machine.shared_state["checker"];
   if (!entry) entry = std::make_unique<Holder>();
-  return std::make_unique<ClusterChecker>(cluster, static_cast<Holder&>(*entry).checks);
+  return static_cast<Holder&>(*entry).checks;
+}
+
+}  // namespace
+
+std::unique_ptr<Checker> make_checker(Cluster& cluster) {
+  return std::make_unique<ClusterChecker>(cluster, shared_checks(*cluster.machine));
+}
+
+void inherit_written(Machine& machine, Machine& earlier) {
+  shared_checks(machine)->take_written(*shared_checks(earlier));
+}
+
+void forget_written(Machine& machine, uint64_t base, uint64_t bytes) {
+  shared_checks(machine)->forget_written(base, bytes);
 }
 
 void finish_checks(Cluster& cluster) {

@@ -136,6 +136,10 @@ struct Checker {  // of one cluster
 };
 // After the CTAs and their numbers are known, under the machine's `starting` lock (what clusters share is made here).
 std::unique_ptr<Checker> make_checker(Cluster& cluster);
+// What kernels of an earlier machine have written of memory that was handed over uninitialised stays written; memory
+// that is handed over anew does not.
+void inherit_written(Machine& machine, Machine& earlier);
+void forget_written(Machine& machine, uint64_t base, uint64_t bytes);
 // Before the cluster counts as finished: the last accesses are checked before another grid begins, and those to the
 // shared memory of other CTAs for whether these have certainly not exited before.
 void finish_checks(Cluster& cluster);

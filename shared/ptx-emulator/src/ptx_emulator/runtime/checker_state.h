@@ -52,6 +52,8 @@ class SharedChecks : public GroupState {
  public:
   GlobalPage& page(uint64_t number);
   WrittenBytes& written(const MemoryMap::Range& range);
+  void take_written(SharedChecks& earlier) { written_ = std::move(earlier.written_); }
+  void forget_written(uint64_t base, uint64_t bytes) { written_.erase({base, bytes}); }
   // Whether a finding with these instructions (in either order) is new, and the limit of its kind not reached.
   bool is_new(uint32_t grid, Report kind, uint32_t pc, uint32_t other_pc);
 
