@@ -75,8 +75,8 @@ bool open_at_start(const Grid& grid, uint32_t earlier) {
 Verdict ClusterChecker::verdict_other_grid(const Access& earlier, const Observer& me) const {
   const Grid& grid = *cluster_.grid;
   if (earlier.grid > grid.id) return Verdict::GridDependency;
-  const bool open = me.views->grid_dependency ? open_behind_wait(grid, earlier.grid) : open_at_start(grid, earlier.grid);
-  return open ? Verdict::GridDependency : Verdict::Ordered;
+  const auto may_be_open = me.views->grid_dependency ? open_behind_wait : open_at_start;
+  return may_be_open(grid, earlier.grid) ? Verdict::GridDependency : Verdict::Ordered;
 }
 
 // ---------------------------------------------------------------------------------------------- one access

@@ -168,7 +168,8 @@ void ptxe_enqueue(Machine* machine, const Program* program, const PackedLaunch* 
   std::copy_n(launch->cluster, 3, grid.cluster);
   grid.dynamic_shared_bytes = launch->dynamic_shared_bytes;
   grid.num_warps = (grid.block[0] * grid.block[1] * grid.block[2] + kLanes - 1) / kLanes;
-  grid.num_clusters = grid.size[0] * grid.size[1] * grid.size[2] / (grid.cluster[0] * grid.cluster[1] * grid.cluster[2]);
+  const uint32_t* c = grid.cluster;
+  grid.num_clusters = grid.size[0] * grid.size[1] * grid.size[2] / (c[0] * c[1] * c[2]);
   grid.pdl = launch->pdl != 0;
   grid.params.resize(launch->num_params_bytes + kParamAlignment);
   const auto start = reinterpret_cast<uintptr_t>(grid.params.data());

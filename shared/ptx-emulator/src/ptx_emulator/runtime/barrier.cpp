@@ -270,8 +270,8 @@ PTXE_OP("barrier") {
   }
   if (generation->expected && generation->arrived > generation->expected) {
     report(w, Report::BarrierMisuse, -1,
-           std::to_string(generation->arrived) + " threads arrived at " + barrier_name(*w.cta, number) + ", which expects " +
-               std::to_string(generation->expected) + ".");
+           std::to_string(generation->arrived) + " threads arrived at " + barrier_name(*w.cta, number) +
+               ", which expects " + std::to_string(generation->expected) + ".");
   }
   leave(list, entry, w.lanes);
   if (w.track) w.waits_for = "barrier " + std::to_string(number);
@@ -289,7 +289,8 @@ PTXE_OP("barrier.cluster.arrive") {  // relaxed
     if (step != Step::Execute) return step;
   }
   if (find_entry(list, w.lanes, true)) {
-    report(w, Report::BarrierMisuse, -1, "barrier.cluster.arrive a second time, without barrier.cluster.wait in between.");
+    report(w, Report::BarrierMisuse, -1,
+           "barrier.cluster.arrive a second time, without barrier.cluster.wait in between.");
     return Step::Next;
   }
   if (here && !here->generation) {

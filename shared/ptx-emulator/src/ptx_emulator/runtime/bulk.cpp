@@ -64,8 +64,8 @@ void read_bytes(Cluster& cluster, const Actor& actor, Space space, uint64_t addr
   }
 }
 
-void write_bytes(Cluster& cluster, const Actor& actor, Space space, uint64_t address, const std::vector<uint8_t>& buffer,
-                 uint32_t alignment, ReduceFunction reduction) {
+void write_bytes(Cluster& cluster, const Actor& actor, Space space, uint64_t address,
+                 const std::vector<uint8_t>& buffer, uint32_t alignment, ReduceFunction reduction) {
   const auto bytes = static_cast<uint32_t>(buffer.size());
   if (!bytes) return;
   const AccessKind kind = reduction ? AccessKind::Atomic : AccessKind::Write;
@@ -98,7 +98,9 @@ struct BulkLoad : AsyncOp {
     retire(cluster, actor);
     return true;
   }
-  std::string describe() const override { return "cp.async.bulk of " + std::to_string(bytes) + " bytes to shared memory"; }
+  std::string describe() const override {
+    return "cp.async.bulk of " + std::to_string(bytes) + " bytes to shared memory";
+  }
 };
 
 // Shared memory, or registers, to the shared memory of a CTA of the cluster.

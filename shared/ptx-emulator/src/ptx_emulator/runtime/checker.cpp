@@ -455,12 +455,14 @@ void access_memory(Cluster& cluster, const Actor& actor, const Place& place, uin
 
 void access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column, uint32_t num_columns,
                  AccessKind kind) {
-  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->access_tmem(w, cta, lane, num_lanes, column, num_columns, kind);
+  ClusterChecker* c = ClusterChecker::of(*w.cluster);
+  if (c) c->access_tmem(w, cta, lane, num_lanes, column, num_columns, kind);
 }
 
 void access_tmem(Cluster& cluster, const Actor& actor, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column,
                  uint32_t num_columns, AccessKind kind) {
-  if (ClusterChecker* c = ClusterChecker::of(cluster)) c->access_tmem(actor, cta, lane, num_lanes, column, num_columns, kind);
+  ClusterChecker* c = ClusterChecker::of(cluster);
+  if (c) c->access_tmem(actor, cta, lane, num_lanes, column, num_columns, kind);
 }
 
 void free_tmem(Warp& w, Cta& cta, uint32_t column, uint32_t num_columns) {

@@ -39,7 +39,8 @@ template <class Format, int Shift> struct Part {
   static float load(uint32_t value, bool ftz) { return Format::load(static_cast<uint16_t>(value >> Shift), ftz); }
 };
 
-template <class Source> Lanes compare(const typename Source::Lane* a, const typename Source::Lane* b, uint32_t how, bool ftz) {
+template <class Source>
+Lanes compare(const typename Source::Lane* a, const typename Source::Lane* b, uint32_t how, bool ftz) {
   const auto mask = [&](auto test) {
     return lane_mask([&](int lane) { return test(Source::load(a[lane], ftz), Source::load(b[lane], ftz)); });
   };

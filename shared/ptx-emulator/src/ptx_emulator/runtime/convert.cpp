@@ -48,7 +48,9 @@ uint64_t extended(uint64_t bits, Type type) {
 
 // --- floats as doubles
 
-double flushed(double value, double min_normal) { return std::fabs(value) < min_normal ? std::copysign(0.0, value) : value; }
+double flushed(double value, double min_normal) {
+  return std::fabs(value) < min_normal ? std::copysign(0.0, value) : value;
+}
 
 double load_float(uint64_t bits, Type type, bool ftz) {
   switch (type) {
@@ -85,7 +87,8 @@ uint64_t converted_nan(uint64_t bits, Type from, Type to, Rounding mode, uint32_
   if (to == Type::F64) return as_bits(load_float(bits, from, false)) | kQuietBit64;
   if (from == Type::F64) {
     const int width = bits_of(to), mantissa_bits = format_of(to).mantissa_bits;
-    const uint64_t sign = bits >> 63 << (width - 1), exponent = (uint64_t{1} << (width - 1)) - (uint64_t{1} << mantissa_bits);
+    const uint64_t top = uint64_t{1} << (width - 1);
+    const uint64_t sign = bits >> 63 ? top : 0, exponent = top - (uint64_t{1} << mantissa_bits);
     const uint64_t mantissa = (bits | kQuietBit64) << 12 >> (64 - mantissa_bits);
     return sign | exponent | mantissa;
   }

@@ -71,7 +71,8 @@ uint64_t mask_of(uint64_t word, uint64_t begin, uint64_t end) {  // bits of the 
 void WrittenBytes::set(uint64_t begin, uint64_t end) {
   for (uint64_t word = begin / 64; word * 64 < end; ++word) {
     const uint64_t mask = mask_of(word, begin, end);
-    if ((words_[word].load(std::memory_order_relaxed) & mask) != mask) words_[word].fetch_or(mask, std::memory_order_relaxed);
+    if ((words_[word].load(std::memory_order_relaxed) & mask) == mask) continue;
+    words_[word].fetch_or(mask, std::memory_order_relaxed);
   }
 }
 
@@ -145,9 +146,11 @@ std::string ClusterChecker::conflict_text(const Conflict& conflict, const Access
              "that, or tcgen05.fence::after_thread_sync behind it.";
     case Verdict::GridDependency:
       if (other.grid > self.grid) return "No griddepcontrol.wait makes that launch wait for this one.";
-      if (!conflict.waited) return "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
-      return format("griddepcontrol.wait waits for launch %u alone, which may end before launch %u does: not every launch "
-                    "in between executes griddepcontrol.wait.", self.grid - 1, other.grid);
+      if (!conflict.waited) {
+        return "griddepcontrol.wait has not been executed before, so the earlier launch may be running.";
+      }
+      return format("griddepcontrol.wait waits for launch %u alone, which may end before launch %u does: not every "
+                    "launch in between executes griddepcontrol.wait.", self.grid - 1, other.grid);
     default: break;
   }
   if (other.component != other.issuer || self.component != self.issuer) {
@@ -193,7 +196,8 @@ void ClusterChecker::check_loaded(const Warp& w, uint32_t load_pc) {
 
 void ClusterChecker::report_uninitialised(const Access& self, const Site& site, const std::string& place) {
   if (!shared_->is_new(cluster_.grid->id, Report::Uninitialised, self.pc, ~0u)) return;
-  report(*cluster_.grid, Report::Uninitialised, site, "The read of " + place + " finds nothing: it has not been written.");
+  report(*cluster_.grid, Report::Uninitialised, site,
+         "The read of " + place + " finds nothing: it has not been written.");
 }
 
 }  // namespace ptxe

@@ -74,12 +74,20 @@ template <int F> float div_approx(float a, float b) {
   }
   return finish<F>(x / y);
 }
-template <int F> float rsqrt(float a) { return finish<F>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(flush<F>(a))))); }
+template <int F> float rsqrt(float a) {
+  return finish<F>(static_cast<float>(1.0 / std::sqrt(static_cast<double>(flush<F>(a)))));
+}
 double rsqrt64(double a) { return 1.0 / std::sqrt(a); }
 template <int F> float ex2(float a) { return flush<F>(exp2_float(flush<F>(a))); }
-template <int F> float lg2(float a) { return finish<F>(static_cast<float>(std::log2(static_cast<double>(flush<F>(a))))); }
-template <int F> float sin_of(float a) { return finish<F>(static_cast<float>(std::sin(static_cast<double>(flush<F>(a))))); }
-template <int F> float cos_of(float a) { return finish<F>(static_cast<float>(std::cos(static_cast<double>(flush<F>(a))))); }
+template <int F> float lg2(float a) {
+  return finish<F>(static_cast<float>(std::log2(static_cast<double>(flush<F>(a)))));
+}
+template <int F> float sin_of(float a) {
+  return finish<F>(static_cast<float>(std::sin(static_cast<double>(flush<F>(a)))));
+}
+template <int F> float cos_of(float a) {
+  return finish<F>(static_cast<float>(std::cos(static_cast<double>(flush<F>(a)))));
+}
 template <int F> float tanh_of(float a) { return finish<F>(static_cast<float>(std::tanh(static_cast<double>(a)))); }
 
 // rcp.approx.ftz.f64 and rsqrt.approx.ftz.f64 read and write the upper word; subnormals are zero.

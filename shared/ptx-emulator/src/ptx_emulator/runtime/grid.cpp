@@ -76,7 +76,7 @@ PTXE_OP("griddepcontrol.wait") {
     grid_dependency_wait(w);
     return Step::Next;
   }
-  return wait_because(w, [](Warp&, const Instruction&) { return std::string("the launch before this one to complete"); });
+  return wait_because(w, [](Warp&, const Instruction&) -> std::string { return "the launch before this one to end"; });
 }
 
 PTXE_OP("griddepcontrol.launch_dependents") {

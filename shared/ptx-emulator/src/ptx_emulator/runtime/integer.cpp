@@ -62,15 +62,22 @@ template <class T> Wider<T> mad_wide(T a, T b, Wider<T> c) {
 
 // The product of the low 24 bits: .lo is its low 32 bits, .hi the high 32 bits of its 48.
 template <class T> s64 product24(T a, T b) {
-  if constexpr (std::is_signed_v<T>)
-    return static_cast<s64>(static_cast<s32>(static_cast<u32>(a) << 8) >> 8) * (static_cast<s32>(static_cast<u32>(b) << 8) >> 8);
-  else
+  if constexpr (std::is_signed_v<T>) {
+    const s32 low_a = static_cast<s32>(static_cast<u32>(a) << 8) >> 8;
+    const s32 low_b = static_cast<s32>(static_cast<u32>(b) << 8) >> 8;
+    return static_cast<s64>(low_a) * low_b;
+  } else {
     return static_cast<s64>(static_cast<u64>(a & 0xffffff) * (b & 0xffffff));
+  }
 }
 template <class T> T mul24_lo(T a, T b) { return static_cast<T>(product24(a, b)); }
 template <class T> T mul24_hi(T a, T b) { return static_cast<T>(product24(a, b) >> 16); }
-template <class T> T mad24_lo(T a, T b, T c) { return static_cast<T>(static_cast<u32>(mul24_lo(a, b)) + static_cast<u32>(c)); }
-template <class T> T mad24_hi(T a, T b, T c) { return static_cast<T>(static_cast<u32>(mul24_hi(a, b)) + static_cast<u32>(c)); }
+template <class T> T mad24_lo(T a, T b, T c) {
+  return static_cast<T>(static_cast<u32>(mul24_lo(a, b)) + static_cast<u32>(c));
+}
+template <class T> T mad24_hi(T a, T b, T c) {
+  return static_cast<T>(static_cast<u32>(mul24_hi(a, b)) + static_cast<u32>(c));
+}
 s32 mad24_hi_sat(s32 a, s32 b, s32 c) { return saturate<s32>(static_cast<s64>(mul24_hi(a, b)) + c); }
 
 // Division by zero is unspecified in the PTX ISA; quotient and remainder are all ones, as an H200 gave them.
@@ -95,7 +102,8 @@ s32 min_relu(s32 a, s32 b) { return relu(min_of(a, b)); }
 s32 max_relu(s32 a, s32 b) { return relu(max_of(a, b)); }
 template <class T> T sad(T a, T b, T c) {
   using U = std::make_unsigned_t<T>;
-  const U difference = a < b ? static_cast<U>(static_cast<U>(b) - static_cast<U>(a)) : static_cast<U>(static_cast<U>(a) - static_cast<U>(b));
+  const U ua = static_cast<U>(a), ub = static_cast<U>(b);
+  const U difference = static_cast<U>(a < b ? ub - ua : ua - ub);
   return static_cast<T>(static_cast<U>(c) + difference);
 }
 
@@ -202,8 +210,11 @@ u32 fns(u32 mask, u32 base, s32 offset) {
 }
 
 template <class A, class B> u32 dp4a(u32 a, u32 b, u32 c) {
-  for (int byte = 0; byte < 4; ++byte)
-    c += static_cast<u32>(static_cast<s32>(static_cast<A>(a >> 8 * byte)) * static_cast<s32>(static_cast<B>(b >> 8 * byte)));
+  for (int byte = 0; byte < 4; ++byte) {
+    const auto byte_a = static_cast<A>(a >> 8 * byte);
+    const auto byte_b = static_cast<B>(b >> 8 * byte);
+    c += static_cast<u32>(static_cast<s32>(byte_a) * static_cast<s32>(byte_b));
+  }
   return c;
 }
 template <class A, class B, int FirstByte> u32 dp2a(u32 a, u32 b, u32 c) {
@@ -233,10 +244,12 @@ constexpr u32 kPrmtRc16[] = {0x1010, 0x3232, 0x1010, 0x3232};
 template <const u32* Table> u32 prmt_mode(u32 a, u32 b, u32 c) { return prmt(a, b, Table[c & 3]); }
 
 #define LANEWISE(name, ...) {name, Lanewise<&__VA_ARGS__>::run}
-#define FOR_UNSIGNED(name, f) LANEWISE(name ".u16", f<u16>), LANEWISE(name ".u32", f<u32>), LANEWISE(name ".u64", f<u64>)
+#define FOR_UNSIGNED(name, f) \
+  LANEWISE(name ".u16", f<u16>), LANEWISE(name ".u32", f<u32>), LANEWISE(name ".u64", f<u64>)
 #define FOR_SIGNED(name, f) LANEWISE(name ".s16", f<s16>), LANEWISE(name ".s32", f<s32>), LANEWISE(name ".s64", f<s64>)
 #define FOR_WORDS(name, f) \
-  LANEWISE(name ".u32", f<u32>), LANEWISE(name ".s32", f<s32>), LANEWISE(name ".u64", f<u64>), LANEWISE(name ".s64", f<s64>)
+  LANEWISE(name ".u32", f<u32>), LANEWISE(name ".s32", f<s32>), LANEWISE(name ".u64", f<u64>), \
+      LANEWISE(name ".s64", f<s64>)
 #define FOR_HALVES(name, f) LANEWISE(name ".u16x2", halves<&f<u16>, u16>), LANEWISE(name ".s16x2", halves<&f<s16>, s16>)
 #define FOR_DOT(name, ...)                                                                    \
   LANEWISE(name ".u32.u32", __VA_ARGS__(u8, u16, u8)), LANEWISE(name ".u32.s32", __VA_ARGS__(u8, u16, s8)), \

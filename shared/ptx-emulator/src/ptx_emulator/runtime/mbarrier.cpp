@@ -94,7 +94,8 @@ void add_tx(const Origin& from, Cta& cta, uint32_t offset, MBarrier& b, int64_t 
   b.tx += bytes;
   if (b.tx > kMaxCount || b.tx < -kMaxCount) {
     misuse(from, format("The tx-count of ") + name_of(cta, offset) +
-                     format(" is %" PRId64 " in phase %" PRIu64 "; the limit is %" PRId64 ".", b.tx, b.phase, kMaxCount));
+                     format(" is %" PRId64 " in phase %" PRIu64 "; the limit is %" PRId64 ".", b.tx, b.phase,
+                            kMaxCount));
   }
   settle(from.cluster, b);
 }
@@ -169,7 +170,8 @@ enum ArriveFlags : uint32_t { kRelaxed = 1, kNoComplete = 2, kDrop = 4, kExpectT
 uint64_t token_of(const MBarrier& b) { return b.phase << kPendingBits | b.pending; }
 
 // One lane's arrival. `released`: the warp has already released into this phase of the barrier.
-void arrive_lane(Warp& w, const MBarrierAt& target, uint32_t count, uint32_t tx, uint32_t flags, int lane, bool released) {
+void arrive_lane(Warp& w, const MBarrierAt& target, uint32_t count, uint32_t tx, uint32_t flags, int lane,
+                 bool released) {
   const Origin from{*w.cluster, site_of(w, lane)};
   MBarrier& b = *target.barrier;
   Cta& cta = *target.place.cta;
@@ -190,7 +192,8 @@ void arrive_lane(Warp& w, const MBarrierAt& target, uint32_t count, uint32_t tx,
   const uint64_t phase = b.phase;
   arrive(from, cta, offset, b, count);
   if ((flags & kNoComplete) && b.phase != phase) {
-    misuse(from, "An arrival with .noComplete completed phase " + std::to_string(phase) + " of " + name_of(cta, offset) + ".");
+    misuse(from, format("An arrival with .noComplete completed phase %" PRIu64 " of ", phase) + name_of(cta, offset) +
+                     ".");
   }
 }
 
@@ -237,7 +240,8 @@ Lanes test(Warp& w, const Instruction& i) {
       complete |= 1u << lane;  // reported; a wait for it would never end
       return;
     }
-    const uint64_t wanted = (flags & kParity) ? w.values<uint32_t>(i.args[6])[lane] : w.values<uint64_t>(i.args[6])[lane];
+    const uint64_t wanted =
+        (flags & kParity) ? w.values<uint32_t>(i.args[6])[lane] : w.values<uint64_t>(i.args[6])[lane];
     if (!is_complete(w, last, wanted, flags & kParity, lane)) return;
     complete |= 1u << lane;
     if (acquired) return;
@@ -266,7 +270,8 @@ std::string missing_text(const MBarrier& b) {
 // The phase that the first of the lanes waits for is the one that its mbarrier is in.
 std::string explain_wait(Warp& w, const Instruction& i) {
   const AddressArgs address(i, 0);
-  const Place place = locate(w, space_of(i), address.at(w, w.first_lane()), kMBarrierBytes, kMBarrierBytes, w.first_lane());
+  const int lane = w.first_lane();
+  const Place place = locate(w, space_of(i), address.at(w, lane), kMBarrierBytes, kMBarrierBytes, lane);
   if (!place) return "an mbarrier";
   const MBarrier& b = place.cta->state.get<MBarriers>().by_offset[place.offset];
   return format("mbarrier 0x%x of ", place.offset) + cta_name(*place.cta) +
@@ -368,8 +373,8 @@ PTXE_OP("mbarrier.init") {  // address, space, count
     MBarrier& b = place.cta->state.get<MBarriers>().by_offset[place.offset];
     if (b.expected && (b.pending != b.expected || b.tx != 0)) {
       misuse(from, "mbarrier.init of " + name_of(*place.cta, place.offset) +
-                       format(" while its phase %" PRIu64 " is in flight: %u of %u arrivals missing, tx-count %" PRId64 ".",
-                              b.phase, b.pending, b.expected, b.tx));
+                       format(" while its phase %" PRIu64 " is in flight: ", b.phase) +
+                       format("%u of %u arrivals missing, tx-count %" PRId64 ".", b.pending, b.expected, b.tx));
     }
     access_memory(w, place, kMBarrierBytes, AccessKind::Write, lane);
     b = MBarrier{};
@@ -422,7 +427,8 @@ PTXE_OP("mbarrier.arrive") {  // address, space, state, count, tx bytes, flags
     if (!same_barrier(target, last) && last) access_memory(w, target.place, kMBarrierBytes, AccessKind::Atomic, lane);
     w.values<uint64_t>(i.args[5])[lane] = token_of(*target.barrier);
     last_phase = target.barrier->phase;
-    arrive_lane(w, target, w.values<uint32_t>(i.args[6])[lane], w.values<uint32_t>(i.args[7])[lane], flags, lane, released);
+    const uint32_t count = w.values<uint32_t>(i.args[6])[lane], tx = w.values<uint32_t>(i.args[7])[lane];
+    arrive_lane(w, target, count, tx, flags, lane, released);
     last = target;
   });
   return Step::Next;

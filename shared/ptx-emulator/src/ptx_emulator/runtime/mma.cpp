@@ -138,7 +138,8 @@ template <class F> void encode_register(const double* values, uint32_t* out, F e
 void encode(const double* values, Accumulator accumulator, uint32_t* out) {
   const auto each = [&](auto f) { encode_register(values, out, f); };
   switch (accumulator) {
-    case Accumulator::F32: return each([](double v) { return v == v ? as_bits(static_cast<float>(v)) : kCanonicalNan; });
+    case Accumulator::F32:
+      return each([](double v) { return v == v ? as_bits(static_cast<float>(v)) : kCanonicalNan; });
     case Accumulator::F16: return each([](double v) { return uint32_t{float_to_fp16(to_odd_float(v))}; });
     case Accumulator::S32: return each([](double v) { return static_cast<uint32_t>(static_cast<int64_t>(v)); });
     case Accumulator::S32Saturating:

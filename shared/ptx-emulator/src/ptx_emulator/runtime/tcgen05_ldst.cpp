@@ -224,7 +224,9 @@ PTXE_OP("tcgen05.st") {
   return Step::Next;
 }
 
-static std::string explain_use(Warp&, const Instruction&) { return "other threads, with registers that tcgen05.ld loads"; }
+static std::string explain_use(Warp&, const Instruction&) {
+  return "other threads, with registers that tcgen05.ld loads";
+}
 
 // An operation that reads registers of tcgen05.ld, perhaps before tcgen05.wait::ld: number of loads, operation, the
 // instructions that load, then the operation's own arguments.

@@ -212,7 +212,8 @@ struct TensorStore : GroupedCopy {
   void write(Cluster& cluster) override {
     const AccessKind kind = reduction ? AccessKind::Atomic : AccessKind::Write;
     for (const Piece& piece : box.pieces) {
-      const Place place = resolve_async(cluster, writer, Space::Global, piece.global, piece.bytes, 1, kind, writer.site);
+      const Place place =
+          resolve_async(cluster, writer, Space::Global, piece.global, piece.bytes, 1, kind, writer.site);
       if (!place) continue;
       if (reduction) {
         reduction(place.data, buffer.data() + piece.offset, piece.bytes);
@@ -263,7 +264,8 @@ Box read_box(Warp& w, const Instruction& i, Direction direction, uint64_t map_ad
   }
   if (map.rank != rank) {
     report(w, Report::OutOfBounds, lane,
-           "A tensor copy of rank " + std::to_string(rank) + " with a tensor map of rank " + std::to_string(map.rank) + ".");
+           "A tensor copy of rank " + std::to_string(rank) + " with a tensor map of rank " +
+               std::to_string(map.rank) + ".");
     return none;
   }
   int32_t start[kMaxRank] = {};
@@ -369,7 +371,8 @@ PTXE_OP("tensormap.replace") {  // address, space, field, ordinal, value, bits o
     const uint64_t value =
         i.args[8] == 64 ? w.values<uint64_t>(i.args[7])[lane] : w.values<uint32_t>(i.args[7])[lane];
     if (replace_tensor_map_field(place.data, static_cast<TensorMapField>(i.args[5]), i.args[6], value)) return;
-    report(w, Report::OutOfBounds, lane, "The new value of the tensor map's field is not allowed: " + std::to_string(value));
+    report(w, Report::OutOfBounds, lane,
+           "The new value of the tensor map's field is not allowed: " + std::to_string(value));
   });
   ++w.cluster->progress;
   return Step::Next;
@@ -381,7 +384,8 @@ PTXE_OP("tensormap.copy") {
   const Step step = gather(w, i, w.live);
   if (step != Step::Execute) return step;
   const int lane = w.first_lane();
-  const Place from = resolve(w, Space::Shared, source.at(w, lane), kTensorMapBytes, kTensorMapBytes, AccessKind::Read, lane);
+  const Place from =
+      resolve(w, Space::Shared, source.at(w, lane), kTensorMapBytes, kTensorMapBytes, AccessKind::Read, lane);
   const Place to =
       resolve(w, Space::Global, destination.at(w, lane), kTensorMapBytes, kTensorMapBytes, AccessKind::Write, lane);
   if (from && to) std::memcpy(to.data, from.data, kTensorMapBytes);

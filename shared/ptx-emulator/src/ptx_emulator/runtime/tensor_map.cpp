@@ -61,7 +61,8 @@ bool check(const TensorMap& map, std::string& why) {
   else if (map.box[0] * map.element_bits() % 128) why = "the rows of its box are no multiple of 16 bytes";
   const uint32_t span = swizzle_span(map.swizzle);
   if (why.empty() && span && map.row_bytes() > span) {
-    why = "the rows of its box are " + std::to_string(map.row_bytes()) + " bytes, the swizzle allows " + std::to_string(span);
+    why = "the rows of its box are " + std::to_string(map.row_bytes()) + " bytes, the swizzle allows " +
+          std::to_string(span);
   }
   return why.empty();
 }
@@ -108,7 +109,8 @@ bool decode_tensor_map(const uint8_t* bytes, TensorMap& map, std::string& why) {
     const bool ignored = d == 0 && !map.interleave;
     map.element_strides[d] = ignored ? 1 : (steps >> kElementStrideBits * d & 7) + 1;
     if (d == 0) continue;
-    const uint64_t units = load_word(bytes, kStrides + 4 * (d - 1)) | static_cast<uint64_t>(high >> 4 * (d - 1) & 15) << 32;
+    const uint64_t high_bits = high >> 4 * (d - 1) & 15;
+    const uint64_t units = load_word(bytes, kStrides + 4 * (d - 1)) | high_bits << 32;
     map.strides[d] = units * kStrideUnit;
   }
   return check(map, why);

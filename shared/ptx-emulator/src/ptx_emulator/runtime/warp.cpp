@@ -66,7 +66,9 @@ template <class T>
 void reduce_lanes(Warp& w, const Instruction& i, Reduction how) {
   const T* in = w.values<T>(i.args[1]);
   T result = in[w.first_lane()];
-  for (Lanes rest = w.lanes & (w.lanes - 1); rest; rest &= rest - 1) result = reduce(how, result, in[__builtin_ctz(rest)]);
+  for (Lanes rest = w.lanes & (w.lanes - 1); rest; rest &= rest - 1) {
+    result = reduce(how, result, in[__builtin_ctz(rest)]);
+  }
   T* out = w.values<T>(i.args[0]);
   each_lane(w, [&](int lane) { out[lane] = result; });
 }
