@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nox
 from nox.project import load_toml
@@ -39,7 +40,7 @@ TESTS = ROOT / "tests"
 
 BASE_TOOLS = ("numpy", "ml-dtypes", "pytest", "hypothesis", "hatchling")
 CLIENT_REQUIREMENTS = ("transformers", "matplotlib")
-TEST_HELPERS = "kernel-testing"
+TEST_HELPERS = ("kernel-testing", "ptx-emulator")  # what tests compare with, and a CPU that runs GPU code
 CACHE_VARIABLE = "KERNEL_DISPATCH_CACHE_DIR"
 EMULATOR_CACHE_VARIABLE = "PTX_EMULATOR_CACHE_DIR"
 PEERS = ("flashinfer-python",)
@@ -159,11 +160,11 @@ def kernel_cache() -> Path:
     return folder
 
 
-def run_code(session: nox.Session, *command: str, **env: str) -> None:
-    """Run a command that may compile kernels, with the variables `env`."""
+def run_code(session: nox.Session, *command: str, env: dict[str, str] | None = None, **options: Any) -> None:
+    """Run a command that may compile kernels, with the variables `env` and the options of `session.run`."""
     folder = kernel_cache()
     caches = {CACHE_VARIABLE: str(folder), EMULATOR_CACHE_VARIABLE: str(folder / "ptx-emulator")}
-    session.run(*command, env={**caches, **env})
+    session.run(*command, env={**caches, **(env or {})}, **options)
 
 
 def build_distributions(session: nox.Session, packages: Iterable[Package], into: Path, *targets: str) -> None:
@@ -197,7 +198,7 @@ def run_tests(session: nox.Session, folder: Path, *arguments: str) -> None:
     command = ["python", "-m", "pytest", "-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT)]
     command += ["-p", "no:cacheprovider", str(folder), *arguments]
     with tempfile.TemporaryDirectory() as outside, session.chdir(outside):
-        run_code(session, *command, PYTHONPATH="", PYTHONDONTWRITEBYTECODE="1")
+        run_code(session, *command, env={"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"})
 
 
 @nox.session
@@ -205,7 +206,7 @@ def run_tests(session: nox.Session, folder: Path, *arguments: str) -> None:
 def test(session: nox.Session, package: str) -> None:
     """Test one package as installed from its wheel; arguments after -- go to pytest."""
     use_base(session)
-    install_packages(session, closure([package, TEST_HELPERS]))
+    install_packages(session, closure([package, *TEST_HELPERS]))
     run_tests(session, PACKAGES[package].tests, *session.posargs)
 
 
@@ -229,7 +230,7 @@ def integration(session: nox.Session) -> None:
 def peers(session: nox.Session) -> None:
     """Run published kernels of others on the emulator; arguments after -- go to pytest."""
     use_base(session)
-    install_packages(session, closure(["ptx-emulator", "mla-sm100", TEST_HELPERS]))
+    install_packages(session, closure(["mla-sm100", *TEST_HELPERS]))
     # Without what they depend on, which is gigabytes: the tests import the kernels' modules alone.
     session.install("--no-deps", "-c", str(CONSTRAINTS), *PEERS)
     run_tests(session, TESTS / "peers", *session.posargs)
@@ -258,6 +259,34 @@ def bench(session: nox.Session) -> None:
         run_code(session, "python", str(found[name]))
 
 
+# Of each package whose kernels may be new to a GPU: the provider that bench_mla_decode.py takes.
+DEVICE_PROVIDERS = {"mla-sm100": "sm100", "mla-sm120": "sm120"}
+
+
+@nox.session
+def device(session: nox.Session) -> None:
+    """Test and time the package after -- on this machine's GPU; the record is kept in benchmarks/results/."""
+    if len(session.posargs) != 1 or session.posargs[0] not in DEVICE_PROVIDERS:
+        session.error(f"name one package after --: {', '.join(DEVICE_PROVIDERS)}")
+    package = PACKAGES[session.posargs[0]]
+    use_base(session)
+    install_packages(session, closure([package.name, *TEST_HELPERS]))
+    query = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    name = str(session.run("python", "-c", query, silent=True)).strip()
+    if not name:
+        session.error("PyTorch finds no CUDA device")
+    folder = ROOT / "benchmarks" / "results" / f"{package.module}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package.tests))
+    benchmark = str(ROOT / "benchmarks" / "bench_mla_decode.py")
+    session.log("testing; the output goes to %s", folder / "tests.txt")
+    with (folder / "tests.txt").open("w", encoding="utf-8") as report:
+        run_code(session, *tests, stdout=report, success_codes=[0, 1])
+    provider = DEVICE_PROVIDERS[package.name]
+    run_code(session, "python", benchmark, "--provider", provider, "--out", str(folder))
+    session.log("%s holds the record", folder)
+
+
 # What compute-sanitizer looks at, as pytest selections of tests/gdn_mtp: every path of the kernels, small.
 SANITIZED = {
     "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)",
@@ -273,7 +302,7 @@ def sanitize(session: nox.Session) -> None:
     if shutil.which("compute-sanitizer") is None:
         session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
     use_base(session)
-    install_packages(session, closure(["gdn-mtp", TEST_HELPERS]))
+    install_packages(session, closure(["gdn-mtp", *TEST_HELPERS]))
     results = ROOT / "benchmarks" / "results"
     for tool, selection in SANITIZED.items():
         report = results / f"gdn_mtp-{tool}.txt"
@@ -281,7 +310,7 @@ def sanitize(session: nox.Session) -> None:
         sanitizer += ("--log-file", str(report))
         tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
         target = str(TESTS / "gdn_mtp" / "test_gdn_cute.py")
-        run_code(session, *sanitizer, *tests, target, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        run_code(session, *sanitizer, *tests, target, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 @nox.session(reuse_venv=True)

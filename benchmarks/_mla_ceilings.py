@@ -1,4 +1,7 @@
-"""The rate that mma.sync reaches from registers on this device: the ceiling of compute-bound decode."""
+"""The rate of matrix products on this device: the ceiling of compute-bound decode.
+
+Where there are tcgen05 tensor cores it is that of a large product by cuBLAS, elsewhere that of mma.sync.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_dispatch import Arch
 from kernel_testing import time_cuda_us
 
+TCGEN05_MAJORS = (10, 11)  # of compute capabilities
+MATMUL_SIZE = 8192
 WARPS, TILES, STEPS = 8, 16, 2000
 SOURCE = """
 extern "C" __global__ void __launch_bounds__(256) mma_rate(float* out) {
@@ -33,6 +39,32 @@ INSTRUCTIONS = {
     "fp16": ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", 16),
     "fp8": ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", 32),
 }
+
+
+def matrix_tflops(dtype: str, arch: Arch) -> float:
+    """TFLOP/s of matrix products of a dtype."""
+    return matmul_tflops(dtype) if arch.major in TCGEN05_MAJORS else mma_tflops(dtype, arch.name)
+
+
+def matrix_unit(arch: Arch) -> str:
+    """What `matrix_tflops` measures."""
+    return "cuBLAS" if arch.major in TCGEN05_MAJORS else "mma.sync"
+
+
+def matmul_tflops(dtype: str) -> float:
+    """TFLOP/s of a product of large square matrices by cuBLAS."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}[dtype]
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device="cuda").to(torch_dtype)
+    one = torch.ones((), device="cuda")
+
+    def product() -> None:
+        if dtype == "fp8":
+            torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        else:
+            torch.mm(a, b.T)
+
+    microseconds = time_cuda_us({"matmul": [product]}, repeats=7)["matmul"]
+    return 2 * MATMUL_SIZE**3 / microseconds / 1e6
 
 
 def mma_tflops(dtype: str, arch: str) -> float:

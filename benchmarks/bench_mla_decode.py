@@ -2,12 +2,14 @@
 
     python benchmarks/bench_mla_decode.py --provider sm120
     python benchmarks/bench_mla_decode.py --provider sm120 --cells B64-H128-s8192-bf16 --tactics
+    python benchmarks/bench_mla_decode.py --provider sm100
 
 `--provider sm120` means the provider of mla-sm120 for the device at hand: sm120, sm121, or on a Hopper GPU
 the sm_90a build of the same sources, `sm90`. Before it is timed, every variant is compared with float64 at
 the very shape, for the first and the last request, every element; one that is wrong is not timed. A time is
 the median of replays of a CUDA graph with the L2 cache cold. Ceilings are measured in the same run: copy
-bandwidth, and the rate of mma.sync from registers. The exit status is 1 if ours is wrong or there is no GPU.
+bandwidth, and the rate of mma.sync from registers, or of cuBLAS where there is tcgen05. The exit status is 1
+if ours is wrong or there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from typing import Any
 
 import torch
 from _mla_cases import DTYPES, Call, Cell
-from _mla_ceilings import folder_name, mma_tflops
+from _mla_ceilings import folder_name, matrix_tflops, matrix_unit
 from kernel_dispatch import as_arch, providers, resolve
 from kernel_testing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cuda_us
-from mla_core import plan
+from mla_core import DecodeProblem, plan
 
 CELLS = [
     *(
@@ -45,8 +47,9 @@ CELLS = [
     Cell("bf16", 4, 128, 8192),
 ]
 TORCH_CELLS = 2  # the torch provider is slow: it is timed on the first cells of each dtype only
+GROUP = DecodeProblem.entry_point_group
 PROVIDERS_OF = {"sm120": {"sm_90": "sm90", "sm_120": "sm120", "sm_121": "sm121"}}
-DISTRIBUTIONS = ("mla-core", "mla-sm120", "kernel-dispatch", "cuda-bindings")
+DISTRIBUTIONS = ("mla-core", "kernel-dispatch", "cuda-bindings")
 HOST_CALLS, HOST_BATCHES = 300, 11
 
 
@@ -175,25 +178,27 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     arch = as_arch(device)
     backend = PROVIDERS_OF.get(options.provider, {}).get(arch.base, options.provider)
-    if backend not in {entry.name for entry in providers("mla_core.decode.v1")}:
+    if backend not in {entry.name for entry in providers(GROUP)}:
         print(f"--provider {options.provider}: no provider {backend!r} is installed", file=sys.stderr)
         return 1
     cells = [parse_cell(text) for text in options.cells] if options.cells else CELLS
     copy_gb_s = copy_bandwidth_gb_s(device)
     # On SM90 mma.sync of e4m3 is made of conversions and mma.sync of fp16: there is no rate to compare with.
     timed = {cell.dtype for cell in cells} - ({"fp8"} if arch.base == "sm_90" else set())
-    rates = {dtype: mma_tflops(dtype, arch.name) for dtype in sorted(timed)}
+    rates = {dtype: matrix_tflops(dtype, arch) for dtype in sorted(timed)}
     lines = []
 
     def say(text: str) -> None:
         print(text, flush=True)
         lines.append(text)
 
-    record: dict[str, Any] = {"environment": environment(*DISTRIBUTIONS), "provider": backend}
-    record |= {"copy_gb_s": copy_gb_s, "mma_tflops": rates, "command": " ".join(sys.argv), "cells": {}}
+    package = next(entry.distribution for entry in providers(GROUP) if entry.name == backend)
+    record: dict[str, Any] = {"environment": environment(*DISTRIBUTIONS, package), "provider": backend}
+    record |= {"copy_gb_s": copy_gb_s, "matrix_tflops": rates, "matrix_unit": matrix_unit(arch)}
+    record |= {"command": " ".join(sys.argv), "cells": {}}
     say(json.dumps(record["environment"]))
     say(
-        f"copy {copy_gb_s:.0f} GB/s; mma.sync "
+        f"copy {copy_gb_s:.0f} GB/s; {matrix_unit(arch)} "
         + ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in rates.items())
     )
     if options.provider == "sm120":
@@ -203,7 +208,7 @@ def main() -> int:
     record["host_us"] = host_us(backend, device)
     say(f"host: Plan.run {record['host_us']:.1f} us")
     say(
-        f"{'cell':32s} {'variant':16s} {'us':>9s} {'GB/s':>6s} {'of copy':>8s} {'TFLOP/s':>8s} {'of mma':>7s}"
+        f"{'cell':32s} {'variant':16s} {'us':>9s} {'GB/s':>6s} {'of copy':>8s} {'TFLOP/s':>8s} {'of max':>7s}"
     )
     failed = False
     timed_torch: dict[str, int] = {}
@@ -220,10 +225,10 @@ def main() -> int:
         for name, us in result["us"].items():
             rate = rates.get(cell.dtype)
             gb_s, tflops = cell.necessary_bytes / us / 1e3, cell.flops / us / 1e6
-            of_mma = "-" if rate is None else f"{tflops / rate:.2f}"
+            of_rate = "-" if rate is None else f"{tflops / rate:.2f}"
             say(
                 f"{cell!s:32s} {name:16s} {us:9.1f} {gb_s:6.0f} {gb_s / copy_gb_s:8.2f} {tflops:8.1f} "
-                f"{of_mma:>7s}"
+                f"{of_rate:>7s}"
             )
         torch.cuda.empty_cache()
     out = (

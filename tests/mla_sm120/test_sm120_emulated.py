@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import ptx_emulator
 import pytest
 import torch
 from kernel_dispatch import as_arch
@@ -15,10 +14,6 @@ from mla_core.planning import SplitPlan
 from mla_sm120 import config, launch, sources
 from mla_sm120.config import Division
 
-EMULATOR = Path(__file__).resolve().parents[2] / "shared" / "ptx-emulator" / "src"
-if EMULATOR.is_dir():
-    sys.path.append(str(EMULATOR))
-ptx_emulator: Any = pytest.importorskip("ptx_emulator")
 pytestmark = pytest.mark.skipif(sources.find_nvcc() is None, reason="needs nvcc")
 
 CASES = [
