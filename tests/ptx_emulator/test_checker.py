@@ -193,6 +193,7 @@ def test_memory_stays_written_in_later_runs() -> None:
     assert not run(read.replace("NUM", "8"))
     (report,) = run(read.replace("NUM", "9"))
     assert (report.kind, report.lane) == ("uninitialised", 8)
-    machine.add_range("workspace", array.ctypes.data, array.nbytes, initialised=False)  # other memory, same place
+    # Other memory in the same place.
+    machine.add_range("workspace", array.ctypes.data, array.nbytes, initialised=False)
     (report,) = run(read.replace("NUM", "8"))
     assert (report.kind, report.lane) == ("uninitialised", 0)
