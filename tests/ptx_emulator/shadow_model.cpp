@@ -34,7 +34,7 @@ void add_read(Unit& unit, const Access& read) {
   unit.reads = kept;
 }
 
-bool same_reads(std::span<const Access> set, const std::vector<Access>& reads) {
+bool same_reads(ptxe::Accesses set, const std::vector<Access>& reads) {
   return std::equal(set.begin(), set.end(), reads.begin(), reads.end());
 }
 

@@ -195,7 +195,7 @@ def test_shadow_memory_against_a_model(tmp_path: Path) -> None:
     program = tmp_path / "shadow_model"
     sources = [str(Path(__file__).parent / "shadow_model.cpp"), str(RUNTIME / "shadow.cpp")]
     subprocess.run(
-        [*compiler(), "-std=c++20", "-O1", f"-I{RUNTIME}", *sources, "-o", str(program)], check=True
+        [*compiler(), "-std=c++17", "-O1", f"-I{RUNTIME}", *sources, "-o", str(program)], check=True
     )
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

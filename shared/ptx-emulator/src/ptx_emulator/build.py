@@ -28,7 +28,7 @@ from ptx_emulator.errors import BuildError
 CACHE_VARIABLE = "PTX_EMULATOR_CACHE_DIR"
 _RUNTIME = Path(__file__).parent / "runtime"
 _FLAGS = (
-    "-std=c++20",
+    "-std=c++17",
     "-march=native",
     "-fPIC",
     "-fno-math-errno",
@@ -51,11 +51,13 @@ _LESS_OPTIMISED = frozenset(
         "findings",
         "grid",
         "matrix_descriptor",
+        "matrix_types",
         "mbarrier",
         "tcgen05_alloc",
         "tcgen05_copy",
         "tensor_copy",
         "tensor_map",
+        "timeline",
     )
 )
 _PRECOMPILED = ("core.h", "memory.h", "checker.h", "program.h")
@@ -70,7 +72,7 @@ def cache_folder() -> Path:
 
 @cache
 def compiler() -> tuple[str, ...]:
-    """The command of a C++20 compiler.
+    """The command of a C++17 compiler.
 
     Raises:
         BuildError: there is none.

@@ -119,7 +119,7 @@ struct Copies : GroupState {
   uint32_t num_groups[kLanes] = {};  // committed by each lane
 };
 
-Copies& copies_of(Warp& w) { return w.cta->warp_state[&w].get<Copies>(); }
+Copies& copies_of(Warp& w) { return w.state.get<Copies>(); }
 
 // The lanes among w.lanes that have to wait for `copy` so that at most `allowed` of their groups are incomplete.
 Lanes waiting_lanes(const Warp& w, const Copies& copies, const Copy& copy, uint32_t allowed) {
@@ -132,11 +132,12 @@ Lanes waiting_lanes(const Warp& w, const Copies& copies, const Copy& copy, uint3
 }
 
 void forget(Cluster& cluster, Copies& copies) {
-  std::erase_if(copies.open, [&](const std::shared_ptr<Copy>& copy) {
-    const bool over = !copy->unwaited || (copy->done && copy->arrived && copies.open.size() > kKeptArrived);
-    if (over) retire(cluster, copy->actor);
-    return over;
-  });
+  const auto over = [&](const std::shared_ptr<Copy>& copy) {
+    const bool is_over = !copy->unwaited || (copy->done && copy->arrived && copies.open.size() > kKeptArrived);
+    if (is_over) retire(cluster, copy->actor);
+    return is_over;
+  };
+  copies.open.erase(std::remove_if(copies.open.begin(), copies.open.end(), over), copies.open.end());
 }
 
 // `select(copy)` gives the lanes that wait for a copy.

@@ -64,7 +64,7 @@ struct Entries : GroupState {  // of a warp
   std::vector<Entry> list;
 };
 
-std::vector<Entry>& entries_of(Warp& w) { return w.cta->warp_state[&w].get<Entries>().list; }
+std::vector<Entry>& entries_of(Warp& w) { return w.state.get<Entries>().list; }
 
 Entry* find_entry(std::vector<Entry>& list, Lanes lanes, bool cluster) {
   for (Entry& entry : list) {

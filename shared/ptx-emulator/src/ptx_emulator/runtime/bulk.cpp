@@ -31,7 +31,7 @@ struct BulkGroups : GroupState {  // of a warp
   ThreadGroups lanes[kLanes];
 };
 
-ThreadGroups& groups_of(Warp& w, int lane) { return w.cta->warp_state[&w].get<BulkGroups>().lanes[lane]; }
+ThreadGroups& groups_of(Warp& w, int lane) { return w.state.get<BulkGroups>().lanes[lane]; }
 
 Actor issue_at(Warp& w, int lane, uint64_t completion, Proxy proxy = Proxy::Async) {
   Actor actor = issue(w, proxy);
@@ -230,8 +230,10 @@ void check_bulk_groups_at_exit(Cta& cta) {
            "The CTA ends while this copy may still read its shared memory: no thread waits for it with "
            "cp.async.bulk.wait_group.");
   };
-  for (auto& [warp, table] : cta.warp_state) {
-    for (const ThreadGroups& groups : table.get<BulkGroups>().lanes) {
+  for (Warp& w : cta.warps) {
+    const BulkGroups* of_warp = w.state.find<BulkGroups>();
+    if (!of_warp) continue;
+    for (const ThreadGroups& groups : of_warp->lanes) {
       check(groups.open);
       for (const BulkGroupPtr& group : groups.committed) check(group);
     }

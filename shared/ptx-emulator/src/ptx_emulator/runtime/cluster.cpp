@@ -1,5 +1,6 @@
 // The start and the end of a cluster: shared memory, registers, special registers.
 #include <algorithm>
+#include <unordered_map>
 
 #include "bulk.h"
 #include "program.h"

@@ -41,6 +41,21 @@ Register::Register(const char* name, Operation run) {
 const std::vector<std::string>& operation_names() { return table().names; }
 Operation operation_at(uint32_t index) { return table().operations[index]; }
 
+GroupState* StateTable::find(const void* key) const {
+  for (const Entry& entry : entries_) {
+    if (entry.key == key) return entry.state.get();
+  }
+  return nullptr;
+}
+
+std::unique_ptr<GroupState>& StateTable::entry(const void* key) {
+  for (Entry& entry : entries_) {
+    if (entry.key == key) return entry.state;
+  }
+  entries_.push_back(Entry{key, nullptr});
+  return entries_.back().state;
+}
+
 Step gather(Warp& w, const Instruction& i, Lanes members) {
   const Lanes wanted = members & w.live;
   if ((wanted & ~w.lanes) == 0) return Step::Execute;

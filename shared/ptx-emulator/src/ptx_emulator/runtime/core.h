@@ -11,7 +11,6 @@
 #include <memory>
 #include <string>
 #include <type_traits>
-#include <unordered_map>
 #include <vector>
 
 namespace ptxe {
@@ -79,6 +78,40 @@ struct Gathering {
   Lanes served = 0;  // executed on behalf of these, who have yet to go on
 };
 
+// State that one instruction group keeps per warp, CTA or cluster; made on first use: cta.state.get<MyState>().
+struct GroupState {
+  virtual ~GroupState() = default;
+};
+class StateTable {
+ public:
+  template <class T>
+  T& get() {
+    std::unique_ptr<GroupState>& state = entry(key<T>());
+    if (!state) state = std::make_unique<T>();
+    return static_cast<T&>(*state);
+  }
+  // Null if there is none yet.
+  template <class T>
+  T* find() {
+    return static_cast<T*>(find(key<T>()));
+  }
+
+ private:
+  template <class T>
+  static const void* key() {
+    static const char unique = 0;
+    return &unique;
+  }
+  GroupState* find(const void* key) const;
+  std::unique_ptr<GroupState>& entry(const void* key);  // null when new
+
+  struct Entry {
+    const void* key;
+    std::unique_ptr<GroupState> state;
+  };
+  std::vector<Entry> entries_;
+};
+
 struct Program;  // program.h
 struct Track;    // timeline.h
 
@@ -102,6 +135,7 @@ struct Warp {
   std::string waits_for;
 
   std::vector<Gathering> gatherings;
+  StateTable state;
 
   std::vector<uint8_t> local;  // .local memory of all lanes: lane * grid->program->local_bytes + offset
 
@@ -187,21 +221,6 @@ struct AsyncOp {
 };
 void start_async(Warp& w, std::unique_ptr<AsyncOp> op);
 
-// State that one instruction group keeps per CTA or per warp; made on first use: cta.state<MyState>().
-struct GroupState {
-  virtual ~GroupState() = default;
-};
-struct StateTable {
-  std::unordered_map<const void*, std::unique_ptr<GroupState>> entries;
-  template <class T>
-  T& get() {
-    static const char key = 0;
-    auto& entry = entries[&key];
-    if (!entry) entry = std::make_unique<T>();
-    return static_cast<T&>(*entry);
-  }
-};
-
 struct Cta {
   Cluster* cluster;
   Grid* grid;
@@ -213,7 +232,6 @@ struct Cta {
   std::vector<uint32_t> tmem;   // [512 columns][128 lanes], empty before sm_100
   std::vector<Warp> warps;
   StateTable state;
-  std::unordered_map<const Warp*, StateTable> warp_state;
   bool launched_dependents = false;  // griddepcontrol.launch_dependents, or all threads have exited
   bool waited = false;  // one of its threads has executed griddepcontrol.wait
   bool exited = false;  // all threads have

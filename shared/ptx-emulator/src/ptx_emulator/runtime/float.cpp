@@ -1,6 +1,5 @@
 // f32 and f64 arithmetic. Operations that PTX rounds take the rounding mode as their last argument.
 // The .approx functions give the correctly rounded result or one next to it: closer than the hardware, not its bits.
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -192,7 +191,7 @@ const Register kRegister[] = {
 };
 
 template <int F> Step ex2_counted(Warp& w, const Instruction& i) {
-  count(w, Count::Exponentials, static_cast<uint64_t>(std::popcount(w.lanes)));
+  count(w, Count::Exponentials, static_cast<uint64_t>(__builtin_popcount(w.lanes)));
   return Lanewise<&ex2<F>>::run(w, i);
 }
 const Register kEx2("ex2.f32", &ex2_counted<kPlain>);

@@ -1,6 +1,5 @@
 // f16 and bf16 arithmetic, single and packed in pairs. All of it is computed on floats, which hold sums and products
 // exactly or are wide enough that rounding twice changes nothing; only fma needs more.
-#include <bit>
 #include <cmath>
 
 #include "lanewise.h"
@@ -73,18 +72,21 @@ template <auto F, class... A> [[gnu::noinline]] void compute(uint32_t blocks, ui
   }
 }
 
+template <class... A, size_t... K>
+void call(void (*f)(uint32_t, uint16_t*, A...), Warp& w, const Instruction& i, uint32_t blocks, uint16_t* d,
+          std::index_sequence<K...>) {
+  f(blocks, d, w.values<uint16_t>(i.args[K + 1])...);
+}
+
 // Arguments: destination, sources. A Lane is one half, or two of them.
 template <class Lane, class... A> Step on_lanes(Warp& w, const Instruction& i, void (*f)(uint32_t, uint16_t*, A...)) {
   constexpr uint32_t kBlocks = sizeof(Lane) / sizeof(uint16_t);
-  const auto compute_to = [&]<size_t... K>(uint16_t* d, std::index_sequence<K...>) {
-    f(kBlocks, d, w.values<uint16_t>(i.args[K + 1])...);
-  };
   uint16_t* d = w.values<uint16_t>(i.args[0]);
   if (w.lanes == kAllLanes) {
-    compute_to(d, std::index_sequence_for<A...>{});
+    call(f, w, i, kBlocks, d, std::index_sequence_for<A...>{});
   } else {
     uint16_t results[kBlocks * kLanes];
-    compute_to(results, std::index_sequence_for<A...>{});
+    call(f, w, i, kBlocks, results, std::index_sequence_for<A...>{});
     each_lane(w, [&](int lane) { std::memcpy(d + kBlocks * lane, results + kBlocks * lane, sizeof(Lane)); });
   }
   return Step::Next;
@@ -144,7 +146,7 @@ const Register kFma[] = {
 };
 
 template <auto F, class Lane> Step counted(Warp& w, const Instruction& i) {
-  count(w, Count::Exponentials, static_cast<uint64_t>(std::popcount(w.lanes)) * (sizeof(Lane) / sizeof(uint16_t)));
+  count(w, Count::Exponentials, static_cast<uint64_t>(__builtin_popcount(w.lanes)) * (sizeof(Lane) / sizeof(uint16_t)));
   return unary<F, Lane>(w, i);
 }
 #define EX2(type, T, flags)                                       \

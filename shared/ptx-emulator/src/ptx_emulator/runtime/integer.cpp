@@ -1,6 +1,5 @@
 // Integer arithmetic, logic and bit fields. Arguments are the destination, then the sources in PTX order.
 // Signed addition and multiplication are done on unsigned numbers: the bits are the same and nothing overflows.
-#include <bit>
 #include <limits>
 #include <type_traits>
 
@@ -141,8 +140,9 @@ u32 shf_r_clamp(u32 a, u32 b, u32 n) { return shf_r(a, b, n > 32 ? 32 : n); }
 
 // --- bits and bit fields
 
-template <class T> u32 popc(T a) { return static_cast<u32>(std::popcount(a)); }
-template <class T> u32 clz(T a) { return static_cast<u32>(std::countl_zero(a)); }
+template <class T> u32 popc(T a) { return static_cast<u32>(__builtin_popcountll(a)); }
+u32 clz32(u32 a) { return a ? static_cast<u32>(__builtin_clz(a)) : 32; }
+u32 clz64(u64 a) { return a ? static_cast<u32>(__builtin_clzll(a)) : 64; }
 u32 brev32(u32 a) {
   a = (a & 0x55555555) << 1 | (a >> 1 & 0x55555555);
   a = (a & 0x33333333) << 2 | (a >> 2 & 0x33333333);
@@ -154,7 +154,7 @@ template <class T> u32 bfind(T a) {
   std::make_unsigned_t<T> bits = a;
   if constexpr (std::is_signed_v<T>)
     if (a < 0) bits = ~bits;
-  return bits == 0 ? ~0u : static_cast<u32>(kBits<T> - 1 - std::countl_zero(bits));
+  return bits == 0 ? ~0u : kBits<u64> - 1 - clz64(bits);
 }
 template <class T> u32 bfind_shift(T a) {
   const u32 found = bfind(a);
@@ -286,7 +286,7 @@ const Register kRegister[] = {
     LANEWISE("shf.l.wrap", shf_l_wrap), LANEWISE("shf.l.clamp", shf_l_clamp),
     LANEWISE("shf.r.wrap", shf_r_wrap), LANEWISE("shf.r.clamp", shf_r_clamp),
     LANEWISE("popc.u32", popc<u32>), LANEWISE("popc.u64", popc<u64>),
-    LANEWISE("clz.u32", clz<u32>), LANEWISE("clz.u64", clz<u64>),
+    LANEWISE("clz.u32", clz32), LANEWISE("clz.u64", clz64),
     LANEWISE("brev.u32", brev32), LANEWISE("brev.u64", brev64),
     FOR_WORDS("bfind", bfind), FOR_WORDS("bfind.shiftamt", bfind_shift), FOR_WORDS("bfe", bfe),
     LANEWISE("bfi.u32", bfi<u32>), LANEWISE("bfi.u64", bfi<u64>),

@@ -3,7 +3,6 @@
 
 #include <cfenv>
 #include <cstddef>
-#include <tuple>
 #include <utility>
 
 #include "core.h"
@@ -37,7 +36,13 @@ inline Lanes lane_mask(F f) {
   return mask;
 }
 
-// Arguments: destination, sources.
+template <class T>
+[[gnu::noinline]] void copy_lanes(Lanes lanes, T* to, const T* from) {
+  for (Lanes rest = lanes; rest; rest &= rest - 1) to[__builtin_ctz(rest)] = from[__builtin_ctz(rest)];
+}
+
+// Arguments: destination, sources. F has no effect but its result: it is computed for all lanes, which takes less
+// code than a second loop over those that execute.
 template <auto F>
 struct Lanewise;
 
@@ -52,9 +57,14 @@ struct Lanewise<F> {
  private:
   template <size_t... K>
   static void apply(Warp& w, const Instruction& i, std::index_sequence<K...>) {
-    R* out = w.values<R>(i.args[0]);
-    const std::tuple<const A*...> in{w.values<A>(i.args[K + 1])...};
-    each_lane_vector(w, [&](int lane) { out[lane] = F(std::get<K>(in)[lane]...); });
+    loop(w.lanes, w.values<R>(i.args[0]), w.values<A>(i.args[K + 1])...);
+  }
+  static void loop(Lanes lanes, R* out, const A*... in) {
+    R all[kLanes];
+    R* to = lanes == kAllLanes ? out : all;
+    PTXE_VECTOR_LOOP
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = F(in[lane]...);
+    if (lanes != kAllLanes) copy_lanes(lanes, out, all);
   }
 };
 

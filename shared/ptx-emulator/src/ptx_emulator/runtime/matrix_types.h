@@ -6,10 +6,6 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "numeric.h"
 
 namespace ptxe {
@@ -34,8 +30,12 @@ const std::array<float, 256>& small_float_values(Element e);
 struct UnpackF16 {
   static constexpr uint32_t elements = 8;
   static void run(const uint8_t* chunk, float* out) {
-#if defined(__F16C__)
-    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk))));
+#if defined(__F16C__)  // what _mm256_cvtph_ps is; <immintrin.h> takes long to compile
+    typedef short Halves __attribute__((vector_size(16)));
+    Halves halves;
+    std::memcpy(&halves, chunk, sizeof halves);
+    const auto values = __builtin_ia32_vcvtph2ps256(halves);
+    std::memcpy(out, &values, sizeof values);
 #else
     uint16_t bits[elements];
     std::memcpy(bits, chunk, sizeof bits);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <unordered_map>
 
 #include "barrier.h"
 #include "memory.h"
@@ -281,7 +282,7 @@ std::string explain_wait(Warp& w, const Instruction& i) {
 // Whether a try_wait that has nothing to return may give up now; remembers since when it waits.
 bool gives_up(Warp& w) {
   auto& wakes = w.cluster->state.get<Wakes>();
-  auto& list = w.cta->warp_state[&w].get<TryWaits>().suspended;
+  auto& list = w.state.get<TryWaits>().suspended;
   const uint32_t pc = w.pc();
   const auto found = std::find_if(list.begin(), list.end(), [&](const Suspended& s) { return s.pc == pc; });
   if (found == list.end()) {
@@ -295,7 +296,7 @@ bool gives_up(Warp& w) {
 void resume(Warp& w) {
   auto& wakes = w.cluster->state.get<Wakes>();
   if (!wakes.suspended) return;
-  auto& list = w.cta->warp_state[&w].get<TryWaits>().suspended;
+  auto& list = w.state.get<TryWaits>().suspended;
   const uint32_t pc = w.pc();
   const auto found = std::find_if(list.begin(), list.end(), [&](const Suspended& s) { return s.pc == pc; });
   if (found == list.end()) return;

@@ -11,7 +11,7 @@ void ReadSets::clear() {
   for (Memo& memo : memos_) memo = Memo{};
 }
 
-uint32_t ReadSets::add_copy(std::span<const Access> reads) {
+uint32_t ReadSets::add_copy(Accesses reads) {
   slices_.push_back(Slice{static_cast<uint32_t>(items_.size()), static_cast<uint32_t>(reads.size())});
   items_.insert(items_.end(), reads.begin(), reads.end());
   return static_cast<uint32_t>(slices_.size()) - 1;

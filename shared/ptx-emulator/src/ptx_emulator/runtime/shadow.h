@@ -5,8 +5,8 @@
 // accesses cost by the line and scattered ones stay exact to the byte.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <span>
 #include <vector>
 
 namespace ptxe {
@@ -22,7 +22,21 @@ struct Access {
   bool async_proxy = false;
   bool strong = false;     // an atomic or a strong access
   bool read_modify = false;
-  bool operator==(const Access&) const = default;
+  bool operator==(const Access& other) const {
+    return value == other.value && pc == other.pc && cluster == other.cluster && grid == other.grid &&
+           component == other.component && issuer == other.issuer && async_proxy == other.async_proxy &&
+           strong == other.strong && read_modify == other.read_modify;
+  }
+};
+
+// Accesses that lie side by side in memory.
+struct Accesses {
+  const Access* first;
+  size_t count;
+  const Access* begin() const { return first; }
+  const Access* end() const { return first + count; }
+  const Access& back() const { return first[count - 1]; }
+  size_t size() const { return count; }
 };
 
 struct Run {
@@ -36,7 +50,7 @@ class ReadSets {
  public:
   explicit ReadSets(uint32_t max_readers) : max_readers_(max_readers) { clear(); }
 
-  std::span<const Access> of(uint32_t set) const {
+  Accesses of(uint32_t set) const {
     const Slice& s = slices_[set];
     return {items_.data() + s.first, s.count};
   }
@@ -56,7 +70,7 @@ class ReadSets {
 
   size_t size() const { return slices_.size(); }
   void clear();
-  uint32_t add_copy(std::span<const Access> reads);
+  uint32_t add_copy(Accesses reads);
 
  private:
   static constexpr uint32_t kMemos = 4;

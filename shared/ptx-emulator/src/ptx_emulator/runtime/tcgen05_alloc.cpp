@@ -41,7 +41,7 @@ void mark(Tcgen05Cta& state, uint32_t column, uint32_t n, bool allocated) {
 // Both CTAs of a pair must come to an allocation of cta_group::2 before either goes on.
 bool pair_is_here(Warp& w, const CtaGroup& group) {
   Cta& peer = *group.ctas[group.ctas[0] == w.cta ? 1 : 0];
-  const uint32_t ticket = w.cta->warp_state[&w].get<AllocWarp>().ticket;
+  const uint32_t ticket = w.state.get<AllocWarp>().ticket;
   return tcgen05_state(peer).pair_allocs >= ticket;
 }
 
@@ -124,7 +124,7 @@ PTXE_OP("tcgen05.alloc") {
     report(w, Report::TmemMisuse, -1,
            "tcgen05.alloc after tcgen05.relinquish_alloc_permit of " + cta_name(*w.cta));
   }
-  AllocWarp& own = w.cta->warp_state[&w].get<AllocWarp>();
+  AllocWarp& own = w.state.get<AllocWarp>();
   if (!own.arrived) {
     own.column = find_free(state, columns);
     if (own.column == kNoColumn) return wait_because(w, explain_alloc);

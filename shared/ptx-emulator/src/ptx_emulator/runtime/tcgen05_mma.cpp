@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "matrix_kernel.h"
+#include "program.h"
 
 namespace ptxe {
 

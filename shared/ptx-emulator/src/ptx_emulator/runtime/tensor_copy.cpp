@@ -3,6 +3,7 @@
 
 #include "barrier.h"
 #include "bulk.h"
+#include "program.h"
 #include "tensor_map.h"
 
 namespace ptxe {

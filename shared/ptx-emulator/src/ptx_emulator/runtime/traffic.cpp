@@ -1,7 +1,6 @@
 #include "traffic.h"
 
 #include <algorithm>
-#include <bit>
 
 namespace ptxe {
 
@@ -68,7 +67,8 @@ uint32_t distinct_sectors(const LanePlaces& to, uint32_t bytes) {
 }
 
 Wavefronts shared_wavefronts(const LaneAddresses& from, Lanes lanes, uint32_t bytes) {
-  const uint32_t together = std::clamp<uint32_t>(std::bit_floor(kPassBytes / bytes), 1, kLanes);
+  uint32_t together = kLanes;
+  while (together > 1 && together * bytes > kPassBytes) together /= 2;
   const Lanes part = together == kLanes ? kAllLanes : (1u << together) - 1;
   Wavefronts total;
   for (uint32_t first = 0; first < kLanes; first += together) {

@@ -187,7 +187,7 @@ void finish_groups(Warp& w, WgmmaWarp& state, size_t left) {
 PTXE_OP("wgmma.mma_async") {
   const Step step = gather(w, i, w.live);
   if (step != Step::Execute) return step;
-  WgmmaWarp& state = w.cta->warp_state[&w].get<WgmmaWarp>();
+  WgmmaWarp& state = w.state.get<WgmmaWarp>();
   if (!state.fenced) {
     report(w, Report::BarrierMisuse, -1, "wgmma.mma_async without a wgmma.fence since the warp began");
     state.fenced = true;
@@ -213,14 +213,14 @@ PTXE_OP("wgmma.mma_async") {
 PTXE_OP("wgmma.fence") {
   const Step step = gather(w, i, w.live);
   if (step != Step::Execute) return step;
-  w.cta->warp_state[&w].get<WgmmaWarp>().fenced = true;
+  w.state.get<WgmmaWarp>().fenced = true;
   return Step::Next;
 }
 
 PTXE_OP("wgmma.commit_group") {
   const Step step = gather(w, i, w.live);
   if (step != Step::Execute) return step;
-  WgmmaWarp& state = w.cta->warp_state[&w].get<WgmmaWarp>();
+  WgmmaWarp& state = w.state.get<WgmmaWarp>();
   state.groups.push_back(std::move(state.open));
   state.open.clear();
   return Step::Next;
@@ -230,7 +230,7 @@ PTXE_OP("wgmma.commit_group") {
 PTXE_OP("wgmma.wait_group") {
   const Step step = gather(w, i, w.live);
   if (step != Step::Execute) return step;
-  finish_groups(w, w.cta->warp_state[&w].get<WgmmaWarp>(), i.args[0]);
+  finish_groups(w, w.state.get<WgmmaWarp>(), i.args[0]);
   return Step::Next;
 }
 
