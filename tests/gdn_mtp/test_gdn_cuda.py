@@ -1,5 +1,7 @@
 """What only a GPU shows: no wait for the device, CUDA graphs, the bound on temporaries."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gdn_mtp
 import pytest
 import torch
@@ -52,6 +54,20 @@ def test_a_captured_graph_follows_its_inputs():
         expected = mtp(expected_pool, slots_tensor(*slots))()
         assert_same_bits(output, expected, "output")
         assert_same_bits(pool, expected_pool, "pool")
+
+
+@needs_gpu
+def test_a_thread_that_has_not_used_cuda_yet():
+    """Kernels are launched by the driver, for which such a thread has no context."""
+    pool, expected_pool, indices = CASE.states(6), CASE.states(6), slots_tensor(4, -1, 0)
+    output = poisoned((CASE.B, CASE.T, CASE.HV, CASE.V), CASE.io, DEVICE)
+    expected = mtp(expected_pool, indices, backend="auto")()
+    call = mtp(pool, indices, backend="auto", output=output)
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        fresh.submit(call).result()
+    torch.cuda.synchronize()
+    assert_same_bits(output, expected, "output")
+    assert_same_bits(pool, expected_pool, "pool")
 
 
 @needs_gpu

@@ -14,7 +14,7 @@ from kernel_dispatch import Arch
 from kernel_testing.mla import Inputs
 from mla_core import DecodeProblem, SplitPlan
 from mla_core.planning import num_key_tiles
-from mla_sm100.config import DecodeConfig
+from mla_sm100.config import PROBABILITY_SHIFT_LOG2, DecodeConfig
 from mla_sm100.kernels import FUNCTION, TACTICS, Division, num_units
 from mla_sm100.launch import PARAMETERS, Launcher
 from ptx_emulator import CuteFiles, Emulated, Options, emulate, explore
@@ -24,9 +24,9 @@ ARCH = "sm_100a"
 SM_COUNT = 6  # of the GPU that tactics are planned for, so that small problems are split too
 WRITTEN = ("out", "lse", "workspace")
 READ = PARAMETERS[:5]
-# Probabilities of e4m3 are stored as 2^(score - reference + shift), where no score is above its row's
-# reference by less than nothing: the largest is 2^shift at least.
-E4M3_SMALLEST_WEIGHT = 2.0**-10 / 2.0**4
+# Probabilities are stored as 2^(score - reference + shift). The reference is never above the largest score of
+# its row, whose probability is therefore 2^shift at least.
+E4M3_SMALLEST_WEIGHT = 2.0**-10 / 2.0 ** PROBABILITY_SHIFT_LOG2["e4m3"]
 
 
 @dataclass(frozen=True)

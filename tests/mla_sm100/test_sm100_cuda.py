@@ -1,0 +1,183 @@
+"""The kernels on a GPU of SM100, SM103 or SM110 against float64: all paths, CUDA graphs, streams, bits."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import replace
+
+import mla_core
+import pytest
+import torch
+from kernel_dispatch import ArgumentError, as_arch, resolve
+from kernel_testing import poison_
+from kernel_testing.mla import E4M3, FP16, Case, Inputs
+from mla_core import DecodeProblem
+from mla_core.plan import Plan, plan_selection
+from mla_sm100.config import PROBABILITY_SHIFT_LOG2
+from mla_sm100.kernels import TACTICS
+from mla_sm100.provider import ARCHS
+
+E4M3_SMALLEST_WEIGHT = 2.0**-10 / 2.0 ** PROBABILITY_SHIFT_LOG2["e4m3"]  # see emulation.py
+pytestmark = pytest.mark.skipif(
+    as_arch(None).base not in ARCHS, reason="needs a GPU of SM100, SM103 or SM110"
+)
+
+LENGTHS = (0, 1, 127, 128, 129, 700, 8192)
+MATRIX = [
+    Case(LENGTHS, dtype, num_heads, q_len, page_size)
+    for dtype, page_size, num_heads, q_len in itertools.product(
+        ("bf16", "fp16", "e4m3"), (16, 32, 64, 128), (1, 16, 64, 96, 128), (1, 2, 4)
+    )
+]
+OTHERS = [
+    *(
+        Case(tuple((0, 1, 33, 127, 300)[request % 5] for request in range(batch)), dtype, num_heads)
+        for dtype, num_heads, batch in itertools.product(("bf16", "e4m3"), (16, 128), (1, 64, 1024))
+    ),
+    Case((9, 130, 2, 70), q_lens=(2, 1, 4, 0)),
+    Case((300,), "e4m3", 128, q_lens=(3,)),
+    Case((0, 5, 64, 4000), "fp16", 7, page_size=16, q_lens=(1, 5, 2, 1)),
+    Case((300, 130, 64), num_heads=4, q_len=2, absent=((0, 1), (1, 2), (2, 0))),
+    Case((300, 5), num_heads=8, q_len=2, gap=64),
+]
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def plan_of(inputs: Inputs, tactic: str | None = None, **changes: object) -> Plan:
+    problem = DecodeProblem(**{**inputs.sizes, **changes})
+    selection = resolve(problem, device(), "sm100")
+    if tactic is not None:
+        selection = replace(selection, tactic=tactic)
+    return plan_selection(selection, problem, device())
+
+
+def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:
+    if workspace is None:
+        workspace = torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device="cuda")
+    arguments = {"softmax_scale": inputs.case.scale, "cum_seq_lens_q": inputs.cum_seq_lens_q, **options}
+    plan.run(*inputs.positional, out=inputs.out, lse=inputs.lse, workspace=workspace, **arguments)
+
+
+def check(inputs: Inputs, output_scale: float = 1.0) -> None:
+    inputs.check(inputs.out, inputs.lse, output_scale, e4m3_smallest_weight=E4M3_SMALLEST_WEIGHT)
+
+
+@pytest.mark.parametrize("case", MATRIX + OTHERS, ids=str)
+def test_matches_float64(case: Case) -> None:
+    inputs = Inputs(case, "cuda")
+    run(plan_of(inputs), inputs)
+    check(inputs)
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+@pytest.mark.parametrize("tactic", TACTICS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+def test_every_tactic(dtype: str, tactic: str, pdl: bool) -> None:
+    inputs = Inputs(Case((500, 0, 3077, 1), dtype, 24, 3), "cuda")
+    run(plan_of(inputs, tactic, enable_pdl=pdl), inputs)
+    check(inputs)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, FP16, E4M3], ids=str)
+def test_output_dtypes_and_scales_on_the_device(dtype: str, out_dtype: torch.dtype) -> None:
+    inputs = Inputs(Case((300, 31), dtype, 16, 2, out_dtype=out_dtype), "cuda")
+    scales = {"softmax_scale": torch.tensor([inputs.case.scale]), "output_scale": torch.tensor(-2.5)}
+    mla_core.decode(
+        *inputs.positional,
+        out=inputs.out,
+        lse=inputs.lse,
+        return_lse=True,
+        backend="sm100",
+        **{name: scale.cuda() for name, scale in scales.items()},
+    )
+    check(inputs, output_scale=-2.5)
+
+
+def test_a_cache_that_is_not_aligned_is_named() -> None:
+    inputs = Inputs(Case((5,)), "cuda")
+    inputs.kv_cache = torch.zeros(4, 64, 577, dtype=torch.bfloat16, device="cuda")[..., :576]
+    with pytest.raises(ArgumentError, match="kv_cache"):
+        run(plan_of(inputs), inputs)
+
+
+@pytest.mark.parametrize("tactic", ["single-whole", "pair-whole-persistent"])
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str, tactic: str) -> None:
+    case = Case((1000, 0, 1, 300, 8000) * 4, dtype, 20, 2)
+    inputs = Inputs(case, "cuda")
+    plan = plan_of(inputs, tactic)
+    run(plan, inputs)
+    first = inputs.out.clone()
+    run(plan, inputs)
+    assert torch.equal(inputs.out.view(torch.uint8), first.view(torch.uint8))
+    for request in range(len(case.lengths)):
+        alone = Inputs(replace(case, lengths=case.lengths[request : request + 1]), "cuda")
+        alone.query, alone.kv_cache = inputs.query[request : request + 1], inputs.kv_cache
+        alone.block_tables = inputs.block_tables[request : request + 1]
+        run(plan_of(alone, tactic), alone)
+        assert torch.equal(alone.out.view(torch.uint8)[0], first.view(torch.uint8)[request])
+
+
+def test_graph_replays_with_changed_lengths_and_tables() -> None:
+    lengths = ((3000, 0, 67), (5, 2900, 64))
+    cases = [Case(given, num_heads=16, q_len=2, seed=seed) for seed, given in enumerate(lengths)]
+    static, other = (Inputs(case, "cuda") for case in cases)
+    plan = plan_of(static)
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    run(plan, static, workspace)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(plan, static, workspace)
+    for inputs in (static, other):
+        if inputs is other:
+            static.query.copy_(other.query)
+            static.seq_lens.copy_(other.seq_lens)
+            static.kv_cache[: len(other.kv_cache)] = other.kv_cache
+            columns = min(static.block_tables.shape[1], other.block_tables.shape[1])
+            static.block_tables[:, :columns] = other.block_tables[:, :columns]
+        poison_(static.out)
+        poison_(static.lse)
+        graph.replay()
+        inputs.check(static.out, static.lse)
+
+
+def test_two_streams_at_once() -> None:
+    pairs = [
+        (Inputs(Case((5000, 70, 900), num_heads=16, seed=seed), "cuda"), torch.cuda.Stream())
+        for seed in (1, 2)
+    ]
+    plan = plan_of(pairs[0][0])
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for inputs, stream in pairs:
+            with torch.cuda.stream(stream):
+                run(plan, inputs)
+    torch.cuda.synchronize()
+    for inputs, _ in pairs:
+        check(inputs)
+
+
+def test_a_thread_that_has_not_used_cuda_yet() -> None:
+    inputs = Inputs(Case((300, 70)), "cuda")
+    plan = plan_of(inputs)
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    errors: list[BaseException] = []
+
+    def launch() -> None:
+        try:
+            run(plan, inputs, workspace)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=launch)
+    thread.start()
+    thread.join()
+    assert not errors
+    torch.cuda.synchronize()
+    check(inputs)
