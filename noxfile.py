@@ -227,6 +227,14 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
+def nightly(session: nox.Session) -> None:
+    """Run every combination of mla-sm100 on the emulator, for hours; arguments after -- go to pytest."""
+    use_base(session)
+    install_packages(session, closure(["mla-sm100", *TEST_HELPERS]))
+    run_tests(session, TESTS / "mla_sm100" / "full_product.py", *session.posargs)
+
+
+@nox.session
 def peers(session: nox.Session) -> None:
     """Run published kernels of others on the emulator; arguments after -- go to pytest."""
     use_base(session)

@@ -57,7 +57,7 @@ class PagedCopies:
 class Pages:
     """The pages of 64 consecutive keys: one TMA box each, or half of one."""
 
-    pages: list
+    page: Int32  # of the box that has the number of the calling lane
     key_box: Any  # in the page, of all of them
 
 
@@ -192,9 +192,17 @@ class Loads:
         for chunk in chunks:
             copy = copies.latent if chunk else copies.rope
             column = chunk - 1 if chunk else KV_LORA_RANK // CHUNK_ROWS
-            target = block.k_chunk + slot * self.config.chunks + chunk
-            for part in range(self.parts):
-                copy.start(pages.key_box, column, pages.pages[part], part, target, full)
+            self.start_chunk(copy, pages, column, block.k_chunk + slot * self.config.chunks + chunk, full)
+
+    @cute.jit
+    def start_chunk(self, copy: PagedCopy, pages: Pages, column: Any, chunk: Any, mbar: Any):
+        """Start copying a chunk, box by box. The boxes are a loop: unrolled, they take too many registers."""
+        if cutlass.const_expr(self.parts == 1):
+            copy.start(pages.key_box, column, pages.page, 0, chunk, mbar)
+        else:
+            for part in cutlass.range(self.parts, unroll=1):
+                page = cute.arch.shuffle_sync(pages.page, part)
+                copy.start(pages.key_box, column, page, part, chunk, mbar)
 
     @cute.jit
     def value_stage(
@@ -234,10 +242,7 @@ class Loads:
     ) -> None:
         """Start copying a stage of values."""
         for chunk in range(self.config.v_stage_chunks):
-            for part in range(self.parts):
-                copy.start(
-                    pages.key_box, first_column + chunk, pages.pages[part], part, first_chunk + chunk, mbar
-                )
+            self.start_chunk(copy, pages, first_column + chunk, first_chunk + chunk, mbar)
 
     @cute.jit
     def expect(self, block: Block, full: Any, num_bytes: cutlass.Constexpr):
@@ -249,13 +254,13 @@ class Loads:
     def pages(self, mTables: Any, unit: Unit, first_key: Int32, num_pages: Int32) -> Pages:
         """The pages of 64 keys; `num_pages`, which does not exist, where the sequence has ended."""
         page_size = self.config.page_size
-        pages = []
-        for part in range(self.parts):
-            key = first_key + part * self.config.box_keys
-            present = key < unit.seq_len
-            entry = mTables[unit.request, select(present, key // page_size, Int32(0))]
-            pages.append(select(present, entry, num_pages))
-        return Pages(pages, first_key % page_size // self.config.box_keys)
+        key = first_key
+        if self.parts > 1:
+            key += cute.arch.lane_idx() % self.parts * self.config.box_keys
+        present = key < unit.seq_len
+        entry = mTables[unit.request, select(present, key // page_size, Int32(0))]
+        key_box = first_key % page_size // self.config.box_keys
+        return Pages(select(present, entry, num_pages), key_box)
 
     @cute.jit
     def drain(self, empty: Any, tiles: Int32, ring_tiles: cutlass.Constexpr, stages: cutlass.Constexpr):

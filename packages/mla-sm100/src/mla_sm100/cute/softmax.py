@@ -116,6 +116,7 @@ class Softmax:
                 self.release(block, block.barriers.s_empty + stage)
                 if ends_in_page(config, unit.seq_len, first_key):
                     if cutlass.const_expr(config.pair):
+                        self.wait_output(block, tile)  # or v_tail might be a phase behind
                         tail = block.barriers.v_tail + ring_slot(tile, config.v_tiles)
                         cute.arch.mbarrier_wait(tail, ring_phase(tile, config.v_tiles))
                     self.clear_values(block, place, tile, unit.seq_len - first_key, active_warps)
@@ -132,8 +133,7 @@ class Softmax:
                 reference = raised
                 self.exponentials(scores, scale_log2, reference)
                 total = total * factor + self.sum(scores)
-                if tile > 0:
-                    cute.arch.mbarrier_wait(block.barriers.pv_done, (tile - 1) & 1)
+                self.wait_output(block, tile)
                 if rescale:
                     tmem.after_thread_sync()
                     self.rescale(place, factor)
@@ -170,6 +170,12 @@ class Softmax:
         scores.store(load(address, self.keys))
         tmem.wait_loads()
         return scores
+
+    @cute.jit
+    def wait_output(self, block: Block, tile: Int32):
+        """Wait until acc_o holds all tiles before `tile`, if there are any, and P is free."""
+        if tile > 0:
+            cute.arch.mbarrier_wait(block.barriers.pv_done, (tile - 1) & 1)
 
     def release(self, block: Block, mbar: Any) -> None:
         """Arrive at a barrier of the leader once per warp, after what all of its lanes have done."""
@@ -312,7 +318,7 @@ class Softmax:
         config = self.config
         if unit.num_tiles > 0:
             total += self.partner(exchange, place, total, 1)
-            cute.arch.mbarrier_wait(block.barriers.pv_done, (tiles - 1) & 1)
+            self.wait_output(block, tiles)
             tmem.after_thread_sync()
         if cutlass.const_expr(config.split):
             wanted = unit.num_tiles > 0
