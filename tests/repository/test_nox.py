@@ -115,3 +115,9 @@ def test_sessions_keep_compiled_kernels_out_of_the_users_cache(
 def test_plain_nox_runs_every_kind_of_test(noxfile: ModuleType) -> None:
     selected = noxfile.nox.options.sessions
     assert {"lint", "types", "test", "repository", "integration", "demo"} == set(selected)
+
+
+def test_packages_for_a_device_name_a_provider_of_theirs(noxfile: ModuleType) -> None:
+    for name, provider in noxfile.DEVICE_PROVIDERS.items():
+        project = noxfile.load_toml(noxfile.PACKAGES[name].folder / "pyproject.toml")["project"]
+        assert provider in project["entry-points"]["mla_core.decode.v1"]
