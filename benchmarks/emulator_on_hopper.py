@@ -398,7 +398,7 @@ def replay(folder: Path, out: Path, jobs: int) -> int:
                     pending.append(left)
     recorded = folder / "recorded.json"
     summary = {
-        "command": "python benchmarks/emulator_on_hopper.py record cases/, then replay cases/",
+        "command": "python benchmarks/emulator_on_hopper.py replay cases/",
         **(json.loads(recorded.read_text(encoding="utf-8")) if recorded.exists() else {}),
         **device_and_driver(),
         "cases": len(results),
