@@ -161,7 +161,7 @@ def instructions_per_tile(cell: Cell, variant: str) -> float:
     )
     row_tiles = 2 if variant == SINGLE and heads == 128 else 1
     tiles_of_sms = row["tiles"] * 2 * row_tiles  # a pair's tile is on two SMs, 128 keys are two single tiles
-    return float(row["instructions_without_moves"]["decode"]) / tiles_of_sms
+    return float(row["instructions_without_moves"]["decode"] / tiles_of_sms)
 
 
 def estimate(cell: Cell, device: Device) -> Estimate:
@@ -281,6 +281,12 @@ def count_table() -> str:
     return markdown(rows)
 
 
+def missed_list() -> str:
+    """The goals that the counts do not reach."""
+    missed = [text for text, reached in results()["goals"].items() if not reached]
+    return "\n".join(f"- {text}" for text in missed) or "- none"
+
+
 def instructions(row: Mapping[str, int], moves: bool = True) -> int:
     """The instructions of a role, which stand beside counts of other things."""
     return sum(n for name, n in row.items() if name not in COUNT_NAMES and (moves or name != "move"))
@@ -294,6 +300,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "counts": count_table,
+    "missed": missed_list,
     "tile": tile_table,
     "check": check_table,
     "b200": lambda: device_table(B200),
