@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from kernel_dispatch import Arch
 from mla_core import DecodeProblem
 from mla_core.problem import SHORT_DTYPES
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM = 512, 64
 PAGE_SIZES = (16, 32, 64, 128)
+MAX_GRID = 2**31 - 1
 
 CHUNK_ROWS = 64  # rows (of queries, keys or probabilities) that one chunk of shared memory holds
 CHUNK_ROW_BYTES = 128  # of a row: the span of the widest swizzle
@@ -189,8 +189,8 @@ def can_implement(problem: DecodeProblem, arch: Arch) -> str | None:
         return f"kv_lora_rank + qk_rope_head_dim = {ranks[0]} + {ranks[1]}, the kernels have 512 + 64"
     if problem.page_size not in PAGE_SIZES:
         return f"page_size = {problem.page_size}, the kernels take {', '.join(map(str, PAGE_SIZES))}"
-    if problem.q_dtype is torch.float8_e4m3fn and problem.out_dtype not in SHORT_DTYPES:
-        return f"out_dtype = {problem.out_dtype}"
+    if problem.batch * problem.rows > MAX_GRID:
+        return f"batch * q_len * num_heads = {problem.batch * problem.rows}, a grid has at most {MAX_GRID}"
     if arch.smem_optin_bytes < SMEM_LIMIT_BYTES:
         return (
             f"{arch.smem_optin_bytes} bytes of shared memory per block, the kernels use up to "

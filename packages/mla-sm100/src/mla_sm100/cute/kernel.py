@@ -78,7 +78,7 @@ class MlaDecode:
         mWorkspace: Any,
         q_len: Int32,
         num_splits: Int32,
-        min_tiles_per_split: Int32,
+        tiles_per_split: Int32,
         num_clusters: Int32,
         stream: cuda.CUstream,
     ):
@@ -88,7 +88,7 @@ class MlaDecode:
         """
         config = self.config
         num_heads = cute.size(mQ, mode=[cute.rank(mQ) - 2])
-        schedule = (num_heads, q_len, num_splits, min_tiles_per_split, num_clusters)
+        schedule = (num_heads, q_len, num_splits, tiles_per_split, num_clusters)
         group = tcgen05.CtaGroup.TWO if config.pair else tcgen05.CtaGroup.ONE
         pages = cute.make_tensor(mKV.iterator, cute.select(mKV.layout, mode=[1, 2, 0]))
         latent = self.make_copy(pages, config.chunk_elements, group)

@@ -53,7 +53,7 @@ class Schedule:
     num_heads: Int32
     q_len: Int32  # the most of any request
     num_splits: Int32
-    min_tiles_per_split: Int32
+    tiles_per_split: Int32
     num_clusters: Int32
 
     @property
@@ -101,4 +101,4 @@ class Schedule:
 
     def splits_of(self, tiles: Int32) -> Int32:
         """Splits of a request with that many tiles of keys."""
-        return cutlass.max(1, cutlass.min(self.num_splits, cute.ceil_div(tiles, self.min_tiles_per_split)))
+        return cutlass.max(1, cutlass.min(self.num_splits, cute.ceil_div(tiles, self.tiles_per_split)))
