@@ -74,7 +74,7 @@ def test_a_function_from_files(tmp_path: Path) -> None:
     assert not function.result.reports
     with pytest.raises(TypeError, match="scale"):
         function(x, y, out)
-    with pytest.raises(EmulationError, match=r"read of x \+ 0 bytes finds nothing"):
+    with pytest.raises(EmulationError, match=r"read of x \+ \d+ bytes finds nothing"):
         emulate(files, "sm_90a", uninitialised=("x",))(x, x.clone(), out, 1.0)
 
 

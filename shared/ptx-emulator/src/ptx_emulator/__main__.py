@@ -7,11 +7,11 @@ import importlib.util
 import json
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptx_emulator.build import compiler_version
 from ptx_emulator.command_line_arguments import parse_argument
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.host.exploring import explore
@@ -63,10 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(chosen: argparse.Namespace) -> int:
     """Runs once and prints findings and counts."""
-    job = _job(chosen)
-    start = time.perf_counter()
-    result = job.run(_options(chosen, checks=not chosen.no_checks))
-    _print_result(result, chosen, time.perf_counter() - start)
+    result = _job(chosen).run(_options(chosen, checks=not chosen.no_checks))
+    _print_result(result, chosen)
     return 1 if result.reports else 0
 
 
@@ -107,6 +105,7 @@ def ops(chosen: argparse.Namespace) -> int:
     """Lists the opcodes that are supported, or what a PTX file has that is not."""
     if chosen.ptx is None:
         print(opcode_table())
+        print(f"\nThe runtime is compiled by {compiler_version()}.")
         return 0
     missing = unsupported(chosen.ptx.read_text(encoding="utf-8"), chosen.device)
     for error in missing:
@@ -191,7 +190,7 @@ def _options(chosen: argparse.Namespace, *, checks: bool, traced: bool = False) 
     )
 
 
-def _print_result(result: Result, chosen: argparse.Namespace, seconds: float) -> None:
+def _print_result(result: Result, chosen: argparse.Namespace) -> None:
     if chosen.json:
         counts = [of_launch.to_dict(_roles(chosen.role)) for of_launch in result.counts]
         print(json.dumps({"reports": json.loads(reports_json(result.reports)), "counts": counts}, indent=1))
@@ -199,7 +198,7 @@ def _print_result(result: Result, chosen: argparse.Namespace, seconds: float) ->
     for of_launch in result.counts:
         print(of_launch.table(_roles(chosen.role)), end="\n\n")
     print(reports_text(result.reports))
-    print(f"{sum(c.instructions for c in result.counts):,} warp instructions in {seconds:.2f} s")
+    print(f"{sum(c.instructions for c in result.counts):,} warp instructions in {result.seconds:.2f} s")
 
 
 def _parser() -> argparse.ArgumentParser:

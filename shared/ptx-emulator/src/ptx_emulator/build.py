@@ -3,11 +3,12 @@
 Objects are keyed by the source, the headers, the compiler and the processor, so a change of one file compiles
 that file alone. Most of the time goes into headers and into optimising what seldom runs: a whole build
 precompiles the headers, and some files are optimised less. Compilers in order: `$CXX`, g++, clang++, and the
-`ziglang` wheel.
+`ziglang` wheel. Of processes that need the runtime at the same time one compiles, the others wait for it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -17,11 +18,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from platformdirs import user_cache_path
+from tqdm import tqdm
 
 from ptx_emulator.errors import BuildError
 
@@ -88,8 +92,19 @@ def compiler() -> tuple[str, ...]:
     raise BuildError("no C++ compiler: install g++ or clang++, or `pip install ptx-emulator[zig]`")
 
 
-def build(jobs: int | None = None) -> Path:
+@cache
+def compiler_version() -> str:
+    """The command of the compiler and the version that it names."""
+    version = run_compiler("--version").splitlines()
+    return f"{shlex.join(compiler())}: {version[0] if version else 'no version'}"
+
+
+def build(jobs: int | None = None, *, progress: bool = True) -> Path:
     """The shared library of the runtime, compiled if it is not in the cache.
+
+    Args:
+        jobs: compilers at a time; one per core by default.
+        progress: whether a bar on stderr counts the files that are compiled.
 
     Raises:
         BuildError: what the compiler said.
@@ -104,14 +119,36 @@ def build(jobs: int | None = None) -> Path:
         return library
     folder.mkdir(parents=True, exist_ok=True)
     paths = {source: folder / f"{source.stem}-{key}.o" for source, key in objects.items()}
-    missing = [source for source in sources if not paths[source].exists()]
-    missing.sort(key=lambda source: -source.stat().st_size)  # no long one last
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        include = _precompile(Path(scratch)) if len(missing) >= _WORTH_PRECOMPILING else ()
-        list(pool.map(lambda source: _compile(source, paths[source], include), missing))
-    _run([*compiler(), "-shared", "-o", _partial(library), *map(str, paths.values()), "-lpthread"])
-    os.replace(_partial(library), library)
+    with _alone(folder / "build.lock"):
+        if not library.exists():  # nobody else has compiled it in the meantime
+            _compile_and_link(paths, library, jobs, progress)
     return library
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process or thread is inside; the system lets go of what a killed process held."""
+    with lock.open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile_and_link(paths: dict[Path, Path], library: Path, jobs: int | None, progress: bool) -> None:
+    """Makes the library out of the objects of all sources, those that do not exist first."""
+    missing = [source for source, target in paths.items() if not target.exists()]
+    missing.sort(key=lambda source: -source.stat().st_size)  # no long one last
+    title = "ptx-emulator: compiling its runtime, once"
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ThreadPoolExecutor(jobs or os.cpu_count()) as pool,
+        tqdm(total=len(missing) + 1, desc=title, unit="file", file=sys.stderr, disable=not progress) as bar,
+    ):
+        include = _precompile(Path(scratch)) if len(missing) >= _WORTH_PRECOMPILING else ()
+        for _ in pool.map(lambda source: _compile(source, paths[source], include), missing):
+            bar.update()
+        run_compiler("-shared", "-o", _partial(library), *map(str, paths.values()), "-lpthread")
+        os.replace(_partial(library), library)
+        bar.update()
 
 
 def _precompile(scratch: Path) -> tuple[str, ...]:
@@ -125,7 +162,7 @@ def _precompile(scratch: Path) -> tuple[str, ...]:
 
 def _compile(source: Path, target: Path, include: tuple[str, ...]) -> None:
     level = _SELDOM_LEVEL if source.stem in _LESS_OPTIMISED else _LEVEL
-    _run([*compiler(), *_FLAGS, *level, *include, "-c", str(source), "-o", _partial(target)])
+    run_compiler(*_FLAGS, *level, *include, "-c", str(source), "-o", _partial(target))
     os.replace(_partial(target), target)
 
 
@@ -133,16 +170,26 @@ def _partial(path: Path) -> str:
     return f"{path}.{os.getpid()}.partial"
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_compiler(*arguments: str) -> str:
+    """What the C++ compiler printed on stdout.
+
+    Raises:
+        BuildError: what it said when it failed.
+    """
+    command = [*compiler(), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}; is $CXX right?") from error
     if done.returncode:
         raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 @cache
 def _identity() -> str:
     """Compiler version and processor: code for this processor runs on no other."""
-    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    version = run_compiler("--version")
     flags = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -185,13 +186,15 @@ class Result:
     """What a run of the queue gave: findings, and per launch what was executed.
 
     `allowed` are the findings of kinds that the machine was told to allow; `reports` are all others.
-    `timeline` is empty unless the run was traced.
+    `timeline` is empty unless the run was traced. `seconds` is how long the kernels ran: neither compiling
+    the runtime nor reading and lowering the PTX is in it.
     """
 
     reports: list[Report]
     counts: list[LaunchCounts]
     timeline: list[Row] = field(default_factory=list)
     allowed: list[Report] = field(default_factory=list)
+    seconds: float = 0.0
 
     def raise_reports(self) -> None:
         """Raises EmulationError if something was found."""
@@ -296,7 +299,9 @@ class Machine:
         """
         runtime = _runtime()
         with during or nullcontext():
+            start = time.perf_counter()
             runtime.ptxe_synchronize(self._pointer())
+            seconds = time.perf_counter() - start
         programs = [queued.kernel.program for queued in self._launches]
         locations = {program.name: program.locations for program in programs}
         findings = json.loads(runtime.ptxe_findings(self._pointer()).decode())
@@ -310,6 +315,7 @@ class Machine:
                 [(program.name, program.op_classes, program.locations) for program in programs],
                 [queued.grid for queued in self._launches],
             ),
+            seconds=seconds,
         )
         self._new_queue()
         return result

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import shlex
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ptx_emulator.build import cache_folder, compiler
-from ptx_emulator.errors import BuildError, EmulatorError
+from ptx_emulator.build import cache_folder, compiler, run_compiler
+from ptx_emulator.errors import EmulatorError
 from ptx_emulator.targets import Target
 
 ATTRIBUTE_BYTES = 72  # of a cudaLaunchAttribute: id, four bytes of padding, value
@@ -83,7 +81,7 @@ class HostFunction:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, f"{name}.so")
             parts = [str(object_file), str(_stub_object()), _tvm_ffi_library()]
-            _compile("-shared", "-Wl,-Bsymbolic,-z,defs", *parts, "-o", str(library))
+            run_compiler("-shared", "-Wl,-Bsymbolic,-z,defs", *parts, "-o", str(library))
             self._library = ctypes.CDLL(str(library))
         self._callback = _Callback(self._launched)
         self._receive: Callable[[CapturedLaunch], None] | None = None
@@ -159,22 +157,10 @@ def _stub_object() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             partial = Path(folder, target.name)
-            flags = ["-std=c++20", "-O2", "-fPIC"]
-            _compile(*flags, "-c", str(_STUB), "-o", str(partial))
+            flags = ["-std=c++17", "-O2", "-fPIC"]
+            run_compiler(*flags, "-c", str(_STUB), "-o", str(partial))
             partial.replace(target)
     return target
-
-
-def _compile(*arguments: str) -> None:
-    """Runs the C++ compiler.
-
-    Raises:
-        BuildError: what the compiler said.
-    """
-    command = [*compiler(), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
 
 
 def _tvm_ffi_library() -> str:

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__F16C__) && defined(__clang__)
+#include <immintrin.h>
+#endif
+
 #include "numeric.h"
 
 namespace ptxe {
@@ -30,7 +34,9 @@ const std::array<float, 256>& small_float_values(Element e);
 struct UnpackF16 {
   static constexpr uint32_t elements = 8;
   static void run(const uint8_t* chunk, float* out) {
-#if defined(__F16C__)  // what _mm256_cvtph_ps is; <immintrin.h> takes long to compile
+#if defined(__F16C__) && defined(__clang__)
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk))));
+#elif defined(__F16C__)  // _mm256_cvtph_ps of GCC, whose <immintrin.h> takes long to compile
     typedef short Halves __attribute__((vector_size(16)));
     Halves halves;
     std::memcpy(&halves, chunk, sizeof halves);
