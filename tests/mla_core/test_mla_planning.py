@@ -140,9 +140,18 @@ def test_a_full_device_does_not_split_and_an_empty_one_splits_to_fill_it() -> No
     assert plan_splits(replace(PROBLEM, batch=67), sm_count=132, **tiles).num_splits == 1
 
 
-@pytest.mark.parametrize("name", ["sm_count", "tile_m", "tile_n", "cluster_size"])
+def test_a_split_has_at_least_as_many_keys_as_it_is_told() -> None:
+    for least, keys in itertools.product((1, 64, 65, 128, 1000, 9000), (1, 64, 129, 500, 8192)):
+        problem = replace(PROBLEM, max_seq_len=keys, max_pages=None)
+        plan = plan_splits(problem, sm_count=148, tile_m=16, tile_n=64, min_split_keys=least)
+        splits = [split_key_tiles(plan.key_tiles, plan.num_splits, at) for at in range(plan.num_splits)]
+        assert max(len(split) for split in splits) * 64 >= min(least, keys)
+        assert plan.num_splits == 1 or plan.num_splits <= -(-keys // least)
+
+
+@pytest.mark.parametrize("name", ["sm_count", "tile_m", "tile_n", "cluster_size", "min_split_keys"])
 def test_plan_splits_names_a_bad_argument(name: str) -> None:
-    good = {"sm_count": 132, "tile_m": 64, "tile_n": 64, "cluster_size": 2}
+    good = {"sm_count": 132, "tile_m": 64, "tile_n": 64, "cluster_size": 2, "min_split_keys": 64}
     for value in (0, -1, 1.5, True, None):
         with pytest.raises(ArgumentError) as error:
             plan_splits(PROBLEM, **{**good, name: value})

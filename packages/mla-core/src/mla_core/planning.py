@@ -111,6 +111,7 @@ def plan_splits(
     tile_m: int,
     tile_n: int,
     cluster_size: int = 1,
+    min_split_keys: int = 1,
     per_request: bool = False,
 ) -> SplitPlan:
     """Choose the number of splits that fills the device once.
@@ -120,6 +121,8 @@ def plan_splits(
     leaves less to combine. The result never grows with the batch or the rows and never shrinks with sm_count.
 
     tile_m: rows per tile. tile_n: keys per tile. cluster_size: blocks that share a unit, each on its own SM.
+    min_split_keys: keys, rounded up to tiles, that the longest split of the longest sequence has at least:
+        what makes up for what a split costs whatever its length.
     per_request: whether the kernel computes each request's own number of splits. Where lengths vary, it then
         has as few as leave no split longer than those of the longest sequence; where `problem.is_var_seq` is
         false, each request is spread as far as its tiles go.
@@ -131,6 +134,7 @@ def plan_splits(
         ("tile_m", tile_m),
         ("tile_n", tile_n),
         ("cluster_size", cluster_size),
+        ("min_split_keys", min_split_keys),
     ):
         check_positive(name, value)
     if cluster_size > sm_count:
@@ -138,7 +142,7 @@ def plan_splits(
     row_tiles = problem.batch * -(-problem.rows // tile_m)
     key_tiles = num_key_tiles(problem.max_seq_len, tile_n)
     filling = max(1, min(key_tiles, sm_count // cluster_size // row_tiles))
-    longest_split = -(-key_tiles // filling)
+    longest_split = max(-(-key_tiles // filling), -(-min_split_keys // tile_n))
     num_splits = -(-key_tiles // longest_split)
     tiles_per_split = 0
     if per_request:

@@ -19,6 +19,9 @@ PAIR, SINGLE = "pair", "single"
 ENDS = ("", WHOLE, PERSISTENT, WHOLE + PERSISTENT)
 TACTICS = tuple(tile + end for tile in (PAIR, SINGLE) for end in ENDS)
 
+# Fewer keys per split would cost more in queries, partial results and merging than they save.
+MIN_SPLIT_KEYS = 128
+
 # (rows of a request, at most; tile): a single CTA where its 64 rows are enough.
 NO_LIMIT = float("inf")
 TILES: tuple[tuple[float, str], ...] = ((64, SINGLE), (NO_LIMIT, PAIR))
@@ -65,6 +68,7 @@ class Division:
             tile_m=shape.tile_m,
             tile_n=shape.tile_n,
             cluster_size=cluster,
+            min_split_keys=MIN_SPLIT_KEYS,
             per_request=True,
         )
         split = splits.num_splits > 1

@@ -42,11 +42,11 @@ from . import tmem
 from .block import LEADER, Barriers, Block, stages
 from .combine import THREADS as COMBINE_THREADS
 from .combine import Combine
-from .load import VECTOR_BYTES, Loads, PagedCopies, PagedCopy
+from .load import ROW_VECTORS, ROWS_PER_COPY, VECTOR_BYTES, Loads, PagedCopies, PagedCopy
 from .mma import Mmas
 from .outputs import NUMERIC, Outputs
 from .schedule import Schedule
-from .softmax import EXCHANGE_FLOATS, WARP_LANES, Softmax, store_vector
+from .softmax import EXCHANGE_FLOATS, WARP_LANES, Softmax, store_vector, zeros
 
 LOG2_E = math.log2(math.e)
 CHUNK_ALIGN_BYTES = 1024  # of a chunk: the swizzled pattern repeats after that
@@ -213,8 +213,9 @@ class MlaDecode:
                 self.init_barriers(barriers, active_warps)
             cute.arch.alloc_tmem(TMEM_COLS, tmem_address, is_two_cta=config.pair)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=config.pair)
+        self.clear_queries(block, units.used_rows)
         if cutlass.const_expr(not config.pair):
-            self.clear_unused(block, warp, active_warps)
+            self.clear_probabilities(block, warp, active_warps)
         tmem.before_thread_sync()
         self.sync_cluster()
         tmem.after_thread_sync()
@@ -266,11 +267,28 @@ class MlaDecode:
         cute.arch.mbarrier_init_fence()
 
     @cute.jit
-    def clear_unused(self, block: Block, warp: Int32, active_warps: Int32):
-        """Zero the rows of P that no softmax warp writes: an MMA reads them, though nobody its result."""
+    def clear_queries(self, block: Block, used_rows: Int32):
+        """Zero the rows of queries that no unit has: an MMA reads them, though nobody its result."""
+        thread, _, _ = cute.arch.thread_idx()
+        zero = zeros()
+        first_row = cute.ceil_div(used_rows, ROWS_PER_COPY) * ROWS_PER_COPY
+        row_vectors = self.loads.rope_row_bytes // VECTOR_BYTES
+        for vector in cutlass.range(
+            first_row * row_vectors + thread, CHUNK_ROWS * row_vectors, THREADS, unroll=1
+        ):
+            store_vector(block.chunks + vector * VECTOR_BYTES, zero)
+        for vector in cutlass.range(
+            first_row * ROW_VECTORS + thread, CHUNK_ROWS * ROW_VECTORS, THREADS, unroll=1
+        ):
+            for chunk in cutlass.range_constexpr(1, self.config.chunks):
+                store_vector(block.chunks + (chunk * CHUNK_BYTES + vector * VECTOR_BYTES), zero)
+        cute.arch.fence_proxy("async.shared", space="cta")
+
+    @cute.jit
+    def clear_probabilities(self, block: Block, warp: Int32, active_warps: Int32):
+        """Zero the rows of P that no softmax warp writes."""
         if (warp >= active_warps) & (warp < SOFTMAX_WARPS):
-            zero = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
-            zero.fill(0)
+            zero = zeros()
             row_bytes = self.config.probability_row_bytes
             first = block.p_chunk * CHUNK_BYTES + warp * (HALF_WARP_ROWS * row_bytes)
             vectors = HALF_WARP_ROWS * row_bytes // VECTOR_BYTES

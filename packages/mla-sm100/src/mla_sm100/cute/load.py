@@ -116,18 +116,17 @@ class Loads:
     def queries(self, block: Block, schedule: Schedule, mQ: cute.Tensor):
         """Owns the chunks of queries while empty. Waits on q_empty. Signals q_full.
 
-        Rows that the unit does not have are zeros. Those that no unit has are written once.
+        Rows that the unit does not have are zeros; those that no unit has are not written here.
         """
         lane = cute.arch.lane_idx()
         units = Int32(0)
-        used_rows = cutlass.min(CHUNK_ROWS, schedule.q_len * schedule.num_heads)
+        used_rows = schedule.used_rows
         index = block.cluster
         while index < schedule.num_units:
             unit = schedule.unit(index)
             if unit.num_tiles > 0:
                 cute.arch.mbarrier_wait(block.barriers.q_empty, (units & 1) ^ 1)
-                rows = select(units == 0, Int32(CHUNK_ROWS), used_rows)
-                for step in cutlass.range(cute.ceil_div(rows, ROWS_PER_COPY), unroll=1):
+                for step in cutlass.range(cute.ceil_div(used_rows, ROWS_PER_COPY), unroll=1):
                     self.query_rows(
                         block, schedule, mQ, unit, step * ROWS_PER_COPY + lane // ROW_VECTORS, lane
                     )
@@ -151,17 +150,17 @@ class Loads:
         present = row_in_unit < unit.rows
         row_in_request = select(present, unit.first_row + row_in_unit, Int32(0))
         source = row_pointer(mQ, unit, row_in_request, schedule.num_heads, config.ragged)
-        vector = lane % ROW_VECTORS
-        elements = VECTOR_BYTES // config.element_bytes
-        for chunk in range(config.chunks):
-            row_bytes = CHUNK_ROW_BYTES if chunk else self.rope_row_bytes
-            first = (chunk - 1) * config.chunk_elements if chunk else KV_LORA_RANK
-            offset = swizzled(row, (vector * VECTOR_BYTES) % row_bytes, row_bytes)
-            _copy_vector(
-                block.address(chunk) + offset,
-                source + (first + vector % (row_bytes // VECTOR_BYTES) * elements),
-                select(present, Int32(VECTOR_BYTES), Int32(0)),
-            )
+        byte = lane % ROW_VECTORS * VECTOR_BYTES
+        num_bytes = select(present, Int32(VECTOR_BYTES), Int32(0))
+        elements = byte // config.element_bytes
+        target = block.address(0) + swizzled(row, byte, CHUNK_ROW_BYTES)
+        for chunk in range(1, config.chunks):
+            at = (chunk - 1) * CHUNK_ROW_BYTES  # of the row
+            _copy_vector(target, chunk * CHUNK_BYTES, source + elements, at, num_bytes)
+        row_bytes = self.rope_row_bytes
+        target = block.address(0) + swizzled(row, byte % row_bytes, row_bytes)
+        elements = byte % row_bytes // config.element_bytes
+        _copy_vector(target, 0, source + elements, KV_LORA_RANK * config.element_bytes, num_bytes)
 
     @property
     def rope_row_bytes(self) -> int:
@@ -293,9 +292,9 @@ def row_pointer(m: Any, unit: Unit, row: Int32, num_heads: Int32, ragged: bool) 
     return m[unit.request, token, head, None].iterator
 
 
-def _copy_vector(destination: Int32, source: Any, num_bytes: Int32) -> None:
+def _copy_vector(target: Int32, offset: int, source: Any, source_offset: int, num_bytes: Int32) -> None:
     """Start copying 16 bytes to shared memory, of which only `num_bytes` are read and the rest are zeros."""
     cute.arch.inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
-        read_only_args=[destination, source.toint(), num_bytes],
+        f"cp.async.cg.shared.global [{{$r0}}+{offset}], [{{$r1}}+{source_offset}], 16, {{$r2}};",
+        read_only_args=[target, source.toint(), num_bytes],
     )

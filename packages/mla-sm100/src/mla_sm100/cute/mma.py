@@ -86,13 +86,13 @@ class Mmas:
         for chunk in chunks:
             row_bytes = CHUNK_ROW_BYTES if chunk else CHUNK_ROWS * self.config.element_bytes
             descriptor = umma.k_major(row_bytes)
-            q_address = block.address(chunk)
-            k_address = block.address(block.k_chunk + slot * self.config.chunks + chunk)
+            q = umma.operand(descriptor, block.address(0))
+            k = umma.operand(descriptor, block.address(block.k_chunk + slot * self.config.chunks))
             for step in range(row_bytes // umma.STEP_BYTES):
                 self.qk.issue(
                     acc_s,
-                    umma.operand(descriptor, q_address + step * umma.STEP_BYTES),
-                    umma.operand(descriptor, k_address + step * umma.STEP_BYTES),
+                    umma.advance(q, chunk * CHUNK_BYTES + step * umma.STEP_BYTES),
+                    umma.advance(k, chunk * CHUNK_BYTES + step * umma.STEP_BYTES),
                     Boolean(chunk > 0 or step > 0),
                     negate,
                 )
@@ -145,12 +145,13 @@ class Mmas:
         config = self.config
         at = key_half * CHUNK_ROWS * config.element_bytes + step * umma.STEP_BYTES  # byte in a row of P
         chunk, byte = divmod(at, config.probability_row_bytes)
+        probabilities = umma.operand(umma.k_major(config.probability_row_bytes), block.address(block.p_chunk))
         self.pv.issue(
             acc_o,
-            umma.operand(
-                umma.k_major(config.probability_row_bytes), block.address(block.p_chunk + chunk) + byte
+            umma.advance(probabilities, chunk * CHUNK_BYTES + byte),
+            umma.advance(
+                umma.operand(umma.mn_major(CHUNK_BYTES), values), step * self.step_keys * CHUNK_ROW_BYTES
             ),
-            umma.operand(umma.mn_major(CHUNK_BYTES), values + step * self.step_keys * CHUNK_ROW_BYTES),
             accumulate if step == 0 else Boolean(True),
             Boolean(False),
         )

@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cutlass_dsl import select_
 
-from mla_sm100.config import DecodeConfig
+from mla_sm100.config import CHUNK_ROWS, DecodeConfig
 
 
 def select(condition, x, y):
@@ -60,6 +60,11 @@ class Schedule:
     def row_tiles(self) -> Int32:
         """Tiles of rows of a request."""
         return cute.ceil_div(self.q_len * self.num_heads, self.config.tile_m)
+
+    @property
+    def used_rows(self) -> Int32:
+        """Rows that a CTA may have at most."""
+        return cutlass.min(CHUNK_ROWS, self.q_len * self.num_heads)
 
     @property
     def num_units(self) -> Int32:

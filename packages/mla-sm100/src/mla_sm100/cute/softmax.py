@@ -189,8 +189,7 @@ class Softmax:
         """Zero the values from row `keys` of the tile on: 0 times what a page holds there may be NaN."""
         config = self.config
         vectors = CHUNK_ROW_BYTES // VECTOR_BYTES
-        zero = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
-        zero.fill(0)
+        zero = zeros()
         if cutlass.const_expr(config.pair):
             first = (
                 block.v_chunk
@@ -368,6 +367,13 @@ class Softmax:
             outputs.lse_partial[unit.split, self.partial_row(schedule, unit, row)] = lse_log2
         elif cutlass.const_expr(self.config.return_lse):
             store_lse(outputs.mLSE, unit, row, schedule.num_heads, self.config.ragged, lse_log2 * LN2)
+
+
+def zeros() -> Any:
+    """The words of 16 bytes."""
+    words = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
+    words.fill(0)
+    return words
 
 
 def store_vector(pointer: Any, words: Any) -> None:

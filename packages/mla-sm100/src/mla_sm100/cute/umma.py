@@ -50,7 +50,12 @@ def _descriptor(leading_bytes: int, stride_bytes: int, swizzle: int) -> int:
 
 def operand(descriptor: int, address: Int32) -> Int64:
     """`descriptor` for the operand at a shared memory address, a multiple of 16."""
-    return Int64(descriptor) | Int64(address // ADDRESS_UNIT_BYTES)
+    return Int64(descriptor) | Int64(address >> 4)
+
+
+def advance(operand_descriptor: Int64, num_bytes: int) -> Int64:
+    """The operand that lies `num_bytes`, a multiple of 16, further on."""
+    return operand_descriptor + num_bytes // ADDRESS_UNIT_BYTES
 
 
 @dataclass(frozen=True)
