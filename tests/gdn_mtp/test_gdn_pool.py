@@ -4,7 +4,7 @@ import gdn_mtp
 import pytest
 import torch
 from gdn_mtp.problem import INDEX_DTYPES
-from gdn_mtp.torch_kernel import _store_slots
+from gdn_mtp.torch_kernel import store_slots
 from gdn_support import (
     BF16,
     DEVICE,
@@ -78,7 +78,7 @@ def test_skipped_stores_repeat_the_store_of_a_named_slot():
     pool = torch.full((5, 1, 2, 2), NAN, device=DEVICE)
     states = torch.arange(12.0, device=DEVICE).view(3, 1, 2, 2)
     unchanged = snapshot_untouched(pool, [3])
-    _store_slots(pool, slots_tensor(-1, 3, -7), states)
+    store_slots(pool, slots_tensor(-1, 3, -7), states)
     unchanged()
     assert_same_bits(pool[3], states[1], "slot 3")
 

@@ -12,15 +12,21 @@ from gdn_mtp.api import (
 from gdn_mtp.plans import Plan, plan
 from gdn_mtp.problem import GatedDeltaRuleProblem
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
+from gdn_mtp.speculative import SpeculativeCache, SpeculativeProblem, commit, materialize, verify
 
 __all__ = [
     "GatedDeltaRuleProblem",
     "Plan",
     "ReferenceResult",
+    "SpeculativeCache",
+    "SpeculativeProblem",
     "__version__",
+    "commit",
     "gated_delta_rule_decode",
     "gated_delta_rule_decode_pretranspose",
     "gated_delta_rule_mtp",
     "gated_delta_rule_reference",
+    "materialize",
     "plan",
+    "verify",
 ]

@@ -204,7 +204,7 @@ def problem_of(
         index_dtype=None if tensors.initial_state_indices is None else tensors.initial_state_indices.dtype,
         separate_write_indices=tensors.output_state_indices is not None,
         tensor_scale=isinstance(scale, Tensor),
-        state_rows=_state_rows(tensors.state, tensors.intermediate_states_buffer),
+        state_rows=state_rows(tensors.state, tensors.intermediate_states_buffer),
     )
 
 
@@ -213,7 +213,7 @@ def misalignment(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr() % ROW_ALIGNMENT_BYTES
 
 
-def _state_rows(*tensors: Tensor | None) -> StateRows:
+def state_rows(*tensors: Tensor | None) -> StateRows:
     """How the rows of all the tensors lie; a dimension of size 1 may have any stride."""
     rows: StateRows = "contiguous"
     for tensor in tensors:
@@ -280,7 +280,7 @@ def _check_slots(tensors: CallTensors, writes_pool: bool) -> None:
     Only where values may be read: on the CPU, and in debug mode outside graph capture.
     """
     reads = tensors.initial_state_indices
-    if reads is None or not (reads.device.type == "cpu" or (debug_mode() and not _capturing(reads))):
+    if reads is None or not (reads.device.type == "cpu" or (debug_mode() and not is_capturing(reads))):
         return
     pool_size = tensors.state.shape[0]
     check_index_range("initial_state_indices", reads, pool_size)
@@ -303,5 +303,6 @@ def _check_slots(tensors: CallTensors, writes_pool: bool) -> None:
             raise ArgumentError(name, f"request {writer} writes slot {slot}, which request {request} reads")
 
 
-def _capturing(tensor: Tensor) -> bool:
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that values cannot be read."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -79,20 +79,20 @@ def launch(
         pool = state[rows] if state_indices is None else state
         reads = None if state_indices is None else state_indices[rows].long()
         valid = None if reads is None else reads >= 0
-        current = _load_states(pool, reads)
+        current = load_states(pool, reads)
         for t in range(problem.T):
             out = _advance(current, tokens, decay[:, t], beta[:, t], t).mul_(scale)
             output[rows, t] = out if valid is None else out.masked_fill_(~valid[:, None, None], 0.0)
             if intermediate_states is not None:
                 _store_rows(intermediate_states[rows, t], current, valid)
             if ssm_state_indices is not None:
-                _store_slots(pool, _masked(ssm_state_indices[rows, t], valid), current)
+                store_slots(pool, _masked(ssm_state_indices[rows, t], valid), current)
         if problem.writes_state:
             writes = reads if write_indices is None else _masked(write_indices[rows], valid)
             if writes is None:
                 pool.copy_(current)
             else:
-                _store_slots(pool, writes, current)
+                store_slots(pool, writes, current)
 
 
 class _Tokens(NamedTuple):
@@ -117,7 +117,7 @@ def _gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor
     return g.exp(), torch.sigmoid(b.float())
 
 
-def _load_states(pool: Tensor, reads: Tensor | None) -> Tensor:
+def load_states(pool: Tensor, reads: Tensor | None) -> Tensor:
     """A float32 copy [n, HV, V, K] of the states; padding loads slot 0, whose values no result depends on."""
     if reads is None:
         return pool.to(torch.float32, copy=True)
@@ -151,8 +151,8 @@ def _store_rows(rows: Tensor, states: Tensor, valid: Tensor | None) -> None:
     rows.copy_(rounded if valid is None else torch.where(valid[:, None, None, None], rounded, rows))
 
 
-def _store_slots(pool: Tensor, slots: Tensor, states: Tensor) -> None:
-    """Round `states` [n, HV, V, K] into the pool; a negative slot is skipped.
+def store_slots(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Round `rows` [n, ...], such as states, into `pool` [slots, ...]; a negative slot is skipped.
 
     How many slots are not negative is known to the device alone, and waiting for it would stall the host, so
     n rows are always written. A skipped row repeats the store of the anchor, some row that is not skipped:
@@ -162,11 +162,11 @@ def _store_slots(pool: Tensor, slots: Tensor, states: Tensor) -> None:
     named = slots >= 0
     anchor = named.byte().argmax().reshape(1)
     anchor_slot = slots.index_select(0, anchor).clamp_min(0)
-    rounded = states.to(pool.dtype)
-    anchor_state = torch.where(
+    rounded = rows.to(pool.dtype)
+    anchor_row = torch.where(
         named.any(), rounded.index_select(0, anchor), pool.index_select(0, anchor_slot)
-    )  # [1, HV, V, K]
-    values = torch.where(named[:, None, None, None], rounded, anchor_state)
+    )  # [1, ...]
+    values = torch.where(named.view(-1, *[1] * (rows.dim() - 1)), rounded, anchor_row)
     pool.index_copy_(0, torch.where(named, slots, anchor_slot), values)
 
 

@@ -1,0 +1,230 @@
+"""The compact updates of draft tokens: per pool slot a ring of keys, corrected values and decays.
+
+A Gated DeltaNet token changes a state by a decay and a product u k^T. Keeping u, k and the decay instead of
+the state after the token takes (V + K * H / HV) / (V K) of its elements. A slot of the cache belongs to the
+slot of the same number in a state pool; together they stand for one state:
+
+    S = pool[slot];  per pending token j, in order:  S <- exp(gates[j]) S + updates[j] (k_scale[j] keys[j])^T
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from kernel_dispatch import (
+    ArgumentError,
+    ArgumentTypeError,
+    TensorSpec,
+    bind,
+    check_index_range,
+    is_watched,
+)
+from kernel_dispatch.devices import as_device
+from torch import Tensor
+
+from gdn_mtp.problem import INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES
+from gdn_mtp.speculative.problem import MAX_CAPACITY, check_size
+from gdn_mtp.speculative.values import check_cursor, named_slots, values_are_readable
+from gdn_mtp.torch_kernel import store_slots
+
+CURSOR_FIELDS = 4
+CAPACITY_STEP = 8  # pending tokens are applied in chunks of as many
+
+
+class CacheTensors(NamedTuple):
+    """What a cache consists of; R is its capacity.
+
+    keys     [pool, R, H, K] the dtype of k: keys as given
+    updates  [pool, R, HV, V] float32: corrected values u
+    gates    [pool, R, HV] float32: log decays g
+    k_scale  [pool, R, H] float32: the factor of a key, 1 without l2norm
+    cursor   [pool, 4] int32: start, length, window, arrivals
+    live     [pool] int32, bits: bit j is set if the token at ring position (start + j) % R was accepted
+
+    The tokens at start .. start + length - 1 are pending where they are live, those of the last verify lie at
+    start + length .. start + length + window - 1, modulo R. `arrivals` is 0 between calls.
+    """
+
+    keys: Tensor
+    updates: Tensor
+    gates: Tensor
+    k_scale: Tensor
+    cursor: Tensor
+    live: Tensor
+
+
+CACHE_SPECS = tuple(
+    TensorSpec(f"cache.{name}", shape, dtypes, layout="contiguous", written=True)
+    for name, shape, dtypes in (
+        ("keys", ("pool", "R", "H", "K"), INPUT_DTYPES),
+        ("updates", ("pool", "R", "HV", "V"), (torch.float32,)),
+        ("gates", ("pool", "R", "HV"), (torch.float32,)),
+        ("k_scale", ("pool", "R", "H"), (torch.float32,)),
+        ("cursor", ("pool", CURSOR_FIELDS), (torch.int32,)),
+        ("live", ("pool",), (torch.int32,)),
+    )
+)
+
+
+class SpeculativeCache:
+    """Room for the draft tokens of every slot of a state pool [pool_size, HV, V, K]; allocated once.
+
+    max_tokens: the largest T of a verify, 1 to 16. capacity: tokens per slot, 2 * max_tokens to 32; None for
+    3 * max_tokens rounded up to a multiple of 8. What exceeds 2 * max_tokens is room for accepted tokens that
+    wait to be folded into the pool, so that it is written the more seldom.
+    io_dtype: of q, k and v. device: None for the current CUDA device, or the CPU where there is none.
+    Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read, move and keep.
+
+    A cache belongs to one pool: the first call binds it to the pool's address, and another pool is refused
+    from then on. `bind` says that the pool has moved.
+
+    A slot that gets a new request has to be reset. While tokens are pending, the pool's state alone is not
+    the slot's state: `gdn_mtp.commit` folds them before anything else reads it.
+    """
+
+    def __init__(
+        self,
+        pool_size: int,
+        H: int,
+        HV: int,
+        K: int,
+        V: int,
+        *,
+        max_tokens: int,
+        capacity: int | None = None,
+        io_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        sizes = {"pool_size": pool_size, "H": H, "HV": HV, "K": K, "V": V, "max_tokens": max_tokens}
+        for name, size in sizes.items():
+            check_size(name, size)
+        if HV % H:
+            raise ArgumentError("HV", f"{HV}, expected a multiple of H = {H}")
+        if 2 * max_tokens > MAX_CAPACITY:
+            raise ArgumentError("max_tokens", f"{max_tokens}, expected at most {MAX_CAPACITY // 2}")
+        if capacity is None:
+            capacity = min(MAX_CAPACITY, -(-3 * max_tokens // CAPACITY_STEP) * CAPACITY_STEP)
+        check_size("capacity", capacity)
+        if not 2 * max_tokens <= capacity <= MAX_CAPACITY:
+            expected = f"2 * max_tokens = {2 * max_tokens} to {MAX_CAPACITY}"
+            raise ArgumentError("capacity", f"{capacity}, expected {expected}")
+        if io_dtype not in INPUT_DTYPES:
+            raise ArgumentTypeError("io_dtype", f"{io_dtype}, expected one of {INPUT_DTYPES}")
+        self.pool_size, self.H, self.HV, self.K, self.V = pool_size, H, HV, K, V
+        self.max_tokens, self.capacity, self.io_dtype = max_tokens, capacity, io_dtype
+        self.device = as_device(device)
+        self._pool_address: int | None = None
+        known = {"pool": pool_size, "R": capacity, "H": H, "HV": HV, "K": K, "V": V}
+        for spec, name in zip(self.specs, CacheTensors._fields, strict=True):
+            shape = [known[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+            setattr(self, name, torch.zeros(shape, dtype=spec.dtypes[0], device=self.device))
+
+    keys: Tensor
+    updates: Tensor
+    gates: Tensor
+    k_scale: Tensor
+    cursor: Tensor
+    live: Tensor
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """One `kernel_dispatch.TensorSpec` per tensor, in the order of `CacheTensors`."""
+        keys, *others = CACHE_SPECS
+        return (replace(keys, dtypes=(self.io_dtype,)), *others)
+
+    @property
+    def tensors(self) -> CacheTensors:
+        """The tensors themselves."""
+        return CacheTensors(self.keys, self.updates, self.gates, self.k_scale, self.cursor, self.live)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, pool_size times those of a slot."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __repr__(self) -> str:
+        sizes = f"pool_size={self.pool_size}, H={self.H}, HV={self.HV}, K={self.K}, V={self.V}"
+        room = f"max_tokens={self.max_tokens}, capacity={self.capacity}"
+        return f"SpeculativeCache({sizes}, {room}, {self.io_dtype} on {self.device}, {self.nbytes} bytes)"
+
+    def bind(self, state_pool: Tensor) -> None:
+        """Say that `state_pool` holds this cache's states from now on."""
+        self._pool_address = state_pool.data_ptr()
+
+    def check_pool(self, state_pool: Tensor) -> None:
+        """Raises ArgumentError naming `cache` if it is bound to another pool; binds one that is not bound."""
+        address = state_pool.data_ptr()
+        if self._pool_address is None:
+            self._pool_address = address
+        elif address != self._pool_address:
+            raise ArgumentError(
+                "cache",
+                f"is of the state pool at {self._pool_address:#x}, not of this one at {address:#x}; "
+                "cache.bind(state_pool) says that the pool has moved",
+            )
+
+    def reset_slots(self, slots: Tensor) -> None:
+        """Forget all tokens of `slots` [n], int32 or int64; a negative one is skipped.
+
+        The pool keeps what it holds. Waits for no device, so it can be captured in a CUDA graph.
+        """
+        chosen = self._checked("slots", slots)
+        for tensor in (self.cursor, self.live):
+            store_slots(tensor, chosen, tensor.new_zeros(len(chosen), *tensor.shape[1:]))
+
+    def copy_slots(self, src: Tensor, dst: Tensor, state_pool: Tensor | None = None) -> None:
+        """Make slot dst[i] what slot src[i] is, for all i at once; src and dst [n], int32 or int64.
+
+        A pair with a negative slot is skipped. No slot may be named twice in dst; one may be in both, and its
+        old content moves on. state_pool: also copies the states, which else is up to the caller. Waits for no
+        device, so it can be captured in a CUDA graph.
+        """
+        sources, targets = self._checked("src", src, unique=False), self._checked("dst", dst)
+        if len(sources) != len(targets):
+            raise ArgumentError("dst", f"{len(targets)} slots, expected {len(sources)} as src has")
+        moved: tuple[Tensor, ...] = self.tensors
+        if state_pool is not None:
+            bind(
+                (TensorSpec("state_pool", ("pool", "HV", "V", "K"), STATE_DTYPES, written=True),),
+                {"state_pool": state_pool},
+                {"pool": self.pool_size, "HV": self.HV, "V": self.V, "K": self.K},
+                self.device,
+            )
+            self.check_pool(state_pool)
+            moved = (*moved, state_pool)
+        targets = targets.masked_fill(sources < 0, -1)
+        for tensor in moved:
+            store_slots(tensor, targets, tensor.index_select(0, sources.clamp_min(0)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by name, not copied; together with the pool they are the states."""
+        return self.tensors._asdict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a cache of the same sizes into this one, from any device.
+
+        Raises before any change: KeyError for names other than `state_dict` has, ArgumentError naming the
+        entry for other shapes, `cache` for a cursor out of range.
+        """
+        if state_dict.keys() != set(CacheTensors._fields):
+            raise KeyError(f"entries {sorted(state_dict)}, expected {sorted(CacheTensors._fields)}")
+        for name, own in self.tensors._asdict().items():
+            given = state_dict[name]
+            if (given.shape, given.dtype) != (own.shape, own.dtype):
+                came, expected = (f"{list(x.shape)} {x.dtype}" for x in (given, own))
+                raise ArgumentError(name, f"{came}, expected {expected}")
+        cursors, lives = state_dict["cursor"].tolist(), state_dict["live"].tolist()
+        for slot, (cursor, live) in enumerate(zip(cursors, lives, strict=True)):
+            check_cursor(slot, cursor, live, self.capacity, self.max_tokens)
+        for name, own in self.tensors._asdict().items():
+            own.copy_(state_dict[name])
+
+    def _checked(self, name: str, slots: Tensor, unique: bool = True) -> Tensor:
+        """`slots` as int64, checked; one out of range becomes -1 where values cannot be read."""
+        bind((TensorSpec(name, ("n",), INDEX_DTYPES, layout="any"),), {name: slots}, device=self.device)
+        if not is_watched() and values_are_readable(slots):
+            check_index_range(name, slots, self.pool_size)
+            if unique:
+                named_slots(name, slots, self.pool_size)
+        return slots.long().masked_fill(slots >= self.pool_size, -1)

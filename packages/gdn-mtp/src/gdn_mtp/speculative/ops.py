@@ -1,0 +1,148 @@
+"""The functions as `torch.library` operations, seen through by `torch.compile` and `torch.export`.
+
+Each writes into tensors that it is given and returns nothing, so tracing needs no shape function.
+"""
+
+import torch
+from kernel_dispatch import ArgumentTypeError, register_op
+from torch import Tensor
+
+from gdn_mtp.speculative.plans import run_known, run_new
+from gdn_mtp.speculative.specs import CallFlags, CallTensors, check_flags
+
+
+def _run(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> None:
+    if run_known(tensors, scale, flags) is None:
+        run_new(tensors, scale, flags)
+
+
+def speculative_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state_pool: Tensor,
+    state_indices: Tensor,
+    keys: Tensor,
+    updates: Tensor,
+    gates: Tensor,
+    k_scale: Tensor,
+    cursor: Tensor,
+    live: Tensor,
+    num_accepted: Tensor | None,
+    accepted_nodes: Tensor | None,
+    num_tokens: Tensor | None,
+    parent_indices: Tensor | None,
+    output: Tensor,
+    scale: float | None,
+    scale_tensor: Tensor | None,
+    max_tokens: int,
+    use_qk_l2norm: bool,
+    fold: str,
+    backend: str,
+) -> None:
+    """`gdn_mtp.verify` on the tensors of a cache; arguments as in `CallTensors` and `CallFlags`."""
+    tensors = CallTensors(
+        *(q, k, v, a, b, A_log, dt_bias, state_pool, state_indices),
+        *(keys, updates, gates, k_scale, cursor, live),
+        *(num_accepted, accepted_nodes, num_tokens, parent_indices, output, None),
+    )
+    flags = CallFlags("verify", max_tokens, use_qk_l2norm, fold, backend)
+    _run(tensors, scale if scale_tensor is None else scale_tensor, flags)
+
+
+def speculative_commit(
+    state_pool: Tensor,
+    state_indices: Tensor,
+    keys: Tensor,
+    updates: Tensor,
+    gates: Tensor,
+    k_scale: Tensor,
+    cursor: Tensor,
+    live: Tensor,
+    num_accepted: Tensor | None,
+    accepted_nodes: Tensor | None,
+    max_tokens: int,
+    backend: str,
+) -> None:
+    """`gdn_mtp.commit` on the tensors of a cache."""
+    cache = (keys, updates, gates, k_scale, cursor, live)
+    tensors = without_tokens(state_pool, state_indices, cache, num_accepted, accepted_nodes, None)
+    _run(tensors, None, CallFlags("commit", max_tokens, True, "always", backend))
+
+
+def speculative_materialize(
+    state_pool: Tensor,
+    state_indices: Tensor,
+    keys: Tensor,
+    updates: Tensor,
+    gates: Tensor,
+    k_scale: Tensor,
+    cursor: Tensor,
+    live: Tensor,
+    num_accepted: Tensor | None,
+    accepted_nodes: Tensor | None,
+    states: Tensor,
+    max_tokens: int,
+    backend: str,
+) -> None:
+    """`gdn_mtp.materialize` on the tensors of a cache."""
+    cache = (keys, updates, gates, k_scale, cursor, live)
+    tensors = without_tokens(state_pool, state_indices, cache, num_accepted, accepted_nodes, states)
+    _run(tensors, None, CallFlags("materialize", max_tokens, True, "always", backend))
+
+
+def without_tokens(
+    state_pool: Tensor,
+    state_indices: Tensor,
+    cache: tuple[Tensor, ...],
+    num_accepted: Tensor | None,
+    accepted_nodes: Tensor | None,
+    states: Tensor | None,
+) -> CallTensors:
+    """The tensors of a commit or of a materialize."""
+    shared = (state_pool, state_indices, *cache, num_accepted, accepted_nodes)
+    return CallTensors._make((*[None] * 7, *shared, None, None, None, states))
+
+
+_VERIFY = register_op(
+    "gdn_mtp::speculative_verify",
+    speculative_verify,
+    mutates_args=("state_pool", "keys", "updates", "gates", "k_scale", "cursor", "live", "output"),
+)
+_COMMIT = register_op(
+    "gdn_mtp::speculative_commit", speculative_commit, mutates_args=("state_pool", "cursor", "live")
+)
+_MATERIALIZE = register_op(
+    "gdn_mtp::speculative_materialize", speculative_materialize, mutates_args=("states",)
+)
+
+
+def trace_call(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
+    """Record the call with whoever traces; shapes and values are checked when it runs. Returns its result."""
+    check_flags(tensors, flags)
+    for name, tensor in tensors.named().items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(name, f"{type(tensor).__name__}, expected a tensor")
+    shared = tensors[7:17]
+    if flags.mode == "commit":
+        _COMMIT(*shared, flags.max_tokens, flags.backend)
+        return tensors.state_pool
+    if flags.mode == "materialize":
+        pool = tensors.state_pool
+        states = tensors.states
+        if states is None:
+            states = pool.new_empty((tensors.state_indices.shape[0], *pool.shape[1:]))
+        _MATERIALIZE(*shared, states, flags.max_tokens, flags.backend)
+        return states
+    output = tensors.output
+    if output is None:
+        output = torch.empty_like(tensors.v, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    number = None if scale is None or isinstance(scale, Tensor) else float(scale)
+    options = (flags.max_tokens, flags.use_qk_l2norm, flags.fold, flags.backend)
+    _VERIFY(*tensors[:19], output, number, scale_tensor, *options)
+    return output
