@@ -245,6 +245,15 @@ def peers(session: nox.Session) -> None:
 
 
 @nox.session
+def compilers(session: nox.Session) -> None:
+    """Test the emulator's builds with the compilers that come as wheels, ziglang and NVRTC."""
+    use_base(session)
+    install_packages(session, closure(["ptx-emulator", TEST_HELPERS]), "ziglang", "nvidia-cuda-nvrtc")
+    tests = PACKAGES["ptx-emulator"].tests
+    run_tests(session, tests / "test_build.py", str(tests / "test_cuda_source.py"), *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Decode with small DeepSeek-V3 and Qwen3-Next models; arguments after -- go to the demo."""
     use_base(session)

@@ -1,24 +1,20 @@
-"""Launches of PTX, exploration of schedules, arrays, tensor maps, CUDA sources."""
+"""Launches of PTX, exploration of schedules, arrays, tensor maps."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from harness import kernel_text
 from ptx_emulator import (
-    BuildError,
     EmulationError,
     EmulatorError,
     Launch,
     Launches,
     Options,
     aligned,
-    compile_cuda,
     explore,
     launch,
     tensor_map,
@@ -234,35 +230,6 @@ def test_the_c_function_encodes_as_the_python_function() -> None:
     assert encoder()(ctypes.addressof(out), dtype, 7, *arguments[2:]) == 1
 
 
-CUDA = """
-__global__ void add(float* out, const float* x, int n) {
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i <= n) out[i] += x[i];
-}
-"""
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_cuda_source(tmp_path: Path) -> None:
-    path = tmp_path / "add.cu"
-    path.write_text('#include "kernel.h"\n')
-    (tmp_path / "kernel.h").write_text(CUDA.replace("<=", "<"))
-    out, x = np.zeros(100, dtype=np.float32), np.arange(100, dtype=np.float32)
-    launch(compile_cuda(path, "sm_90a"), grid=4, block=32, args=[out, x, 100])
-    assert np.array_equal(out, x)
-    (tmp_path / "kernel.h").write_text(CUDA)
-    with pytest.raises(EmulationError) as caught:
-        launch(compile_cuda(path, "sm_90a"), grid=4, block=32, args=[out, x, 100])
-    location = caught.value.reports[0].location
-    assert location is not None
-    assert (Path(location.file).name, location.line) == ("kernel.h", 4)
-    with pytest.raises(BuildError, match=r"(?s)<source>.*nonsense"):
-        compile_cuda("nonsense", "sm_90a")
-    with pytest.raises(EmulationError) as caught:
-        launch(compile_cuda(CUDA, "sm_90a"), "add", grid=4, block=32, args=[out, x, 100])
-    assert "<source>:4" in str(caught.value)
-
-
 INLINED = """.version 8.0
 .target sm_90
 .address_size 64
@@ -292,11 +259,6 @@ def test_a_finding_in_inlined_code_names_the_helper_and_its_caller() -> None:
     assert report.location is not None
     assert (report.location.file, report.location.line) == ("helpers.h", 4)
     assert "helpers.h:4 (helper), inlined at kernel.cu:6 (PTX line 12)" in str(caught.value)
-
-
-def test_compiler_that_is_not_known() -> None:
-    with pytest.raises(ValueError, match="clang"):
-        compile_cuda(CUDA, compiler="clang")
 
 
 def test_options_are_checked() -> None:

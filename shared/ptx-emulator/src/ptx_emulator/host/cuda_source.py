@@ -53,6 +53,8 @@ def compile_cuda(
         raise BuildError("compiler: nvcc is not installed")
     text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
     flags = ["-lineinfo"] * lineinfo + list(options)
+    if not any(re.fullmatch(r"--?std(=.*)?", flag) for flag in flags):
+        flags.append("-std=c++17")
     if nvcc is not None and compiler != "nvrtc":
         version = _nvcc_version(nvcc)
         return _cached(
@@ -83,7 +85,7 @@ def _run_nvcc(
         if path is not source:
             path.write_text(text, encoding="utf-8")
         ptx, depends = Path(folder, "out.ptx"), Path(folder, "out.d")
-        command = [nvcc, "-std=c++17", "-ptx", f"-arch={arch}", *flags, "-o", str(ptx)]
+        command = [nvcc, "-ptx", f"-arch={arch}", *flags, "-o", str(ptx)]
         command += ["-MD", "-MF", str(depends), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -129,6 +131,9 @@ def _nvrtc() -> ctypes.CDLL | None:
     """NVRTC from a wheel, or the system's."""
     for path in _in_wheels(*_NVRTC_PATTERNS):
         if "builtins" not in path.name and ".alt." not in path.name:
+            # NVRTC opens this one by its name, which finds what is loaded but not what lies beside it.
+            for builtins in path.parent.glob("libnvrtc-builtins.so*"):
+                ctypes.CDLL(str(builtins))
             return ctypes.CDLL(str(path))
     found = ctypes.util.find_library("nvrtc")
     return ctypes.CDLL(found) if found else None
@@ -143,7 +148,7 @@ def _in_wheels(*patterns: str) -> Iterator[Path]:
 
 def _run_nvrtc(library: ctypes.CDLL, name: str, text: str, arch: str, flags: Sequence[str]) -> str:
     includes = [f"--include-path={path}" for path in _in_wheels(*_INCLUDE_PATTERNS)]
-    options = ["--std=c++17", f"--gpu-architecture={arch.replace('sm_', 'compute_')}", *includes, *flags]
+    options = [f"--gpu-architecture={arch.replace('sm_', 'compute_')}", *includes, *flags]
     program = ctypes.c_void_p()
     created = library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
     if created != _NVRTC_SUCCESS:
