@@ -8,9 +8,10 @@ from typing import Any
 from cute_kernels import CuteFunction
 
 from .config import Config
+from .config_speculative import SpeculativeConfig
 
 
-def _trace(config: Config, options: str) -> Any:
+def _trace(config: Config | SpeculativeConfig, options: str) -> Any:
     from .trace import trace
 
     return trace(config, options)

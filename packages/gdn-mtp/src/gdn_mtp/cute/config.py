@@ -57,26 +57,10 @@ class Tactic:
         return self.warps * WARP_LANES
 
 
-@dataclass(frozen=True)
-class Config:
-    """What changes the code of either kernel, dtypes by their torch names (`bfloat16`)."""
+class Footprint:
+    """What a block of a kernel takes of a multiprocessor."""
 
-    T: int
-    K: int
-    V: int
-    io_dtype: str
-    gate_dtype: str
-    dt_bias_dtype: str
-    out_dtype: str
     state_dtype: str
-    state_layout: str
-    index_dtype: str | None
-    use_qk_l2norm: bool
-    update_state: bool
-    intermediate: str
-    separate_write_indices: bool
-    tensor_scale: bool
-    pdl: bool
 
     @property
     def state_bytes(self) -> int:
@@ -110,25 +94,12 @@ class Config:
         return min(100, -(-100 * wanted // SMEM_PER_SM_BYTES))
 
 
-def common_fields(problem: GatedDeltaRuleProblem, pdl: bool) -> dict[str, Any]:
-    """The fields of `Config` for a problem."""
-    taken = {field.name: getattr(problem, field.name, pdl) for field in fields(Config)}
-    return {name: _torch_name(x) if isinstance(x, torch.dtype) else x for name, x in taken.items()}
+class TokenTiles(Footprint):
+    """Sizes of a kernel whose warps own tiles of 16 state rows and which takes its tokens in chunks."""
 
-
-def _torch_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class KernelConfig(Config):
-    """A specialisation of the V-major kernel."""
-
+    T: int
+    K: int
     tactic: Tactic
-
-    @classmethod
-    def of(cls, problem: GatedDeltaRuleProblem, tactic: Tactic, pdl: bool) -> KernelConfig:
-        return cls(**common_fields(problem, pdl), tactic=tactic)
 
     @property
     def warps(self) -> int:
@@ -138,15 +109,6 @@ class KernelConfig(Config):
     def chunks(self) -> tuple[tuple[int, int], ...]:
         """(first token, tokens) of each chunk."""
         return tuple((t, min(CHUNK_TOKENS, self.T - t)) for t in range(0, self.T, CHUNK_TOKENS))
-
-    @property
-    def stores_every_state(self) -> bool:
-        return self.intermediate != "none"
-
-    @property
-    def prefetch(self) -> bool:
-        """Whether to bring the state to L2 before the previous grid ends; not while stores keep L2 busy."""
-        return self.tactic.trigger != "late" or not self.stores_every_state
 
     @property
     def vector_elements(self) -> int:
@@ -173,11 +135,6 @@ class KernelConfig(Config):
         return MMA_ROWS // PART_ROWS * self.part_stride * self.state_bytes
 
     @property
-    def buffers_per_warp(self) -> int:
-        """Tile buffers of a warp: one per tile, and one to alternate with where every state is stored."""
-        return self.tactic.tiles_per_warp + (1 if self.stores_every_state else 0)
-
-    @property
     def token_stride(self) -> int:
         """Floats from one token's k or q to the next in shared memory; the slack takes `token_skew`."""
         return self.K + 32
@@ -191,6 +148,63 @@ class KernelConfig(Config):
         if self.vector_elements == 4:
             return (8 * (x // 2) + 16 * (x % 2)) % 32
         return 16 * (x // 4) + 4 * ((x // 2) % 2) + 4 * (x % 2)
+
+
+@dataclass(frozen=True)
+class Config(Footprint):
+    """What changes the code of either kernel, dtypes by their torch names (`bfloat16`)."""
+
+    T: int
+    K: int
+    V: int
+    io_dtype: str
+    gate_dtype: str
+    dt_bias_dtype: str
+    out_dtype: str
+    state_dtype: str
+    state_layout: str
+    index_dtype: str | None
+    use_qk_l2norm: bool
+    update_state: bool
+    intermediate: str
+    separate_write_indices: bool
+    tensor_scale: bool
+    pdl: bool
+
+
+def common_fields(problem: GatedDeltaRuleProblem, pdl: bool) -> dict[str, Any]:
+    """The fields of `Config` for a problem."""
+    taken = {field.name: getattr(problem, field.name, pdl) for field in fields(Config)}
+    return {name: _torch_name(x) if isinstance(x, torch.dtype) else x for name, x in taken.items()}
+
+
+def _torch_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class KernelConfig(TokenTiles, Config):
+    """A specialisation of the V-major kernel."""
+
+    tactic: Tactic
+
+    @classmethod
+    def of(cls, problem: GatedDeltaRuleProblem, tactic: Tactic, pdl: bool) -> KernelConfig:
+        return cls(**common_fields(problem, pdl), tactic=tactic)
+
+    @property
+    def stores_every_state(self) -> bool:
+        return self.intermediate != "none"
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether to bring the state to L2 before the previous grid ends; not while stores keep L2 busy."""
+        return self.tactic.trigger != "late" or not self.stores_every_state
+
+    @property
+    def buffers_per_warp(self) -> int:
+        """Tile buffers of a warp: one per tile, and one to alternate with where every state is stored."""
+        return self.tactic.tiles_per_warp + (1 if self.stores_every_state else 0)
 
     @property
     def pairs_stride(self) -> int:

@@ -108,6 +108,27 @@ def read_index(indices, i):
     return Int64(cute.arch.load(pointer, indices.element_type, cop="cg"))
 
 
+def read_l2(pointer, dtype):
+    """The value at `pointer` past L1, for what the previous grid may have written while this one ran."""
+    return dtype(cute.arch.load(pointer, dtype, cop="cg"))
+
+
+def load_global(pointer, dtype, count: int) -> list:
+    """`count` consecutive values of global memory as float32, as one access of as many aligned bytes."""
+    fragment = cute.make_rmem_tensor((count,), dtype)
+    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout((count,))), fragment)
+    return [fragment[i].to(Float32) for i in range(count)]
+
+
+def increment(counter, last: int):
+    """Add one to the int32 at `counter`, from `last` back to 0; the old value. Orders across the GPU."""
+    return cute.arch.inline_ptx(
+        "atom.acq_rel.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[counter, Int32(last)],
+    )
+
+
 def bulk_store(destination, shared, num_bytes: int, evict_first: bool = False) -> None:
     """Start copying `num_bytes` at `shared` to global memory, in the thread's current bulk group."""
     hint, policy = _cache_hint(evict_first)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 
 from .config import CHUNK_TOKENS, GATE_COLUMNS
 from .fragments import select
@@ -14,6 +14,7 @@ from .fragments import select
 # Columns of the table [T, GATE_COLUMNS] in shared memory. LOG_DECAY and CHUNK_DECAY accumulate from the start
 # of the chunk; K_SCALE and Q_SCALE are what k and q are multiplied with; QK is q.k of a single token.
 LOG_DECAY, DECAY, BETA, CHUNK_DECAY, K_SCALE, Q_SCALE, QK = range(7)
+PATH = DECAY  # in a table of `stage_path_gates`: the bits of an int32, one for each token on the path
 
 SOFTPLUS_LINEAR_ABOVE = 20.0
 
@@ -37,9 +38,7 @@ def load_gates(a, b, A_log, dt_bias, request, hv, t) -> GateInputs:
 @cute.jit
 def stage_gates(gates, table, lane, num_tokens):
     """Write the decays and beta of token `lane` to `table`; `num_tokens` (static) is at most a warp."""
-    x = gates.a + gates.dt_bias
-    softplus = select(x > SOFTPLUS_LINEAR_ABOVE, x, cute.math.log(1.0 + cute.math.exp(x)))
-    log_decay = -cute.math.exp(gates.a_log) * softplus
+    log_decay = token_log_decay(gates)
     total = log_decay
     for i in cutlass.range_constexpr(CHUNK_TOKENS.bit_length() - 1):
         before = cute.arch.shuffle_sync_up(total, 1 << i)
@@ -48,5 +47,51 @@ def stage_gates(gates, table, lane, num_tokens):
         row = lane * GATE_COLUMNS
         table[row + LOG_DECAY] = total
         table[row + DECAY] = cute.math.exp(log_decay)
-        table[row + BETA] = 1.0 / (1.0 + cute.math.exp(-gates.b))
+        table[row + BETA] = token_beta(gates)
         table[row + CHUNK_DECAY] = cute.math.exp(total)
+
+
+@cute.jit
+def stage_path_gates(gates, parent, table, lane, num_tokens):
+    """Write LOG_DECAY and CHUNK_DECAY along the path from the root, the token included, PATH and BETA.
+
+    parent: of token `lane` in a tree (anything that is no earlier token: a root), None for a chain. Returns
+    the token's own log decay.
+    """
+    log_decay = token_log_decay(gates)
+    total = log_decay
+    steps = (num_tokens - 1).bit_length()
+    path = (Int32(2) << lane) - 1
+    if cutlass.const_expr(parent is None):
+        for i in cutlass.range_constexpr(steps):
+            before = cute.arch.shuffle_sync_up(total, 1 << i)
+            total = select(lane >= (1 << i), total + before, total)
+    else:
+        # After step i, `total` and `path` cover 2^(i + 1) tokens and `above` is the next one up, or negative.
+        above = select((parent < lane) & (lane < num_tokens), parent, Int32(-1))
+        path = Int32(1) << lane
+        for _ in cutlass.range_constexpr(steps):
+            source = cutlass.max(above, 0)
+            sums, paths, next_above = (cute.arch.shuffle_sync(x, source) for x in (total, path, above))
+            total = select(above >= 0, total + sums, total)
+            path = select(above >= 0, path | paths, path)
+            above = select(above >= 0, next_above, above)
+    if lane < num_tokens:
+        row = lane * GATE_COLUMNS
+        table[row + LOG_DECAY] = total
+        table[row + PATH] = path.bitcast(Float32)
+        table[row + BETA] = token_beta(gates)
+        table[row + CHUNK_DECAY] = cute.math.exp(total)
+    return log_decay
+
+
+def token_log_decay(gates):
+    """g = -exp(A_log) softplus(a + dt_bias)."""
+    x = gates.a + gates.dt_bias
+    softplus = select(x > SOFTPLUS_LINEAR_ABOVE, x, cute.math.log(1.0 + cute.math.exp(x)))
+    return -cute.math.exp(gates.a_log) * softplus
+
+
+def token_beta(gates):
+    """sigmoid(b)"""
+    return 1.0 / (1.0 + cute.math.exp(-gates.b))

@@ -23,30 +23,24 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int64
 from cutlass.memory import SmemAllocator
 
-from gdn_mtp.problem import L2NORM_EPSILON
-
+from .chunks import LOWER, QUERY, TokenChunks, as_operand, sum_chains
 from .config import (
     CHUNK_TOKENS,
     GATE_COLUMNS,
-    L2_LINE_BYTES,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
     PART_ROWS,
     WARP_LANES,
-    KernelConfig,
 )
 from .fragments import (
     NUMERIC,
-    bulk_prefetch_l2,
-    dot,
     load_shared,
     mma_split,
     parts,
-    prefetch_l2,
     read_index,
     select,
 )
@@ -61,10 +55,7 @@ from .gates import (
     load_gates,
     stage_gates,
 )
-from .tiles import Place, Shared, TileCopies
-
-# Matrices of a chunk in shared memory, [8, 8] each: what turns w into u, what turns w into o, L, and q.k
-SOLVE, READ, LOWER, QUERY = range(MATRICES_PER_CHUNK)
+from .tiles import Place, Shared
 
 
 @dataclass(frozen=True)
@@ -80,13 +71,8 @@ class Tensors:
     output: Any  # [B, T, HV, V]
 
 
-class GatedDeltaRule(TileCopies):
+class GatedDeltaRule(TokenChunks):
     """The kernel of one `KernelConfig`; calling it (traced) launches."""
-
-    def __init__(self, config: KernelConfig):
-        super().__init__(config)
-        self.exact_io = config.io_dtype != "float32"
-        self.exact_state = config.state_dtype != "float32"
 
     @cute.jit
     def __call__(
@@ -159,11 +145,6 @@ class GatedDeltaRule(TileCopies):
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def launch_dependents(self, here):
-        """Let the next grid be scheduled, if `here` is where in the kernel the tactic has it."""
-        if self.config.pdl and self.config.tactic.trigger == here:
-            cute.arch.griddepcontrol_launch_dependents()
-
     def allocate(self) -> Shared:
         cfg = self.config
         tactic = cfg.tactic
@@ -188,62 +169,6 @@ class GatedDeltaRule(TileCopies):
 
     # Global memory
 
-    # What is prefetched to L2 while the previous grid still runs will be read as that grid leaves it: L2 is
-    # coherent.
-
-    @cute.jit
-    def prefetch_tokens(self, tensors, token_gates, head_gates, place, head):
-        """Bring k, q, v and the gates of this block's tokens to L2; for one warp."""
-        cfg = self.config
-        if place.lane < cfg.T:
-            for x in (tensors.k, tensors.q):
-                for line in cutlass.range_constexpr(-(-cfg.K * x.element_type.width // (8 * L2_LINE_BYTES))):
-                    column = line * L2_LINE_BYTES * 8 // x.element_type.width
-                    prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
-            prefetch_l2(tensors.v[place.request, place.lane, place.hv, None].iterator + place.row)
-            for x in token_gates:
-                prefetch_l2(x[place.request, place.lane, None].iterator + place.hv)
-        if place.lane == 0:
-            for x in head_gates:
-                prefetch_l2(x.iterator + place.hv)
-
-    @cute.jit
-    def prefetch_state(self, state, state_indices, place):
-        """Bring this warp's rows of the state to L2.
-
-        A state index may still change: it is used where it is a slot at all, and read again.
-        """
-        cfg = self.config
-        slot = Int64(place.request)
-        if cutlass.const_expr(state_indices is not None):
-            slot = read_index(state_indices, place.request)
-        if slot >= 0 and slot < state.shape[0]:
-            matrix = state[slot, place.hv, None, None]
-            rows = cfg.tactic.tiles_per_warp * MMA_ROWS
-            if cutlass.const_expr(not cfg.tactic.row_copies):
-                if place.lane == 0:
-                    bulk_prefetch_l2(matrix[place.row, None].iterator, rows * cfg.row_bytes)
-            else:
-                if place.lane < MMA_ROWS:
-                    for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
-                        row = place.row + tile * MMA_ROWS + place.lane
-                        bulk_prefetch_l2(matrix[row, None].iterator, cfg.row_bytes)
-
-    def load_tokens(self, tensors, place, head):
-        """This warp's tokens as (k, q) pairs of K / 32 float32 values a lane, clamped where it owns none."""
-        cfg = self.config
-        tokens = []
-        for i in range(-(-cfg.T // cfg.tactic.warps)):
-            t = cutlass.min(place.warp + i * cfg.tactic.warps, cfg.T - 1)
-            columns = [place.lane + WARP_LANES * j for j in range(cfg.K // WARP_LANES)]
-            tokens.append(
-                tuple(
-                    [x[place.request, t, head, c].to(Float32) for c in columns]
-                    for x in (tensors.k, tensors.q)
-                )
-            )
-        return tokens
-
     @cute.jit
     def store_slot(self, tensors, slot, row, shared, place, buffer):
         """`store_rows` to a pool slot; a negative slot is skipped."""
@@ -263,87 +188,7 @@ class GatedDeltaRule(TileCopies):
             self.store_slot(tensors, place.write_slot, row, shared, place, buffer)
         cute.arch.cp_async_bulk_commit_group()
 
-    def load_v(self, tensors, place, row, c):
-        """v of chunk c as an accumulator: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
-        tokens = self.lane_tokens(place, c)
-        rows = [row + place.tile_row(half) for half in range(2)]
-        return [tensors.v[place.request, t, place.hv, r].to(Float32) for r in rows for t in tokens]
-
-    @cute.jit
-    def store_output(self, tensors, o, place, row, c):
-        """Write o, in accumulator layout (packed: lanes t = 2, 3), of the tokens that exist."""
-        t0, n = self.config.chunks[c]
-        first = 2 * place.t
-        if cutlass.const_expr(self.packed(c)):
-            first = select(place.t < 2, Int32(n), 2 * place.t - 4)
-        for e in cutlass.range_constexpr(2):
-            if first + e < n:
-                for half in cutlass.range_constexpr(2):
-                    value = o[2 * half + e].to(tensors.output.element_type)
-                    at = row + place.tile_row(half)
-                    tensors.output[place.request, t0 + first + e, place.hv, at] = value
-
-    @cute.jit
-    def zero_output(self, tensors, place):
-        """Write zeros to the rows of this warp for every token."""
-        cfg = self.config
-        rows = cfg.tactic.tiles_per_warp * MMA_ROWS
-        for i in cutlass.range_constexpr(-(-cfg.T * rows // WARP_LANES)):
-            e = place.lane + WARP_LANES * i
-            if e < cfg.T * rows:
-                zero = tensors.output.element_type(0.0)
-                tensors.output[place.request, e // rows, place.hv, place.row + e % rows] = zero
-
     # Shared memory
-
-    def token_offset(self, is_q, c, x):
-        """Offset in shared.kq of k (or q) of token x (static or traced) of chunk c."""
-        cfg = self.config
-        token = cfg.chunks[c][0] + x + (cfg.T if is_q else 0)
-        return token * cfg.token_stride + cfg.token_skew(x)
-
-    @cute.jit
-    def stage_tokens(self, tokens, scale, shared, place):
-        """Write this warp's tokens to shared memory as given, and the factors that scale them."""
-        cfg = self.config
-        for i in cutlass.range_constexpr(len(tokens)):
-            t = place.warp + i * cfg.tactic.warps
-            if t < cfg.T:
-                for is_q in cutlass.range_constexpr(2):
-                    x = tokens[i][is_q]
-                    offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t % CHUNK_TOKENS)
-                    for j in cutlass.range_constexpr(len(x)):
-                        shared.kq[offset + place.lane + WARP_LANES * j] = x[j]
-                    if cutlass.const_expr(is_q == 0 and shared.pairs is not None):
-                        self.stage_pairs(x, t, shared, place)
-                    factor = Float32(1.0)
-                    if cutlass.const_expr(cfg.use_qk_l2norm):
-                        squares = cute.arch.warp_reduction_sum(dot(x, x))
-                        factor = cute.math.rsqrt(squares + L2NORM_EPSILON)
-                    if cutlass.const_expr(is_q == 1):
-                        factor = factor * scale
-                    if place.lane == is_q:
-                        shared.gate[t * GATE_COLUMNS + K_SCALE + is_q] = factor
-                if cutlass.const_expr(cfg.T == 1):
-                    qk = cute.arch.warp_reduction_sum(dot(*tokens[i]))
-                    if place.lane == 0:
-                        shared.gate[QK] = qk
-
-    @cute.jit
-    def stage_pairs(self, k, t, shared, place):
-        """Write k of token t beside its neighbour's; of a last token without one, to both places."""
-        cfg = self.config
-        lane = place.lane
-        column = (lane & ~3) + 2 * (lane % 2) + lane // 2 % 2
-        offset = t // 2 * cfg.pairs_stride + 2 * column + t % 2
-        for j in cutlass.range_constexpr(len(k)):
-            shared.pairs[offset + 2 * WARP_LANES * j] = k[j]
-        if t + 1 == cfg.T and t % 2 == 0:
-            for j in cutlass.range_constexpr(len(k)):
-                shared.pairs[offset + 2 * WARP_LANES * j + 1] = k[j]
-
-    def gate(self, shared, t, column):
-        return shared.gate[t * GATE_COLUMNS + column]
 
     # One token
 
@@ -382,62 +227,15 @@ class GatedDeltaRule(TileCopies):
             total = [x + cute.arch.shuffle_sync_bfly(x, step) for x in total]
         return total
 
-    def quads(self, t):
-        """(column, index in s[half]) of each run of four columns that lane position t has."""
-        vec = self.config.vector_elements
-        return [
-            ((4 * i + t) * vec + 4 * quad, vec * i + 4 * quad)
-            for i in range(self.config.K // (4 * vec))
-            for quad in range(vec // 4)
-        ]
-
     # Chunks of tokens
-
-    def packed(self, c):
-        """Whether k and q of chunk c share one operand: rows 0 to 3 are k of its tokens, rows 4 to 7 q."""
-        return self.config.chunks[c][1] <= CHUNK_TOKENS // 2
-
-    def lane_tokens(self, place, c):
-        """The two tokens of chunk c whose values this lane has in an accumulator, clamped to the chunk."""
-        t0, n = self.config.chunks[c]
-        first = 2 * (place.t % 2 if self.packed(c) else place.t)
-        return [t0 + cutlass.min(first + e, n - 1) for e in range(2)]
 
     @cute.jit
     def chunk_matrices(self, shared, place, c):
-        """One warp: from the products k.k and q.k of chunk c, the matrices that turn w into u and o.
-
-        SOLVE = (I + L)^-1 and READ = QUERY (I + L)^-1; packed, SOLVE is [[(I + L)^-1, 0], [READ, I]] in
-        blocks of four tokens.
-        """
-        cfg = self.config
-        n = cfg.chunks[c][1]
+        """One warp: from the products k.k and q.k of chunk c, the matrices that turn w into u and o."""
         base = MATRICES_PER_CHUNK * c * MATRIX_FLOATS
-        lower, query = base + LOWER * MATRIX_FLOATS, base + QUERY * MATRIX_FLOATS
-        self.pair_products(shared, place, c, lower, query)
+        self.pair_products(shared, place, c, base + LOWER * MATRIX_FLOATS, base + QUERY * MATRIX_FLOATS)
         cute.arch.sync_warp()
-        column = place.lane % CHUNK_TOKENS
-        x, y = [], []
-        for i in cutlass.range_constexpr(n):
-            solved = select(column == i, Float32(1.0), Float32(0.0))
-            for j in cutlass.range_constexpr(i):
-                solved = solved - shared.matrices[lower + CHUNK_TOKENS * i + j] * x[j]
-            x.append(solved)
-            read = Float32(0.0)
-            for j in cutlass.range_constexpr(i + 1):
-                read = read + shared.matrices[query + CHUNK_TOKENS * i + j] * x[j]
-            y.append(read)
-        x += [Float32(0.0)] * (CHUNK_TOKENS - n)
-        y += [Float32(0.0)] * (CHUNK_TOKENS - n)
-        half = CHUNK_TOKENS // 2
-        if cutlass.const_expr(self.packed(c)):
-            x = x[:half] + [
-                y[i] + select(column == i + half, Float32(1.0), Float32(0.0)) for i in range(half)
-            ]
-        if place.lane < CHUNK_TOKENS:
-            for i in cutlass.range_constexpr(CHUNK_TOKENS):
-                shared.matrices[base + SOLVE * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = x[i]
-                shared.matrices[base + READ * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = y[i]
+        self.invert(shared, place, c)
 
     def pair_products(self, shared, place, c, lower, query):
         """Write L and QUERY[t, j] = D(t, j) scale q_t.k_j (j <= t) of chunk c, zero elsewhere."""
@@ -503,55 +301,6 @@ class GatedDeltaRule(TileCopies):
         self.stage_tile(s, shared, place, buffer, 1 if stored > 0 else None)
         self.store_token(tensors, t, row, shared, place, buffer)
 
-    def state_products(self, s, shared, place, c):
-        """[S k_j, S q_j] of chunk c in accumulator layout: tokens 2t and 2t + 1 of rows g and g + 8.
-
-        Packed, it is one accumulator: lanes t = 0, 1 have S k_j of tokens 2t and 2t + 1, lanes t = 2, 3 have
-        S q_j of tokens 2t - 4 and 2t - 3.
-        """
-        n = self.config.chunks[c][1]
-        g = place.g
-        mine = cutlass.min(g % 4 if self.packed(c) else g, n - 1)
-        operands = [self.token_offset(False, c, mine), self.token_offset(True, c, mine)]
-        if self.packed(c):
-            operands = [select(g < 4, *operands)]
-        chains = [[[Float32(0.0)] * 4 for _ in range(4)] for _ in operands]
-        for column, at in self.quads(place.t):
-            b = [load_shared(shared.kq, operand, column, 4) for operand in operands]
-            for e in (0, 2):
-                x = at + e
-                a_parts = parts([s[0][x], s[1][x], s[0][x + 1], s[1][x + 1]], self.exact_state)
-                for i in range(len(operands)):
-                    b_parts = parts(b[i][e : e + 2], self.exact_io)
-                    for low, a_part in enumerate(a_parts):
-                        chains[i][e + low] = mma_split(chains[i][e + low], [a_part], b_parts[: 2 - low])
-        return [sum_chains(x) for x in chains]
-
-    def solve(self, products, v, shared, place, c):
-        """(u, o) of chunk c as accumulators; packed, both are one, laid out as the products are."""
-        tokens = self.lane_tokens(place, c)
-        w, o = [None] * 4, [None] * 4
-        for e in range(2):
-            beta, decay, k_scale, q_scale = (
-                self.gate(shared, tokens[e], x) for x in (BETA, CHUNK_DECAY, K_SCALE, Q_SCALE)
-            )
-            for x in (e, 2 + e):
-                w[x] = beta * (v[x] - decay * k_scale * products[0][x])
-                o[x] = decay * q_scale * products[-1][x]
-        if self.packed(c):
-            w = [select(place.t < 2, w[x], o[x]) for x in range(4)]
-        a_parts = parts(as_operand(w), False)
-        u = mma_split([Float32(0.0)] * 4, a_parts, self.matrix_parts(shared, place, c, SOLVE))
-        if self.packed(c):
-            return u, u
-        return u, mma_split(o, a_parts, self.matrix_parts(shared, place, c, READ))
-
-    def matrix_parts(self, shared, place, c, which):
-        """An [8, 8] matrix M of chunk c as the second operand that gives M w from w."""
-        offset = (MATRICES_PER_CHUNK * c + which) * MATRIX_FLOATS
-        values = load_shared(shared.matrices, offset, CHUNK_TOKENS * place.g + 2 * place.t, 2)
-        return parts(values, False)
-
     def token_update(self, u, shared, place, t, j):
         """u_j for rows g and g + 8 times the factor of k_j, from the lane of the row that has it."""
         source = (place.lane & ~3) + j // 2
@@ -589,13 +338,3 @@ class GatedDeltaRule(TileCopies):
                 acc = mma_split(acc, a_parts, parts(k[h : h + 2], self.exact_io))
                 for (half, x), value in zip(places, acc, strict=True):
                     s[half][x] = value
-
-
-def sum_chains(chains):
-    """Four accumulators added up."""
-    return [(chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]) for i in range(4)]
-
-
-def as_operand(acc):
-    """An accumulator over tokens (2t, 2t + 1) as a first operand whose contraction index runs over tokens."""
-    return [acc[0], acc[2], acc[1], acc[3]]

@@ -5,23 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .config import VECTOR_BYTES, Config, KernelConfig
 from .config_kmajor import KMajorConfig
+from .config_speculative import SpeculativeConfig
 from .fragments import NUMERIC
 from .kernel import GatedDeltaRule
 from .kernel_kmajor import GatedDeltaRuleKMajor
+from .speculative import Verify
+from .speculative_fold import Fold
 
 
-def trace(config: Config, options: str) -> Any:
+def trace(config: Config | SpeculativeConfig, options: str) -> Any:
     """The function compiled by CuTe DSL; it takes the arguments of a launcher."""
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(kernel(config), *arguments(config), stream, options=options)
+
+
+def kernel(config: Config | SpeculativeConfig) -> Any:
+    """The kernel of a configuration."""
+    if isinstance(config, SpeculativeConfig):
+        return (Verify if config.mode == "verify" else Fold)(config)
     if isinstance(config, KernelConfig):
-        return cute.compile(GatedDeltaRule(config), *fake_arguments(config), stream, options=options)
+        return GatedDeltaRule(config)
     assert isinstance(config, KMajorConfig)
-    return cute.compile(GatedDeltaRuleKMajor(config), *fake_arguments(config), stream, options=options)
+    return GatedDeltaRuleKMajor(config)
+
+
+def arguments(config: Config | SpeculativeConfig) -> tuple[Any, ...]:
+    """Stand-ins for a launcher's arguments."""
+    if isinstance(config, SpeculativeConfig):
+        return fake_speculative_arguments(config)
+    return fake_arguments(config)
 
 
 def fake_arguments(config: Config) -> tuple[Any, ...]:
@@ -52,6 +69,43 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         if config.intermediate == "buffer"
         else None,
         indices(B, T) if config.intermediate == "scatter" else None,
+        rows(NUMERIC[config.out_dtype], (B, T, HV, V)),
+    )
+
+
+def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
+    """Stand-ins for a speculative launcher's arguments, None where the configuration has no such tensor."""
+    B, H, HV, pool = (cute.sym_int32() for _ in range(4))
+    T, K, V, R = config.T, config.K, config.V, config.capacity
+    io, gate, state = (NUMERIC[x] for x in (config.io_dtype, config.gate_dtype, config.state_dtype))
+    vector = VECTOR_BYTES // config.state_bytes
+    tensors = (
+        rows(state, (pool, HV, V, K), vector),
+        make_fake_tensor(NUMERIC[config.index_dtype], (B,), (cute.sym_int64(),)),
+        rows(io, (pool, R, H, K), 8 * VECTOR_BYTES // io.width),
+        rows(Float32, (pool, R, HV, V), VECTOR_BYTES // 4),
+        rows(Float32, (pool, R, HV)),
+        rows(Float32, (pool, R, H)),
+        rows(Int32, (pool, 4), 4),
+        rows(Int32, (pool,)),
+        rows(Int32, (B,)) if config.accept == "counts" else None,
+        rows(Int32, (B, cute.sym_int32())) if config.accept == "nodes" else None,
+    )
+    if config.mode != "verify":
+        return (*tensors, rows(state, (B, HV, V, K), vector) if config.mode == "materialize" else None)
+    return (
+        rows(io, (B, T, H, K)),
+        rows(io, (B, T, H, K)),
+        rows(io, (B, T, HV, V)),
+        rows(gate, (B, T, HV)),
+        rows(gate, (B, T, HV)),
+        rows(Float32, (HV,)),
+        rows(NUMERIC[config.dt_bias_dtype], (HV,)),
+        rows(Float32, (1,)) if config.tensor_scale else Float32(1.0),
+        *tensors,
+        rows(Int32, (B,)) if config.variable_tokens else None,
+        rows(Int32, (B, T)) if config.tree else None,
+        Int32(0),
         rows(NUMERIC[config.out_dtype], (B, T, HV, V)),
     )
 

@@ -1,0 +1,185 @@
+"""Pending tokens of a speculative cache: accepted by a request, but not yet folded into its state.
+
+Of each token a ring keeps k, the corrected value u, the log decay g and the factor of k, so that
+    S' = D(end) S + sum_j w_j u_j k_j^T,    w_j = exp(g_{j+1} + ... + g_end) k_scale_j
+is the state after them. Every warp finds the pending tokens itself, a lane for each token of the ring: they
+may lie apart, where nodes between them were rejected. What follows takes them in chunks of eight, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from .chunks import TokenChunks, as_operand
+from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
+from .fragments import increment, load_global, mma_split, parts, read_l2, select
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A speculative cache in global memory."""
+
+    keys: Any  # [pool, R, H, K], as given
+    updates: Any  # [pool, R, HV, V] float32: u
+    gates: Any  # [pool, R, HV] float32: log decay
+    k_scale: Any  # [pool, R, H] float32: what k is multiplied with
+    cursor: Any  # [pool, 4] int32: start, length, window, blocks that have read it
+    live: Any  # [pool] int32: bit j for the token at ring position start + j
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A request's pending tokens, with those it accepts now; all but `decay` the same in all its blocks."""
+
+    slot: Any
+    head: Any  # of keys
+    start: Any  # ring position
+    length: Any  # positions from `start` on, rejected nodes included
+    live: Any
+    count: Any  # accepted tokens
+    decay: Any  # D(end) of the value head
+
+
+class RingTiles(TokenChunks):
+    """Reads pending tokens, and advances tiles of the state by them."""
+
+    @cute.jit
+    def accept(self, cache, num_accepted, accepted_nodes, slot, place):
+        """(start, length, live) after the request accepts tokens of its window; in range for any input."""
+        capacity = self.config.capacity
+        cursor = cache.cursor[slot, None].iterator
+        start, length, window = (read_l2(cursor + i, Int32) for i in range(3))
+        live = read_l2(cache.live.iterator + slot, Int32)
+        start = cutlass.min(cutlass.max(start, 0), capacity - 1)
+        length = cutlass.min(cutlass.max(length, 0), capacity)
+        window = cutlass.min(cutlass.max(window, 0), capacity - length)
+        live = live & bits_below(length)
+        if cutlass.const_expr(self.config.accept == "counts"):
+            accepted = read_l2(num_accepted.iterator + place.request, Int32)
+            accepted = cutlass.min(cutlass.max(accepted, 0), window)
+            live = live | (bits_below(length + accepted) & ~bits_below(length))
+            length = length + accepted
+        if cutlass.const_expr(self.config.accept == "nodes"):
+            node = Int32(-1)
+            if place.lane < accepted_nodes.shape[1]:
+                node = read_l2(accepted_nodes[place.request, None].iterator + place.lane, Int32)
+            valid = (node >= 0) & (node < window)
+            bit = select(valid, Int32(1) << ((length + node) & (WARP_LANES - 1)), Int32(0))
+            live = live | cute.arch.warp_redux_sync(bit, "or")
+            length = length + cute.arch.warp_redux_sync(select(valid, node + 1, Int32(0)), "max")
+        return start, length, live
+
+    @cute.jit
+    def read_pending(self, cache, accepted, slot, head, shared, place):
+        """Fill this warp's tables of positions and weights, in order; `accepted` is what `accept` gave."""
+        start, length, live = accepted
+        lane = place.lane
+        alive = ((live >> lane) & 1) == 1
+        position = self.wrapped(start + lane)
+        gate, k_scale = Float32(0.0), Float32(0.0)
+        if alive:
+            gate = read_l2(cache.gates[slot, position, None].iterator + place.hv, Float32)
+            k_scale = read_l2(cache.k_scale[slot, position, None].iterator + head, Float32)
+        after = cute.arch.shuffle_sync_down(gate, 1)
+        after = select(lane + 1 < WARP_LANES, after, Float32(0.0))
+        for i in cutlass.range_constexpr(WARP_LANES.bit_length() - 1):
+            further = cute.arch.shuffle_sync_down(after, 1 << i)
+            after = select(lane + (1 << i) < WARP_LANES, after + further, after)
+        decay = cute.math.exp(cute.arch.warp_reduction_sum(gate))
+        if alive:
+            rank = WARP_LANES * place.warp + cute.arch.popc(live & bits_below(lane))
+            shared.positions[rank] = position
+            shared.weights[rank] = cute.math.exp(after) * k_scale
+        cute.arch.sync_warp()
+        return Pending(slot, head, start, length, live, cute.arch.popc(live), decay)
+
+    def wrapped(self, position):
+        """The ring position that `position`, less than twice the capacity, stands for."""
+        capacity = self.config.capacity
+        return select(position >= capacity, position - capacity, position)
+
+    @cute.jit
+    def move_cursor(self, cache, pending, folded, window):
+        """One thread of a block: the block has read the cursor; the last of the request's blocks moves it."""
+        blocks_x, blocks_y, _ = cute.arch.grid_dim()
+        last = blocks_x * blocks_y - 1
+        if increment(cache.cursor[pending.slot, None].iterator + 3, last) == last:
+            start, length, live = pending.start, pending.length, pending.live
+            if folded:
+                start, length, live = self.wrapped(start + length), Int32(0), Int32(0)
+            cache.cursor[pending.slot, 0] = start
+            cache.cursor[pending.slot, 1] = length
+            cache.cursor[pending.slot, 2] = window
+            cache.live[pending.slot] = live
+
+    def rank(self, pending, p, x):
+        """Number of token x of pending chunk p, clamped to the tokens that there are."""
+        return cutlass.min(CHUNK_TOKENS * p + x, pending.count - 1)
+
+    def key_pointer(self, cache, pending, shared, place, p, x):
+        """k of token x of pending chunk p, as given."""
+        position = shared.positions[WARP_LANES * place.warp + self.rank(pending, p, x)]
+        return cache.keys[pending.slot, position, pending.head, None].iterator
+
+    def load_updates(self, cache, pending, shared, place, row, p):
+        """w_j u_j of pending chunk p as an accumulator, zero for tokens that do not exist."""
+        values = [None] * 4
+        for e in range(2):
+            rank = self.rank(pending, p, 2 * place.t + e)
+            exists = CHUNK_TOKENS * p + 2 * place.t + e < pending.count
+            entry = WARP_LANES * place.warp + rank
+            position, weight = shared.positions[entry], shared.weights[entry]
+            for half in range(2):
+                u = cache.updates[pending.slot, position, place.hv, row + place.tile_row(half)]
+                values[2 * half + e] = select(exists, u * weight, Float32(0.0))
+        return values
+
+    @cute.jit
+    def advanced(self, s, cache, pending, shared, place, row):
+        """The tile s of the state after all pending tokens."""
+        columns = len(s[0])
+        state = cute.make_rmem_tensor((2 * columns,), Float32)
+        for half in cutlass.range_constexpr(2):
+            for x in cutlass.range_constexpr(columns):
+                state[half * columns + x] = pending.decay * s[half][x]
+        chunks = (pending.count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+        for p in cutlass.range(chunks, unroll=1):
+            self.advance_by_chunk(state, columns, cache, pending, shared, place, row, p)
+        return [[state[half * columns + x] for x in range(columns)] for half in range(2)]
+
+    def advance_by_chunk(self, state, columns, cache, pending, shared, place, row, p):
+        """state <- state + sum_j w_j u_j k_j^T over pending chunk p; state holds rows g, then rows g + 8.
+
+        Product h of a run of four columns has columns h and h + 2 of each lane's run.
+        """
+        u = self.load_updates(cache, pending, shared, place, row, p)
+        a_parts = parts(as_operand(u), False)
+        keys = [self.key_pointer(cache, pending, shared, place, p, 2 * place.t + e) for e in range(2)]
+        for column, at in self.quads(place.g // 2):
+            offset = cute.assume(column + 2 * (place.g % 2), divby=2)
+            k = [load_global(key + offset, cache.keys.element_type, 2) for key in keys]
+            for h in range(2):
+                places = [half * columns + at + h + 2 * e for half in range(2) for e in range(2)]
+                acc = mma_split([state[x] for x in places], a_parts, parts([k[0][h], k[1][h]], self.exact_io))
+                for x, value in zip(places, acc, strict=True):
+                    state[x] = value
+
+    def store_advanced(self, s, matrix, cache, pending, shared, place, row, tile):
+        """Start storing the tile s of the state, after all pending tokens, to `matrix` [V, K]."""
+        self.stage_tile(self.advanced(s, cache, pending, shared, place, row), shared, place, tile, None)
+        self.store_rows(matrix, row, shared, place, tile)
+        cute.arch.cp_async_bulk_commit_group()
+
+    def tile_row(self, place, tile):
+        """First row of a tile of this warp."""
+        return place.row + tile * MMA_ROWS
+
+
+def bits_below(n):
+    """An int32 with the lowest n bits set, 0 <= n <= 32."""
+    return select(n >= WARP_LANES, Int32(-1), (Int32(1) << (n & (WARP_LANES - 1))) - 1)

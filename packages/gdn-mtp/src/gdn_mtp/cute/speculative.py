@@ -1,0 +1,389 @@
+"""Verify T tokens against a state and its pending tokens, which are folded into it only where that is due.
+
+With the state S of the pool, the pending tokens' u_j and keys k_j, their weights w_j and their decay D(end),
+as in `ring`, the state that meets the new tokens is S' = D(end) S + sum_j w_j u_j k_j^T. It is never formed:
+    S' k_t = D(end) S k_t + sum_j w_j u_j (k_j.k_t)
+so the state is read once and meets the new keys and queries alone, and the products of pending keys with new
+ones are made while it is on its way; likewise those of a second chunk of tokens with the first. From there on
+it is the chunk form of `kernel`, with D and L along the paths of a tree where tokens have parents. Where the
+fold is due, the tile in registers is advanced and stored after the outputs: u of new tokens is that of the
+state before a bfloat16 pool rounds it.
+
+Grid: (V / rows per block, HV, B). Each block reads the request's cursor; the last to have done so moves it.
+Ring positions that are written are not read in the same launch: pending and new tokens fit the ring together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+from cutlass.memory import SmemAllocator
+
+from .chunks import LOWER, QUERY, as_operand, sum_chains
+from .config import (
+    CHUNK_TOKENS,
+    GATE_COLUMNS,
+    MATRICES_PER_CHUNK,
+    MATRIX_FLOATS,
+    MMA_ROWS,
+    PART_ROWS,
+    WARP_LANES,
+)
+from .fragments import NUMERIC, load_global, load_shared, mma_split, parts, read_index, read_l2, select
+from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
+from .ring import Cache, RingTiles
+from .tiles import Place
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The call's tensors in global memory."""
+
+    q: Any  # [B, T, H, K]
+    k: Any  # [B, T, H, K]
+    v: Any  # [B, T, HV, V]
+    state: Any  # [pool, HV, V, K]
+    output: Any  # [B, T, HV, V]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block's shared memory; k, q, matrices and gates as in `tiles.Shared`, absent without new tokens."""
+
+    tiles: Any  # [K, (8, 2), tiles per warp, warps], the state's dtype
+    mbars: Any  # one per tile, warp-major
+    positions: Any  # [warps, 32] int32: ring position of each pending token
+    weights: Any  # [warps, 32]: w of each pending token
+    kq: Any = None
+    matrices: Any = None  # `SpeculativeConfig.num_matrices` times [8, 8]
+    gate: Any = None
+    pairs: None = None
+
+
+def allocate(cfg) -> Shared:
+    """The shared memory of a block."""
+    tactic = cfg.tactic
+    smem = SmemAllocator()
+    count, parts_per_tile = tactic.tiles_per_warp, MMA_ROWS // PART_ROWS
+    tiles = cute.make_layout(
+        (cfg.K, (PART_ROWS, parts_per_tile), count, tactic.warps),
+        stride=(
+            1, (cfg.K, cfg.part_stride), parts_per_tile * cfg.part_stride,
+            count * parts_per_tile * cfg.part_stride,
+        ),
+    )  # fmt: skip
+
+    def floats(size, dtype=Float32):
+        return smem.allocate_tensor(dtype, cute.make_layout(size), 16)
+
+    tokens = {}
+    if cfg.T:
+        tokens = {
+            "kq": floats(2 * cfg.T * cfg.token_stride),
+            "matrices": floats(cfg.num_matrices * MATRIX_FLOATS),
+            "gate": floats(cfg.T * GATE_COLUMNS),
+        }
+    return Shared(
+        tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
+        mbars=smem.allocate_array(Int64, tactic.warps * count),
+        positions=floats(WARP_LANES * tactic.warps, Int32),
+        weights=floats(WARP_LANES * tactic.warps),
+        **tokens,
+    )
+
+
+class Verify(RingTiles):
+    """The kernel of one `SpeculativeConfig` of mode "verify"; calling it (traced) launches."""
+
+    @cute.jit
+    def __call__(
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale,
+        cursor, live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output, stream,
+    ):  # fmt: skip
+        cfg = self.config
+        self.kernel(
+            q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale, cursor,
+            live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output,
+        ).launch(
+            grid=(cfg.V // cfg.tactic.rows, v.shape[2], v.shape[0]),
+            block=(cfg.tactic.threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=cfg.blocks_per_sm,
+            preferred_smem_carveout=cfg.smem_carveout_percent,
+            use_pdl=cfg.pdl,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale,
+        cursor, live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output,
+    ):  # fmt: skip
+        cfg = self.config
+        v_block, hv, request = cute.arch.block_idx()
+        tid, _, _ = cute.arch.thread_idx()
+        warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
+        tensors = Tensors(q, k, v, state, output)
+        cache = Cache(keys, updates, gates, k_scale, cursor, live)
+        shared = allocate(cfg)
+        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+        group = v.shape[2] // q.shape[2]
+        head = hv // group
+        self.init_barriers(shared, warp, lane)
+        if cutlass.const_expr(cfg.pdl):
+            here = Place(request, hv, request, row, warp, lane)
+            if warp == 0:
+                self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
+            self.prefetch_state(state, state_indices, here)
+            cute.arch.griddepcontrol_wait()
+            self.launch_dependents("start")
+        slot = read_index(state_indices, request)
+        place = Place(request, hv, slot, row, warp, lane)
+        token = cutlass.min(lane, cfg.T - 1)
+        gate_inputs = load_gates(a, b, A_log, dt_bias, request, hv, token)
+        parent = None
+        if cutlass.const_expr(cfg.tree):
+            parent = read_l2(parent_indices[request, None].iterator + token, Int32)
+        count = cfg.T
+        if cutlass.const_expr(cfg.variable_tokens):
+            count = read_l2(num_tokens.iterator + request, Int32)
+            count = cutlass.min(cutlass.max(count, 0), cfg.T)
+        if cutlass.const_expr(cfg.tensor_scale):
+            scale = scale[0]
+        tokens = self.load_tokens(tensors, place, head)
+        if (slot < 0) | (slot >= state.shape[0]):
+            self.zero_output(tensors, place)
+        else:
+            self.start_loads(state[slot, hv, None, None], shared, place)
+            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            self.stage_tokens(tokens, scale, shared, place)
+            pending = self.read_pending(cache, accepted, slot, head, shared, place)
+            window = self.wrapped(pending.start + pending.length)
+            owner = (v_block == 0) & (hv % group == 0)
+            if owner:
+                self.record_keys(tokens, cache, pending, window, count, place)
+            if warp == cfg.tactic.warps - 1:
+                log_decay = stage_path_gates(gate_inputs, parent, shared.gate, lane, cfg.T)
+                if (v_block == 0) & (lane < count):
+                    cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
+            cute.arch.sync_threads()
+            fold = pending.length > fold_above
+            if tid == 0:
+                self.move_cursor(cache, pending, fold, Int32(count))
+            if (warp == 0) & owner & (lane < count):
+                cache.k_scale[slot, self.wrapped(window + lane), head] = self.gate(shared, lane, K_SCALE)
+            self.make_matrices(cache, pending, count, shared, place)
+            for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
+                self.tile(tensors, cache, pending, window, count, fold, shared, place, tile)
+            self.launch_dependents("late")
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    # The ring
+
+    @cute.jit
+    def record_keys(self, tokens, cache, pending, window, count, place):
+        """Write k of this warp's tokens to the ring, as it was given."""
+        cfg = self.config
+        for i in cutlass.range_constexpr(len(tokens)):
+            t = place.warp + i * cfg.tactic.warps
+            if t < count:
+                row = cache.keys[pending.slot, self.wrapped(window + t), pending.head, None]
+                k, _ = tokens[i]
+                for j in cutlass.range_constexpr(len(k)):
+                    row[place.lane + WARP_LANES * j] = k[j].to(cache.keys.element_type)
+
+    @cute.jit
+    def record_updates(self, u, cache, pending, window, count, place, row, c):
+        """Write u, in accumulator layout, of the tokens of chunk c that exist."""
+        t0, n = self.config.chunks[c]
+        first = 2 * place.t
+        for e in cutlass.range_constexpr(2):
+            if (first + e < n) & (t0 + first + e < count):
+                position = self.wrapped(window + t0 + first + e)
+                for half in cutlass.range_constexpr(2):
+                    at = row + place.tile_row(half)
+                    cache.updates[pending.slot, position, place.hv, at] = u[2 * half + e]
+
+    # Matrices: products of keys and queries, no state
+
+    @cute.jit
+    def make_matrices(self, cache, pending, count, shared, place):
+        """The first warp makes those of the new tokens, the others begin with those of the pending."""
+        cfg = self.config
+        if place.warp == 0:
+            for c in cutlass.range_constexpr(len(cfg.chunks)):
+                self.token_products(shared, place, count, c, c)
+                if cutlass.const_expr(c > 0):
+                    self.token_products(shared, place, count, c, 0)
+            cute.arch.sync_warp()
+            for c in cutlass.range_constexpr(len(cfg.chunks)):
+                self.invert(shared, place, c)
+        warps = cfg.tactic.warps
+        for i in cutlass.range_constexpr(-(-cfg.pending_chunks // warps)):
+            p = (place.warp + warps - 1) % warps + i * warps
+            if (p < cfg.pending_chunks) & (CHUNK_TOKENS * p < pending.count):
+                for c in cutlass.range_constexpr(len(cfg.chunks)):
+                    self.pending_products(cache, pending, shared, place, p, c)
+
+    def operands(self, shared, place, c, columns):
+        """The split first operand [k; q] of chunk c at four columns: one for each two of them."""
+        mine = cutlass.min(place.g, self.config.chunks[c][1] - 1)
+        k, q = (load_shared(shared.kq, self.token_offset(x, c, mine), columns, 4) for x in (False, True))
+        return [parts([k[e], q[e], k[e + 1], q[e + 1]], self.exact_io) for e in (0, 2)]
+
+    def key_products(self, load_keys, shared, place, c):
+        """k_g.x_j and q_g.x_j of chunk c as an accumulator; load_keys(column) gives four columns of x_g."""
+        chains = [[Float32(0.0)] * 4 for _ in range(4)]
+        for i in range(self.config.K // 16):
+            column = 16 * i + 4 * place.t
+            x = load_keys(column)
+            for e, a_parts in zip((0, 2), self.operands(shared, place, c, column), strict=True):
+                chain = (2 * i + e // 2) % 4
+                chains[chain] = mma_split(chains[chain], a_parts, parts(x[e : e + 2], self.exact_io))
+        return sum_chains(chains)
+
+    @cute.jit
+    def store_products(self, kk, qk, shared, place, c, matrix):
+        """Write rows g of two [8, 8] matrices, columns 2t and 2t + 1; packed, of one: k's rows, then q's."""
+        at = matrix * MATRIX_FLOATS + CHUNK_TOKENS * place.g + 2 * place.t
+        if cutlass.const_expr(self.packed(c)):
+            half = CHUNK_TOKENS // 2
+            if place.g < half:
+                for e in cutlass.range_constexpr(2):
+                    shared.matrices[at + e] = kk[e]
+                    shared.matrices[at + CHUNK_TOKENS * half + e] = qk[e]
+        else:
+            for e in cutlass.range_constexpr(2):
+                shared.matrices[at + e] = kk[e]
+                shared.matrices[at + MATRIX_FLOATS + e] = qk[e]
+
+    def pending_products(self, cache, pending, shared, place, p, c):
+        """Write k_t.k_j and q_t.k_j of new chunk c and pending chunk p, unscaled."""
+        key = self.key_pointer(cache, pending, shared, place, p, place.g)
+
+        def load_keys(column):
+            return load_global(key + cute.assume(column, divby=4), cache.keys.element_type, 4)
+
+        products = self.key_products(load_keys, shared, place, c)
+        matrix = self.config.pending_matrix(0, c) + 2 * len(self.config.chunks) * p
+        self.store_products(products[:2], products[2:], shared, place, c, matrix)
+
+    def token_products(self, shared, place, count, c, d):
+        """Write L and QUERY[t, j] = D(t, j) scale q_t.k_j of tokens t of chunk c and j of chunk d.
+
+        They are zero unless j is on the path to t; of a chunk with an earlier one, L is negated.
+        """
+        cfg = self.config
+        (t0, n), (j0, m) = cfg.chunks[c], cfg.chunks[d]
+        g, t = place.g, place.t
+        keys = self.token_offset(False, d, cutlass.min(g, m - 1))
+        products = self.key_products(lambda column: load_shared(shared.kq, keys, column, 4), shared, place, c)
+        row = t0 + cutlass.min(g, n - 1)
+        beta, k_scale, q_scale, log_decay = (
+            self.gate(shared, row, x) for x in (BETA, K_SCALE, Q_SCALE, LOG_DECAY)
+        )
+        lower, query = [], []
+        for e in range(2):
+            j = 2 * t + e
+            other = j0 + cutlass.min(j, m - 1)
+            decay = cute.math.exp(log_decay - self.gate(shared, other, LOG_DECAY))
+            decay = decay * self.gate(shared, other, K_SCALE)
+            on_path = (t0 + g < count) & (g < n) & (j0 + j <= t0 + g)
+            if cfg.tree:
+                path = self.gate(shared, row, PATH).bitcast(Int32)
+                on_path = on_path & (((path >> (j0 + j)) & 1) == 1)
+            kk, qk = products[e] * beta * k_scale * decay, products[2 + e] * q_scale * decay
+            lower.append(select(on_path & (j0 + j < t0 + g), kk, Float32(0.0)))
+            query.append(select(on_path, qk, Float32(0.0)))
+        if c != d:
+            lower = [-x for x in lower]
+            self.store_products(lower, query, shared, place, c, cfg.cross_matrix)
+            return
+        for which, values in ((LOWER, lower), (QUERY, query)):
+            at = (MATRICES_PER_CHUNK * c + which) * MATRIX_FLOATS + CHUNK_TOKENS * g + 2 * t
+            for e in range(2):
+                shared.matrices[at + e] = values[e]
+
+    # Tiles
+
+    def accumulators(self, c):
+        """Number of accumulators that the products of chunk c with k and q take."""
+        return 1 if self.packed(c) else 2
+
+    @cute.jit
+    def tile(self, tensors, cache, pending, window, count, fold, shared, place, tile):
+        """All tokens of the call on one tile. The first tile also waits for the matrices."""
+        cfg = self.config
+        row = self.tile_row(place, tile)
+        v = [self.load_v(tensors, place, row, c) for c in range(len(cfg.chunks))]
+        updates = [cute.make_rmem_tensor((4,), Float32) for _ in range(cfg.pending_chunks)]
+        for p in cutlass.range_constexpr(cfg.pending_chunks):
+            if CHUNK_TOKENS * p < pending.count:
+                fill(updates[p], self.load_updates(cache, pending, shared, place, row, p))
+        if cutlass.const_expr(tile == 0):
+            cute.arch.sync_threads()
+        corrections = [
+            [cute.make_rmem_tensor((4,), Float32) for _ in range(self.accumulators(c))]
+            for c in range(len(cfg.chunks))
+        ]
+        self.pending_corrections(corrections, updates, pending, shared, place)
+        cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
+        s = self.load_tile(shared, place, tile)
+        self.launch_dependents("early")
+        u = None
+        for c in cutlass.range_constexpr(len(cfg.chunks)):
+            products = self.state_products(s, shared, place, c)
+            products = [
+                [pending.decay * x + y[i] for i, x in enumerate(product)]
+                for product, y in zip(products, corrections[c], strict=True)
+            ]
+            weighed = self.weigh_existing(products, v[c], count, shared, place, c)
+            if cutlass.const_expr(c > 0):
+                weighed = self.add_products(weighed, u, shared, place, cfg.cross_matrix)
+            u, o = self.apply(weighed, shared, place, c)
+            self.store_output(tensors, o, place, row, c)
+            self.record_updates(u, cache, pending, window, count, place, row, c)
+        if fold:
+            matrix = tensors.state[pending.slot, place.hv, None, None]
+            self.store_advanced(s, matrix, cache, pending, shared, place, row, tile)
+
+    @cute.jit
+    def pending_corrections(self, corrections, updates, pending, shared, place):
+        """sum_j w_j u_j (k_j.k_t) and likewise with q_t over the pending tokens, for each chunk."""
+        cfg = self.config
+        for c in cutlass.range_constexpr(len(cfg.chunks)):
+            for x in cutlass.range_constexpr(self.accumulators(c)):
+                corrections[c][x].fill(0.0)
+        for p in cutlass.range_constexpr(cfg.pending_chunks):
+            if CHUNK_TOKENS * p < pending.count:
+                for c in cutlass.range_constexpr(len(cfg.chunks)):
+                    before = [[acc[i] for i in range(4)] for acc in corrections[c]]
+                    u = [updates[p][i] for i in range(4)]
+                    after = self.add_products(before, u, shared, place, cfg.pending_matrix(p, c))
+                    for x in cutlass.range_constexpr(self.accumulators(c)):
+                        fill(corrections[c][x], after[x])
+
+    def add_products(self, accumulators, u, shared, place, matrix):
+        """Each accumulator plus u M, with M the matrices from number `matrix` on."""
+        a_parts = parts(as_operand(u), False)
+        return [
+            mma_split(acc, a_parts, self.matrix_parts(shared, place, matrix + x))
+            for x, acc in enumerate(accumulators)
+        ]
+
+    def weigh_existing(self, products, v, count, shared, place, c):
+        """`weigh`, with zeros for tokens that the request does not have."""
+        weighed = self.weigh(products, v, shared, place, c)
+        if not self.config.variable_tokens:
+            return weighed
+        tokens = self.lane_tokens(place, c)
+        return [[select(tokens[x % 2] < count, acc[x], Float32(0.0)) for x in range(4)] for acc in weighed]
+
+
+def fill(tensor, values):
+    """Write a list of registers to a register tensor."""
+    for i, value in enumerate(values):
+        tensor[i] = value

@@ -1,0 +1,98 @@
+"""Fold the pending tokens of a speculative cache into the states of the pool, or into states elsewhere.
+
+The maths is in `ring`. Grid: (V / rows per block, HV, B). A request whose slot is padding leaves the pool as
+it is, and is given zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from .config import MMA_ROWS, WARP_LANES
+from .fragments import read_index
+from .ring import Cache, RingTiles
+from .speculative import allocate
+from .tiles import Place
+
+
+class Fold(RingTiles):
+    """The kernel of a `SpeculativeConfig` of mode "commit" or "materialize"; calling it (traced) launches."""
+
+    @cute.jit
+    def __call__(
+        self, state, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted, accepted_nodes,
+        states, stream,
+    ):  # fmt: skip
+        cfg = self.config
+        self.kernel(
+            state, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted, accepted_nodes,
+            states,
+        ).launch(
+            grid=(cfg.V // cfg.tactic.rows, state.shape[1], state_indices.shape[0]),
+            block=(cfg.tactic.threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=cfg.blocks_per_sm,
+            preferred_smem_carveout=cfg.smem_carveout_percent,
+            use_pdl=cfg.pdl,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self, state, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted, accepted_nodes,
+        states,
+    ):  # fmt: skip
+        cfg = self.config
+        v_block, hv, request = cute.arch.block_idx()
+        tid, _, _ = cute.arch.thread_idx()
+        warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
+        cache = Cache(keys, updates, gates, k_scale, cursor, live)
+        shared = allocate(cfg)
+        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+        head = hv // (state.shape[1] // keys.shape[2])
+        self.init_barriers(shared, warp, lane)
+        if cutlass.const_expr(cfg.pdl):
+            cute.arch.griddepcontrol_wait()
+            self.launch_dependents("start")
+        slot = read_index(state_indices, request)
+        place = Place(request, hv, slot, row, warp, lane)
+        if (slot < 0) | (slot >= state.shape[0]):
+            if cutlass.const_expr(cfg.mode == "materialize"):
+                self.store_zeros(states, shared, place)
+        else:
+            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            pending = self.read_pending(cache, accepted, slot, head, shared, place)
+            if cutlass.const_expr(cfg.mode == "commit"):
+                cute.arch.sync_threads()
+                if tid == 0:
+                    self.move_cursor(cache, pending, True, Int32(0))
+                if pending.count > 0:
+                    self.fold(state, state[slot, hv, None, None], cache, pending, shared, place)
+            else:
+                self.fold(state, states[request, hv, None, None], cache, pending, shared, place)
+        self.launch_dependents("late")
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def fold(self, state, target, cache, pending, shared, place):
+        """Store the folded tiles of this warp to `target` [V, K]."""
+        cfg = self.config
+        self.start_loads(state[pending.slot, place.hv, None, None], shared, place)
+        for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
+            cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
+            s = self.load_tile(shared, place, tile)
+            row = self.tile_row(place, tile)
+            self.store_advanced(s, target, cache, pending, shared, place, row, tile)
+
+    @cute.jit
+    def store_zeros(self, states, shared, place):
+        """Store zeros to the request's rows of this warp."""
+        cfg = self.config
+        columns = cfg.K // 4
+        zeros = [[Float32(0.0)] * columns for _ in range(2)]
+        for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
+            self.stage_tile(zeros, shared, place, tile, None)
+            target = states[place.request, place.hv, None, None]
+            self.store_rows(target, self.tile_row(place, tile), shared, place, tile)
+            cute.arch.cp_async_bulk_commit_group()

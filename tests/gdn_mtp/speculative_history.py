@@ -1,0 +1,278 @@
+"""Random histories of a speculative kernel's launches, each compared with sequential decoding in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gdn_mtp.cute.config import Tactic
+from gdn_mtp.cute.config_speculative import SpeculativeConfig
+from gdn_support import BF16, FP32, NAN, ROUNDINGS, UNIT_ROUNDOFF, assert_close, assert_same_bits
+from torch import Tensor
+
+# (config, launcher's arguments) -> None
+Launch = Callable[[SpeculativeConfig, tuple[Any, ...]], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a history is about. max_tokens: the most that a verify takes."""
+
+    max_tokens: int = 4
+    capacity: int = 16
+    H: int = 1
+    HV: int = 2
+    D: int = 64
+    io: torch.dtype = BF16
+    state: torch.dtype = FP32
+    tree: bool = False
+    variable: bool = True
+    l2norm: bool = True
+    index: torch.dtype = torch.int32
+    tactic: Tactic = field(default_factory=lambda: Tactic(4, 1))
+    pdl: bool = True
+
+    def __str__(self) -> str:
+        flags = "-tree" * self.tree + "-raw" * (not self.l2norm)
+        dtypes = "-".join(str(x).removeprefix("torch.").replace("float", "fp") for x in (self.io, self.state))
+        sizes = f"T{self.max_tokens}-R{self.capacity}-H{self.H}-HV{self.HV}-D{self.D}"
+        return f"{sizes}-{dtypes}{flags}-{self.tactic.name}"
+
+    def config(self, mode: str, tokens: int, accept: str) -> SpeculativeConfig:
+        io, state, index = (str(x).removeprefix("torch.") for x in (self.io, self.state, self.index))
+        return SpeculativeConfig(
+            mode=mode, T=tokens, K=self.D, V=self.D, capacity=self.capacity, io_dtype=io, gate_dtype=io,
+            dt_bias_dtype="float32", out_dtype=io, state_dtype=state, index_dtype=index,
+            use_qk_l2norm=self.l2norm, accept=accept, variable_tokens=self.variable and mode == "verify",
+            tree=self.tree and mode == "verify", tensor_scale=False, debug=False, pdl=self.pdl,
+            tactic=self.tactic,
+        )  # fmt: skip
+
+
+@dataclass
+class Slot:
+    """What a slot should stand for. nodes: the state [HV, V, K] after each token of its window."""
+
+    state: Tensor
+    steps: int = 0  # tokens since the state was last read from the pool
+    start: int = 0
+    length: int = 0
+    live: int = 0
+    nodes: list[Tensor] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+
+
+class History:
+    """A pool and its cache on `device`, and what they should hold; ring entries start as NaN."""
+
+    def __init__(
+        self, setup: Setup, launch: Launch, pool_size: int, device: torch.device, seed: int = 0
+    ) -> None:
+        self.setup, self.launch, self.device = setup, launch, device
+        self.random = random.Random(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        R, H, HV, D = setup.capacity, setup.H, setup.HV, setup.D
+
+        def poisoned(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+            return torch.full((pool_size, *shape), NAN, dtype=dtype, device=device)
+
+        self.pool = self.normal(pool_size, HV, D, D).mul_(0.5).to(setup.state)
+        self.keys, self.updates = poisoned(R, H, D, dtype=setup.io), poisoned(R, HV, D)
+        self.gates, self.k_scale = poisoned(R, HV), poisoned(R, H)
+        self.cursor = torch.zeros((pool_size, 4), dtype=torch.int32, device=device)
+        self.live = torch.zeros((pool_size,), dtype=torch.int32, device=device)
+        self.A_log, self.dt_bias = self.normal(HV) * 0.5, self.normal(HV)
+        self.slots = [Slot(state.double()) for state in self.pool]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    @property
+    def cache(self) -> tuple[Tensor, ...]:
+        return (self.keys, self.updates, self.gates, self.k_scale, self.cursor, self.live)
+
+    def ints(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def indices(self, named: list[int]) -> Tensor:
+        return torch.tensor(named, dtype=self.setup.index, device=self.device)
+
+    # What should happen
+
+    def accept(self, named: list[int], keep: bool = False) -> tuple[str, Tensor | None, Tensor | None]:
+        """Choose what each named slot accepts; (accept, num_accepted, accepted_nodes) for a launch.
+
+        keep: the slots' expectations stay as they are, for a launch that changes nothing; they are returned
+        by `accepted_state`.
+        """
+        self.after: dict[int, Slot] = {}
+        counts, paths = [], []
+        for index in named:
+            if index < 0:
+                counts.append(3)
+                paths.append([0, 1])
+                continue
+            slot = self.slots[index]
+            path: list[int] = []
+            node = self.random.randrange(-1, len(slot.nodes))
+            while node >= 0:
+                path.insert(0, node)
+                node = slot.parents[node]
+            after = Slot(slot.state, slot.steps + len(path), slot.start, slot.length, slot.live)
+            if path:
+                after.state = slot.nodes[path[-1]]
+                after.length += path[-1] + 1
+                after.live |= sum(1 << (slot.length + node) for node in path)
+            self.after[index] = after
+            counts.append(len(path))
+            paths.append(path)
+        if not keep:
+            for index, after in self.after.items():
+                self.slots[index] = after
+        if not self.setup.tree:
+            return "counts", self.ints(counts), None
+        width = max(1, *(len(path) for path in paths))
+        return "nodes", None, self.ints([path + [-1] * (width - len(path)) for path in paths])
+
+    def fold(self, index: int) -> None:
+        """Slot `index` was folded: compare it with the pool, from which it goes on."""
+        slot = self.slots[index]
+        self.check_state(self.pool[index], slot, f"state of slot {index}")
+        slot.state, slot.steps = self.pool[index].double(), 0
+        slot.start, slot.length, slot.live = (slot.start + slot.length) % self.setup.capacity, 0, 0
+
+    def bound(self, slot: Slot) -> float:
+        return (
+            (slot.steps + 1)
+            * ROUNDINGS
+            * UNIT_ROUNDOFF[FP32]
+            * max(slot.state.norm(dim=-1).max().item(), 1.0)
+        )
+
+    def check_state(self, actual: Tensor, slot: Slot, what: str) -> None:
+        assert_close(actual, slot.state, self.bound(slot), what)
+
+    def check_cursors(self) -> None:
+        expected = [[slot.start, slot.length, len(slot.nodes), 0] for slot in self.slots]
+        assert self.cursor.tolist() == expected, f"cursors are {self.cursor.tolist()}, expected {expected}"
+        live = [slot.live if slot.live < 1 << 31 else slot.live - (1 << 32) for slot in self.slots]
+        assert self.live.tolist() == live
+
+    def untouched(self, named: list[int]) -> Callable[[], None]:
+        """Remember the slots not named, pool and cache; the result compares them."""
+        others = torch.tensor([i for i in range(len(self.slots)) if i not in named], device=self.device)
+        before = [x[others].clone() for x in (self.pool, *self.cache)]
+
+        def check() -> None:
+            for x, old in zip((self.pool, *self.cache), before, strict=True):
+                assert_same_bits(x[others], old, "a slot that nobody names")
+
+        return check
+
+    # Launches
+
+    def verify(self, named: list[int], tokens: int, fold_above: int) -> None:
+        """Accept at random, verify `tokens` tokens per slot (negative: padding), compare everything."""
+        setup = self.setup
+        B, H, HV, D = len(named), setup.H, setup.HV, setup.D
+        check_others = self.untouched(named)
+        accept, num_accepted, accepted_nodes = self.accept(named)
+        numbers = [self.random.randrange(tokens + 1) if setup.variable else tokens for _ in named]
+        parents = [
+            [self.random.randrange(-1, t) if setup.tree else t - 1 for t in range(tokens)] for _ in named
+        ]
+        key_norm = 1.0 if setup.l2norm else 1.25 * D**0.5
+        q, k = (self.normal(B, tokens, H, D).div_(key_norm).to(setup.io) for _ in range(2))
+        v = self.normal(B, tokens, HV, D).to(setup.io)
+        a, b = (self.normal(B, tokens, HV).to(setup.io) for _ in range(2))
+        for x in (q, k, v, a, b):
+            for i, number in enumerate(numbers):
+                x[i, number:] = NAN
+        output = torch.full((B, tokens, HV, D), NAN, dtype=setup.io, device=self.device)
+        self.launch(
+            setup.config("verify", tokens, accept),
+            (
+                q, k, v, a, b, self.A_log, self.dt_bias, D**-0.5, self.pool, self.indices(named), *self.cache,
+                num_accepted, accepted_nodes, self.ints(numbers) if setup.variable else None,
+                self.ints(parents) if setup.tree else None, fold_above, output,
+            ),
+        )  # fmt: skip
+        check_others()
+        for i, index in enumerate(named):
+            expected = torch.zeros(tokens, HV, D, dtype=torch.double, device=self.device)
+            bound = 0.0
+            if index >= 0:
+                slot = self.slots[index]
+                exact = slot.state
+                if slot.length > fold_above:
+                    bound = self.bound(slot)
+                    self.fold(index)
+                slot.parents, slot.nodes = parents[i][: numbers[i]], []
+                above = {-1: (exact, slot.state - exact)}  # before the fold's rounding, and the rounding
+                for t, parent in enumerate(slot.parents):
+                    inputs = [x[i, t].double() for x in (q, k, v, a, b)]
+                    state, rounding = above[parent]
+                    state, expected[t], decay = self.decode(state, *inputs)
+                    above[t] = state, decay[:, None, None] * rounding
+                    slot.nodes.append(sum(above[t]))
+                bound = max(bound, (tokens + 1) * self.bound(slot))
+            q_norm = 1.0 if setup.l2norm else q[i].double().nan_to_num(0.0).norm(dim=-1).max().item()
+            assert_close(output[i], expected, D**-0.5 * q_norm * bound, f"output of request {i}")
+        self.check_cursors()
+
+    def decode(
+        self, state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token in float64: the state after it, its output [HV, V], and the decay [HV]."""
+        if self.setup.l2norm:
+            q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        q, k = (x.repeat_interleave(self.setup.HV // self.setup.H, 0) for x in (q, k))
+        decay = torch.exp(
+            -self.A_log.double().exp() * torch.nn.functional.softplus(a + self.dt_bias.double())
+        )
+        state = decay[:, None, None] * state
+        u = torch.sigmoid(b)[:, None] * (v - torch.einsum("hvk,hk->hv", state, k))
+        state = state + u[:, :, None] * k[:, None, :]
+        return state, self.setup.D**-0.5 * torch.einsum("hvk,hk->hv", state, q), decay
+
+    def commit(self, named: list[int]) -> None:
+        check_others = self.untouched(named)
+        accept, num_accepted, accepted_nodes = self.accept(named)
+        arguments = (self.pool, self.indices(named), *self.cache, num_accepted, accepted_nodes, None)
+        self.launch(self.setup.config("commit", 0, accept), arguments)
+        check_others()
+        for index in named:
+            if index >= 0:
+                self.fold(index)
+        self.check_cursors()
+
+    def materialize(self, named: list[int]) -> None:
+        before = [x.clone() for x in (self.pool, *self.cache)]
+        accept, num_accepted, accepted_nodes = self.accept(named, keep=True)
+        states = torch.full(
+            (len(named), *self.pool.shape[1:]), NAN, dtype=self.setup.state, device=self.device
+        )
+        arguments = (self.pool, self.indices(named), *self.cache, num_accepted, accepted_nodes, states)
+        self.launch(self.setup.config("materialize", 0, accept), arguments)
+        for x, old in zip((self.pool, *self.cache), before, strict=True):
+            assert_same_bits(x, old, "pool or cache")
+        for i, index in enumerate(named):
+            if index < 0:
+                assert bool((states[i] == 0).all())
+            else:
+                self.check_state(states[i], self.after[index], f"materialized state of slot {index}")
+
+    def step(self, batch: int) -> None:
+        """One random launch of `batch` requests, some of them padding."""
+        named = self.random.sample(range(len(self.slots)), batch)
+        named = [-1 if self.random.random() < 0.1 else index for index in named]
+        mode = self.random.choices(("verify", "commit", "materialize"), (8, 1, 1))[0]
+        if mode != "verify":
+            getattr(self, mode)(named)
+            return
+        most = self.setup.max_tokens
+        full = self.setup.capacity - 2 * most
+        self.verify(named, most, self.random.choice((0, full // 2, full, full, full)))

@@ -1,0 +1,65 @@
+"""The speculative kernels of gdn_mtp on the emulator: random histories against float64 decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cutlass.cute.runtime import make_fake_stream
+from emulator_recording import TYPES
+from gdn_mtp.cute.config import Tactic
+from gdn_mtp.cute.config_speculative import SpeculativeConfig
+from gdn_mtp.cute.trace import arguments, kernel
+from gdn_support import BF16, FP16, FP32
+from ptx_emulator import Emulated, compile_cute, emulate, explore
+from speculative_history import History, Setup
+from torch import Tensor
+
+SCHEDULES = 3  # fair, greedy, asynchronous copies late
+
+
+class Emulator:
+    """Launches on the emulator, under every schedule: no findings, and the same bits."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self.functions: dict[SpeculativeConfig, Emulated] = {}
+
+    def __call__(self, config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
+        if config not in self.functions:
+            stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+            compiled = compile_cute(kernel(config), *arguments(config), stream, arch=self.arch)
+            written = {"verify": ("output",), "commit": (), "materialize": ("states",)}[config.mode]
+            self.functions[config] = emulate(compiled, self.arch, uninitialised=written)
+        for x in args:
+            if isinstance(x, Tensor):
+                TYPES[x.data_ptr()] = str(x.dtype).removeprefix("torch.")
+        explore(self.functions[config].call(*args), SCHEDULES, progress=False).raise_if_wrong()
+
+
+@pytest.mark.parametrize(
+    ("arch", "setup"),
+    [
+        ("sm_90a", Setup()),
+        ("sm_90a", Setup(max_tokens=8, capacity=24, H=2, HV=4, state=BF16, tactic=Tactic(2, 2))),
+        ("sm_90a", Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64)),
+        ("sm_90a", Setup(max_tokens=11, capacity=32, tree=True, io=FP16, variable=False)),
+        ("sm_100a", Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False)),
+        ("sm_120a", Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=Tactic(1, 1, True))),
+        (
+            "sm_100a",
+            Setup(max_tokens=4, capacity=32, D=128, HV=1, tree=True, tactic=Tactic(4, 1, trigger="start")),
+        ),
+    ],
+    ids=str,
+)
+def test_history(arch: str, setup: Setup) -> None:
+    history = History(setup, Emulator(arch), pool_size=4, device=torch.device("cpu"))
+    full = setup.capacity - 2 * setup.max_tokens
+    history.verify([2, -1, 0], setup.max_tokens, full)
+    history.verify([2, 0, 1], setup.max_tokens, full)
+    history.materialize([0, -1, 3])
+    for _ in range(6):
+        history.step(2)
+    history.commit([0, 1, 2])
