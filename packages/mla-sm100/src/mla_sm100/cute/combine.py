@@ -15,10 +15,9 @@ from cutlass.memory import SmemAllocator
 
 from mla_sm100.config import KV_LORA_RANK, DecodeConfig
 
-from .load import row_pointer
+from .load import WARP_LANES, row_pointer
 from .outputs import LN2, NUMERIC, Outputs, store_lse, store_values
 from .schedule import Schedule, Unit, select
-from .softmax import WARP_LANES
 
 THREADS = 128
 THREAD_ELEMENTS = KV_LORA_RANK // THREADS

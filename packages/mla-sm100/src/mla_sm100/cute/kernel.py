@@ -42,11 +42,11 @@ from . import tmem
 from .block import LEADER, Barriers, Block, stages
 from .combine import THREADS as COMBINE_THREADS
 from .combine import Combine
-from .load import ROW_VECTORS, ROWS_PER_COPY, VECTOR_BYTES, Loads, PagedCopies, PagedCopy
+from .load import ROW_VECTORS, ROWS_PER_COPY, VECTOR_BYTES, WARP_LANES, Loads, PagedCopies, PagedCopy
 from .mma import Mmas
 from .outputs import NUMERIC, Outputs
 from .schedule import Schedule
-from .softmax import EXCHANGE_FLOATS, WARP_LANES, Softmax, store_vector, zeros
+from .softmax import EXCHANGE_FLOATS, Softmax, store_vector, zeros
 
 LOG2_E = math.log2(math.e)
 CHUNK_ALIGN_BYTES = 1024  # of a chunk: the swizzled pattern repeats after that
@@ -213,7 +213,8 @@ class MlaDecode:
                 self.init_barriers(barriers, active_warps)
             cute.arch.alloc_tmem(TMEM_COLS, tmem_address, is_two_cta=config.pair)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=config.pair)
-        self.clear_queries(block, units.used_rows)
+        if warp < SOFTMAX_WARPS:
+            self.clear_queries(block, units.used_rows)
         if cutlass.const_expr(not config.pair):
             self.clear_probabilities(block, warp, active_warps)
         tmem.before_thread_sync()
@@ -273,12 +274,13 @@ class MlaDecode:
         zero = zeros()
         first_row = cute.ceil_div(used_rows, ROWS_PER_COPY) * ROWS_PER_COPY
         row_vectors = self.loads.rope_row_bytes // VECTOR_BYTES
+        stride = SOFTMAX_WARPS * WARP_LANES
         for vector in cutlass.range(
-            first_row * row_vectors + thread, CHUNK_ROWS * row_vectors, THREADS, unroll=1
+            first_row * row_vectors + thread, CHUNK_ROWS * row_vectors, stride, unroll=1
         ):
             store_vector(block.chunks + vector * VECTOR_BYTES, zero)
         for vector in cutlass.range(
-            first_row * ROW_VECTORS + thread, CHUNK_ROWS * ROW_VECTORS, THREADS, unroll=1
+            first_row * ROW_VECTORS + thread, CHUNK_ROWS * ROW_VECTORS, stride, unroll=1
         ):
             for chunk in cutlass.range_constexpr(1, self.config.chunks):
                 store_vector(block.chunks + (chunk * CHUNK_BYTES + vector * VECTOR_BYTES), zero)

@@ -7,16 +7,17 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, Int64
 
 from mla_sm100.config import CHUNK_BYTES, CHUNK_ROW_BYTES, CHUNK_ROWS, KV_LORA_RANK, DecodeConfig
 
 from .block import LEADER, Block, ring_phase, ring_slot, swizzled
 from .schedule import Schedule, Unit, select
 
+WARP_LANES = 32
 VECTOR_BYTES = 16
 ROW_VECTORS = CHUNK_ROW_BYTES // VECTOR_BYTES
-ROWS_PER_COPY = 32 // ROW_VECTORS  # rows of queries that one instruction of a warp copies
+ROWS_PER_COPY = WARP_LANES // ROW_VECTORS  # rows of queries that one instruction of a warp copies
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,6 @@ class Loads:
 
         Rows that the unit does not have are zeros; those that no unit has are not written here.
         """
-        lane = cute.arch.lane_idx()
         units = Int32(0)
         used_rows = schedule.used_rows
         index = block.cluster
@@ -126,10 +126,8 @@ class Loads:
             unit = schedule.unit(index)
             if unit.num_tiles > 0:
                 cute.arch.mbarrier_wait(block.barriers.q_empty, (units & 1) ^ 1)
-                for step in cutlass.range(cute.ceil_div(used_rows, ROWS_PER_COPY), unroll=1):
-                    self.query_rows(
-                        block, schedule, mQ, unit, step * ROWS_PER_COPY + lane // ROW_VECTORS, lane
-                    )
+                for first_row in cutlass.range(0, used_rows, WARP_LANES, unroll=1):
+                    self.query_rows(block, schedule, mQ, unit, first_row, used_rows)
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
                 cute.arch.fence_proxy("async.shared", space="cta")
@@ -141,26 +139,44 @@ class Loads:
         if units > 0:
             cute.arch.mbarrier_wait(block.barriers.q_empty, (units - 1) & 1)
 
+    @cute.jit
     def query_rows(
-        self, block: Block, schedule: Schedule, mQ: Any, unit: Unit, row: Int32, lane: Int32
-    ) -> None:
-        """Start copying one row, spread over eight lanes; zeros where the unit has no such row."""
-        config = self.config
-        row_in_unit = row + block.rank * CHUNK_ROWS if config.pair else row
+        self,
+        block: Block,
+        schedule: Schedule,
+        mQ: cute.Tensor,
+        unit: Unit,
+        first_row: Int32,
+        used_rows: Int32,
+    ):
+        """Start copying up to 32 rows, each by eight lanes; a lane finds the address of one row."""
+        lane = cute.arch.lane_idx()
+        row_in_unit = first_row + lane
+        if cutlass.const_expr(self.config.pair):
+            row_in_unit += block.rank * CHUNK_ROWS
         present = row_in_unit < unit.rows
         row_in_request = select(present, unit.first_row + row_in_unit, Int32(0))
-        source = row_pointer(mQ, unit, row_in_request, schedule.num_heads, config.ragged)
-        byte = lane % ROW_VECTORS * VECTOR_BYTES
+        pointer = row_pointer(mQ, unit, row_in_request, schedule.num_heads, self.config.ragged)
+        address = pointer.toint()
         num_bytes = select(present, Int32(VECTOR_BYTES), Int32(0))
-        elements = byte // config.element_bytes
+        rows = cutlass.min(used_rows - first_row, WARP_LANES)
+        for step in cutlass.range(cute.ceil_div(rows, ROWS_PER_COPY), unroll=1):
+            row = step * ROWS_PER_COPY + lane // ROW_VECTORS
+            source = cute.arch.shuffle_sync(address, row)
+            self.query_row(block, first_row + row, source, cute.arch.shuffle_sync(num_bytes, row), lane)
+
+    def query_row(self, block: Block, row: Int32, source: Int64, num_bytes: Int32, lane: Int32) -> None:
+        """Start copying one row, spread over eight lanes; zeros where `num_bytes` is 0."""
+        config = self.config
+        byte = lane % ROW_VECTORS * VECTOR_BYTES
         target = block.address(0) + swizzled(row, byte, CHUNK_ROW_BYTES)
         for chunk in range(1, config.chunks):
             at = (chunk - 1) * CHUNK_ROW_BYTES  # of the row
-            _copy_vector(target, chunk * CHUNK_BYTES, source + elements, at, num_bytes)
+            _copy_vector(target, chunk * CHUNK_BYTES, source + byte, at, num_bytes)
         row_bytes = self.rope_row_bytes
         target = block.address(0) + swizzled(row, byte % row_bytes, row_bytes)
-        elements = byte % row_bytes // config.element_bytes
-        _copy_vector(target, 0, source + elements, KV_LORA_RANK * config.element_bytes, num_bytes)
+        at = KV_LORA_RANK * config.element_bytes
+        _copy_vector(target, 0, source + byte % row_bytes, at, num_bytes)
 
     @property
     def rope_row_bytes(self) -> int:
@@ -292,9 +308,9 @@ def row_pointer(m: Any, unit: Unit, row: Int32, num_heads: Int32, ragged: bool) 
     return m[unit.request, token, head, None].iterator
 
 
-def _copy_vector(target: Int32, offset: int, source: Any, source_offset: int, num_bytes: Int32) -> None:
+def _copy_vector(target: Int32, offset: int, source: Int64, source_offset: int, num_bytes: Int32) -> None:
     """Start copying 16 bytes to shared memory, of which only `num_bytes` are read and the rest are zeros."""
     cute.arch.inline_ptx(
         f"cp.async.cg.shared.global [{{$r0}}+{offset}], [{{$r1}}+{source_offset}], 16, {{$r2}};",
-        read_only_args=[target, source.toint(), num_bytes],
+        read_only_args=[target, source, num_bytes],
     )

@@ -30,12 +30,11 @@ from mla_sm100.config import (
 
 from . import tmem
 from .block import Block, ring_phase, ring_slot, swizzled
-from .load import VECTOR_BYTES, ends_in_page, row_pointer
+from .load import VECTOR_BYTES, WARP_LANES, ends_in_page, row_pointer
 from .mma import HALF_LANES, OUT_N
 from .outputs import LN2, NUMERIC, Outputs, store_lse, store_values
 from .schedule import Schedule, Unit, select
 
-WARP_LANES = 32
 OUT_COLS = 32  # accumulator columns that a thread has in registers at a time
 EXCHANGE_BARRIER = 1  # of warps 0 and 2; the next is that of warps 1 and 3
 EXCHANGE_FLOATS = 2 * SOFTMAX_WARPS * WARP_LANES  # one buffer for maxima, one for sums
@@ -217,9 +216,13 @@ class Softmax:
             absent = absent | entry
         all_visible = unit.seq_len - unit.q_len + 1  # what the request's first token sees
         if (first_key + self.keys > all_visible) | (absent < 0):
-            for key in cutlass.range_constexpr(self.keys):
-                seen = (first_key + key < visible) & (entries[key // self.config.page_size] >= 0)
-                scores[key] = select(seen, scores[key], -Float32.inf)
+            self.hide(scores, entries, visible - first_key)
+
+    def hide(self, scores: Any, entries: list, visible: Int32) -> None:
+        """-inf for keys from `visible` on, and for those of absent pages."""
+        for key in range(self.keys):
+            seen = (key < visible) & (entries[key // self.config.page_size] >= 0)
+            scores[key] = select(seen, scores[key], -Float32.inf)
 
     def maximum(self, scores: Any) -> Float32:
         """Of the thread's scores."""
