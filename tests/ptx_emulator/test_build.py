@@ -65,6 +65,19 @@ def test_only_what_changed_is_compiled_again(small: Path, tmp_path: Path) -> Non
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_files_that_are_compiled_as_one_exist_and_are_optimised_alike() -> None:
+    names = {path.stem for path in build._RUNTIME.glob("*.cpp")}
+    assert names >= build._LESS_OPTIMISED
+    together = [name for group in build._TOGETHER for name in group]
+    assert names >= set(together)
+    assert len(set(together)) == len(together)
+    for group in build._TOGETHER:
+        assert len({name in build._LESS_OPTIMISED for name in group}) == 1, group
+    assert sorted(source for unit in build._units() for source in unit) == sorted(
+        build._RUNTIME.glob("*.cpp")
+    )
+
+
 def test_progress_is_told_once(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build.build()
     told = capfd.readouterr().err

@@ -1,9 +1,10 @@
 """Compiles the runtime once and keeps it in the user's cache folder.
 
-Objects are keyed by the source, the headers, the compiler and the processor, so a change of one file compiles
-that file alone. Most of the time goes into headers and into optimising what seldom runs: a whole build
-precompiles the headers, and some files are optimised less. Compilers in order: `$CXX`, g++, clang++, and the
-`ziglang` wheel. Of processes that need the runtime at the same time one compiles, the others wait for it.
+Objects are keyed by their sources, the headers, the compiler and the processor, so a change of one file
+compiles what it is part of and no more. Most of the time goes into headers, into templates that each file
+instantiates again, and into optimising what seldom runs: a whole build precompiles the headers, related files
+are compiled as one, and some are optimised less. Compilers in order: `$CXX`, g++, clang++, and the `ziglang`
+wheel. Of processes that need the runtime at the same time one compiles, the others wait for it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from platformdirs import user_cache_path
 from tqdm import tqdm
@@ -31,6 +33,7 @@ from ptx_emulator.errors import BuildError
 
 CACHE_VARIABLE = "PTX_EMULATOR_CACHE_DIR"
 _RUNTIME = Path(__file__).parent / "runtime"
+Unit: TypeAlias = tuple[Path, ...]  # sources that are compiled as one
 _FLAGS = (
     "-std=c++17",
     "-march=native",
@@ -64,8 +67,18 @@ _LESS_OPTIMISED = frozenset(
         "timeline",
     )
 )
+# Files that are compiled as one; their names must not clash. All others are compiled by themselves.
+_TOGETHER = (
+    ("checker", "accesses", "clocks", "shadow", "traffic"),
+    ("memory", "lane_access", "load_store", "scheduler"),
+    ("convert", "control", "move", "warp"),
+    ("wgmma", "mma"),
+    ("api", "cluster", "core", "fence", "findings", "grid", "timeline"),
+    ("bulk", "async_copy", "barrier", "mbarrier", "tensor_copy", "tensor_map"),
+    ("atomic", "matrix_descriptor", "matrix_types", "tcgen05_alloc", "tcgen05_copy"),
+)
 _PRECOMPILED = ("core.h", "memory.h", "checker.h", "program.h")
-_WORTH_PRECOMPILING = 6  # files: what precompiling takes is what it saves for so many
+_WORTH_PRECOMPILING = 6  # objects: what precompiling takes is what it saves for so many
 
 
 def cache_folder() -> Path:
@@ -109,20 +122,29 @@ def build(jobs: int | None = None, *, progress: bool = True) -> Path:
     Raises:
         BuildError: what the compiler said.
     """
-    sources = sorted(_RUNTIME.glob("*.cpp"))
     headers = sorted(_RUNTIME.glob("*.h"))
     common = _digest(_identity(), *(h.name + h.read_text(encoding="utf-8") for h in headers))
-    objects = {s: _digest(common, s.name, s.read_text(encoding="utf-8")) for s in sources}
+    keys = {
+        unit: _digest(common, *(source.name + source.read_text(encoding="utf-8") for source in unit))
+        for unit in _units()
+    }
     folder = cache_folder()
-    library = folder / f"runtime-{_digest(*objects.values())}.so"
+    library = folder / f"runtime-{_digest(*keys.values())}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {source: folder / f"{source.stem}-{key}.o" for source, key in objects.items()}
+    objects = {unit: folder / f"{unit[0].stem}-{key}.o" for unit, key in keys.items()}
     with _alone(folder / "build.lock"):
         if not library.exists():  # nobody else has compiled it in the meantime
-            _compile_and_link(paths, library, jobs, progress)
+            _compile_and_link(objects, library, jobs, progress)
     return library
+
+
+def _units() -> list[Unit]:
+    """The sources, those that are compiled as one side by side."""
+    sources = {source.stem: source for source in sorted(_RUNTIME.glob("*.cpp"))}
+    groups = [tuple(sources.pop(name) for name in names if name in sources) for names in _TOGETHER]
+    return [*filter(None, groups), *((source,) for source in sources.values())]
 
 
 @contextmanager
@@ -133,10 +155,10 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _compile_and_link(paths: dict[Path, Path], library: Path, jobs: int | None, progress: bool) -> None:
-    """Makes the library out of the objects of all sources, those that do not exist first."""
-    missing = [source for source, target in paths.items() if not target.exists()]
-    missing.sort(key=lambda source: -source.stat().st_size)  # no long one last
+def _compile_and_link(objects: dict[Unit, Path], library: Path, jobs: int | None, progress: bool) -> None:
+    """Makes the library out of all objects, those that do not exist first."""
+    missing = [unit for unit, target in objects.items() if not target.exists()]
+    missing.sort(key=lambda unit: -sum(source.stat().st_size for source in unit))  # no long one last
     title = "ptx-emulator: compiling its runtime, once"
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -144,9 +166,9 @@ def _compile_and_link(paths: dict[Path, Path], library: Path, jobs: int | None, 
         tqdm(total=len(missing) + 1, desc=title, unit="file", file=sys.stderr, disable=not progress) as bar,
     ):
         include = _precompile(Path(scratch)) if len(missing) >= _WORTH_PRECOMPILING else ()
-        for _ in pool.map(lambda source: _compile(source, paths[source], include), missing):
+        for _ in pool.map(lambda unit: _compile(unit, objects[unit], Path(scratch), include), missing):
             bar.update()
-        run_compiler("-shared", "-o", _partial(library), *map(str, paths.values()), "-lpthread")
+        run_compiler("-shared", "-o", _partial(library), *map(str, objects.values()), "-lpthread")
         os.replace(_partial(library), library)
         bar.update()
 
@@ -160,8 +182,10 @@ def _precompile(scratch: Path) -> tuple[str, ...]:
     return ("-include", str(header)) if done.returncode == 0 else ()
 
 
-def _compile(source: Path, target: Path, include: tuple[str, ...]) -> None:
-    level = _SELDOM_LEVEL if source.stem in _LESS_OPTIMISED else _LEVEL
+def _compile(unit: Unit, target: Path, scratch: Path, include: tuple[str, ...]) -> None:
+    level = _SELDOM_LEVEL if unit[0].stem in _LESS_OPTIMISED else _LEVEL
+    source = scratch / f"{unit[0].stem}.cpp"
+    source.write_text("".join(f'#include "{path}"\n' for path in unit), encoding="utf-8")
     run_compiler(*_FLAGS, *level, *include, "-c", str(source), "-o", _partial(target))
     os.replace(_partial(target), target)
 

@@ -267,6 +267,6 @@ struct Register {
   static ::ptxe::Step id(::ptxe::Warp& w, const ::ptxe::Instruction& i);                  \
   static const ::ptxe::Register PTXE_JOIN(id, _registered)(name, id);                     \
   static ::ptxe::Step id([[maybe_unused]] ::ptxe::Warp& w, [[maybe_unused]] const ::ptxe::Instruction& i)
-#define PTXE_OP(name) PTXE_OP_AS(PTXE_JOIN(op_, __LINE__), name)
+#define PTXE_OP(name) PTXE_OP_AS(PTXE_JOIN(op_, __COUNTER__), name)
 
 }  // namespace ptxe
