@@ -19,6 +19,7 @@ from kernel_dispatch import (
     bind,
     check_index_range,
     is_watched,
+    needs_op,
 )
 from kernel_dispatch.devices import as_device
 from torch import Tensor
@@ -153,7 +154,12 @@ class SpeculativeCache:
         self._pool_address = state_pool.data_ptr()
 
     def check_pool(self, state_pool: Tensor) -> None:
-        """Raises ArgumentError naming `cache` if it is bound to another pool; binds one that is not bound."""
+        """Raises ArgumentError naming `cache` if it is bound to another pool; binds one that is not bound.
+
+        A pool without an address, as tracing sees it, is not looked at.
+        """
+        if needs_op(state_pool):
+            return
         address = state_pool.data_ptr()
         if self._pool_address is None:
             self._pool_address = address

@@ -1,0 +1,507 @@
+"""verify, commit and materialize: chains, trees, fold policies, plans, compilation, graphs."""
+
+import random
+from functools import partial
+
+import gdn_mtp
+import pytest
+import torch
+from gdn_mtp.speculative import SpeculativeReference
+from gdn_mtp.speculative.folding import fold_above
+from gdn_mtp.speculative.torch_kernel import KERNEL, requests_per_chunk
+from gdn_support import BF16, DEVICE, FP16, FP32, assert_same_bits
+from kernel_dispatch import Arch, NoKernelError, Provider, autotune, clear_tuning, debug, explain, registered
+from speculative_support import History, Setup, index_tensor, int32, random_tree
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+GROUP = gdn_mtp.SpeculativeProblem.entry_point_group
+SETUP = Setup()
+
+
+def arguments(history, slots, T, seed=0):
+    """The positional arguments of verify."""
+    tokens = history.setup.tokens(len(slots), T, seed)
+    heads = history.setup.heads()
+    return (
+        *(tokens[name] for name in ("q", "k", "v", "a", "b")),
+        *(heads["A_log"], heads["dt_bias"], history.pool, index_tensor(slots), history.cache),
+    )
+
+
+@pytest.mark.parametrize("fold", ["auto", "always", "full"])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(),
+        Setup(state=BF16),
+        Setup(io=FP16, capacity=8),
+        Setup(io=FP32, l2norm=False, scale=-0.7),
+        Setup(H=1, HV=5, K=33, V=1, max_tokens=7, capacity=31),
+        Setup(H=3, HV=3, max_tokens=16),
+        Setup(H=1, HV=2, K=64, V=64, max_tokens=1),
+    ],
+    ids=lambda setup: f"H{setup.H}-HV{setup.HV}-T{setup.max_tokens}-{setup.io}-{setup.state}",
+)
+def test_histories(setup, tree, fold):
+    rng, history = random.Random(3), History(setup)
+    for step in range(24):
+        slots = rng.sample(range(setup.pool_size), 4) if step % 5 else [3, -1, 0, -7]
+        T = setup.max_tokens if step % 3 else rng.randint(1, setup.max_tokens)
+        history.verify(
+            slots,
+            T,
+            step,
+            history.random_acceptance(slots, rng),
+            num_tokens=[rng.randint(0, T) for _ in slots] if step % 4 == 1 else None,
+            parents=[random_tree(T, rng) for _ in slots] if tree else None,
+            fold=fold,
+        )
+    history.check_against_sequential_decoding()
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 4])
+def test_only_what_is_accepted_counts(accepted):
+    """Two caches whose drafts differ after the accepted prefix go on alike, to the bit."""
+    results = []
+    for drafts in (1, 2):
+        history = History(SETUP)
+        tokens = SETUP.tokens(2, 4, seed=5)
+        others = SETUP.tokens(2, 4, seed=drafts)
+        mixed = [torch.cat([tokens[n][:, :accepted], others[n][:, accepted:]], dim=1) for n in "qkvab"]
+        rest = arguments(history, [4, 1], 4)[5:]
+        gdn_mtp.verify(*mixed, *rest)
+        output = gdn_mtp.verify(*arguments(history, [4, 1], 2, seed=9), int32([accepted] * 2))
+        states = gdn_mtp.materialize(history.pool, index_tensor([4, 1]), history.cache, int32([2, 2]))
+        results.append((output, states))
+    assert_same_bits(results[0][0], results[1][0], "output")
+    assert_same_bits(results[0][1], results[1][1], "states")
+
+
+def test_a_window_that_is_not_accepted_is_dropped():
+    history = History(SETUP)
+    first = history.verify([2], 4, 0)
+    again = history.verify([2], 4, 0)
+    assert_same_bits(first, again, "output")
+
+
+def test_one_window_may_be_accepted_once_only():
+    history = History(SETUP)
+    history.verify([2], 4, 0)
+    history.commit([2], {"num_accepted": int32([3])})
+    states = gdn_mtp.materialize(history.pool, index_tensor([2]), history.cache, int32([0]))
+    assert_same_bits(states[0], history.pool[2], "state")
+
+
+def test_siblings_do_not_see_each_other():
+    """Two drafts for the same place, as nodes of a tree and as chains of their own."""
+    tree, chain = History(SETUP), History(SETUP)
+    tokens = SETUP.tokens(1, 3, seed=0)
+    nodes = [tokens[name] for name in "qkvab"]
+    rest = arguments(tree, [2], 3)[5:]
+    output = gdn_mtp.verify(*nodes, *rest, parent_indices=int32([[-1, 0, 0]]))
+    for path in ([0, 1], [0, 2]):
+        rest = arguments(chain, [2], 2)[5:]
+        expected = gdn_mtp.verify(*(x[:, path] for x in nodes), *rest)
+        assert_same_bits(output[:, path], expected, "output")
+
+
+def test_nan_stays_in_its_request_and_behind_its_token():
+    history = History(SETUP)
+    inputs = arguments(history, [2, 3], 4)
+    clean = gdn_mtp.verify(*inputs)
+    for x in inputs[:5]:
+        x[0, 2] = float("nan")
+    output = gdn_mtp.verify(*inputs, backend="torch")
+    assert_same_bits(output[0, :2], clean[0, :2], "tokens before")
+    assert_same_bits(output[1], clean[1], "the other request")
+    assert output[0, 2:].isnan().all()
+    output = gdn_mtp.verify(*arguments(history, [2, 3], 2), int32([2, 4]))
+    assert output.isfinite().all()  # the NaN was not accepted
+
+
+@pytest.mark.parametrize("out", [BF16, FP16, FP32])
+def test_output_dtypes_and_default(out):
+    history, other = History(SETUP), History(SETUP)
+    output = history.verify([1, 4], 3, 0, out=out)
+    default = gdn_mtp.verify(*arguments(other, [1, 4], 3))
+    assert default.dtype == SETUP.io
+    torch.testing.assert_close(output.float(), default.float(), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_index_dtypes_and_strides(index_dtype):
+    history, other = History(SETUP), History(SETUP)
+    expected = gdn_mtp.verify(*arguments(other, [1, -1, 4], 3))
+    given = list(arguments(history, [1, -1, 4], 3))
+    given[8] = torch.tensor([1, 9, -1, 9, 4, 9], dtype=index_dtype, device=DEVICE)[::2]
+    given[:3] = [torch.cat([x, x], dim=1)[:, :3] for x in given[:3]]
+    tree = int32([[-1, 0, 1]]).expand(3, 3)
+    assert_same_bits(gdn_mtp.verify(*given, parent_indices=tree), expected, "output")
+
+
+def test_pool_may_be_a_strided_view():
+    history, other = History(SETUP), History(SETUP)
+    memory = torch.full((SETUP.pool_size, SETUP.HV + 1, SETUP.V, SETUP.K + 3), float("nan"), device=DEVICE)
+    view = memory[:, 1:, :, : SETUP.K]
+    view.copy_(history.pool)
+    for current, pool in ((history, view), (other, other.pool)):
+        given = list(arguments(current, [1, 4], 4))
+        given[7] = pool
+        gdn_mtp.verify(*given)
+        gdn_mtp.commit(pool, given[8], current.cache, int32([4, 2]))
+    assert_same_bits(view, other.pool, "pool")
+    assert memory[:, 0].isnan().all()
+    assert memory[..., SETUP.K :].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, "tensor"])
+def test_scale(scale):
+    value = torch.tensor([0.5], device=DEVICE) if scale == "tensor" else scale
+    output = gdn_mtp.verify(*arguments(History(SETUP), [1], 3), scale=value)
+    base = gdn_mtp.verify(*arguments(History(SETUP), [1], 3), scale=1.0)
+    factor = SETUP.K**-0.5 if scale is None else 0.5
+    torch.testing.assert_close(output, (base.float() * factor).to(BF16), rtol=2**-7, atol=0)
+
+
+def test_no_requests():
+    history = History(SETUP)
+    everything = history.snapshot([])
+    assert gdn_mtp.verify(*arguments(history, [], 3)).shape == (0, 3, SETUP.HV, SETUP.V)
+    assert gdn_mtp.materialize(history.pool, index_tensor([]), history.cache).shape[0] == 0
+    gdn_mtp.commit(history.pool, index_tensor([]), history.cache)
+    everything()
+
+
+def test_padding_alone_changes_nothing():
+    history = History(SETUP)
+    everything = history.snapshot([])
+    output = history.verify([-1, -1], 3, 0)
+    history.commit([-1, -1])
+    everything()
+    assert (output == 0).all()
+
+
+class TestFolding:
+    def pool_writes(self, fold, steps=12, accepted=2):
+        """At which steps of a chain of T = 2 the pool's slot changes, of a ring of 12."""
+        setup = Setup(max_tokens=2, capacity=12)
+        history, written = History(setup), []
+        for step in range(steps):
+            before = history.pool[3].clone()
+            history.verify([3], 2, step, {"num_accepted": int32([accepted if step else 0])}, fold=fold)
+            if not torch.equal(before, history.pool[3]):
+                written.append(step)
+        return written
+
+    def test_always_folds_what_was_accepted(self):
+        assert self.pool_writes("always") == list(range(1, 12))
+
+    def test_full_folds_when_the_next_window_would_not_fit(self):
+        assert self.pool_writes("full") == [5, 10]  # 8 tokens may wait, the fifth pair is too many
+
+    def test_nothing_accepted_folds_nothing(self):
+        assert self.pool_writes("always", accepted=0) == []
+
+    def test_thresholds(self):
+        sizes = {"accepted": 4.5, "token_bytes": 20_672, "state_bytes": 2 << 20}
+        assert fold_above("always", 24, 8, **sizes) == 0
+        assert fold_above("full", 24, 8, **sizes) == 8
+        assert fold_above("auto", 24, 8, **sizes) == 8
+        assert fold_above("auto", 32, 4, **sizes) == 24
+        assert fold_above("auto", 32, 4, accepted=2.5, token_bytes=20_672, state_bytes=1 << 20) == 13
+        assert fold_above("auto", 32, 1, accepted=1, token_bytes=100, state_bytes=50) == 0
+
+    def test_auto_moves_the_fewest_bytes(self):
+        sizes = {"accepted": 2.5, "token_bytes": 20_672, "state_bytes": 1 << 20}
+
+        def bytes_per_call(limit):
+            folds = sizes["state_bytes"] * sizes["accepted"] / (limit + sizes["accepted"])
+            return folds + sizes["token_bytes"] * limit / 2
+
+        assert fold_above("auto", 32, 2, **sizes) == min(range(29), key=bytes_per_call)
+
+
+class TestPlans:
+    def problem(self, **changes):
+        fields = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 16, "V": 8, "capacity": 16}
+        return gdn_mtp.SpeculativeProblem(**{**fields, **changes})
+
+    def test_description_tells_problems_apart(self):
+        changes = [
+            {},
+            {"B": 4},
+            {"T": 2},
+            {"capacity": 24},
+            {"mode": "commit", "T": 0},
+            {"mode": "materialize", "T": 0},
+            {"accept": "none"},
+            {"accept": "nodes"},
+            {"io_dtype": FP32},
+            {"gate_dtype": FP32},
+            {"dt_bias_dtype": BF16},
+            {"out_dtype": FP32},
+            {"state_dtype": BF16},
+            {"index_dtype": torch.int64},
+            {"use_qk_l2norm": False},
+            {"variable_tokens": True},
+            {"tree": True},
+            {"tensor_scale": True},
+            {"debug": True},
+            {"state_rows": "any"},
+        ]
+        assert len({self.problem(**change).describe() for change in changes}) == len(changes)
+
+    def test_buckets(self):
+        assert self.problem(B=100).bucketed() == self.problem(B=64)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("B", 0),
+            ("T", 9),
+            ("H", 3),
+            ("capacity", 33),
+            ("mode", "peek"),
+            ("accept", "all"),
+            ("tree", 1),
+            ("io_dtype", torch.int8),
+            ("state_dtype", FP16),
+        ],
+    )
+    def test_impossible_problems_name_the_field(self, field, value):
+        with pytest.raises(ValueError) as raised:
+            self.problem(**{field: value})
+        assert raised.value.argument in (field, "HV")
+
+    @pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90a", "sm_100a", "sm_121a"])
+    def test_explain_answers_for_any_arch(self, arch):
+        explanation = explain(self.problem(), arch)
+        assert {row.name for row in explanation.rows} >= {"torch", "cute"}
+        assert explain(self.problem(), arch, backend="torch").chosen == "torch"
+        if arch in ("cpu", "sm_80"):
+            assert explanation.chosen == "torch"
+
+    def test_the_second_call_of_a_kind_reuses_the_plan(self):
+        prepared, launched = [], []
+
+        class Spy:
+            workspace_nbytes, tactics = KERNEL.workspace_nbytes, KERNEL.tactics
+
+            def prepare(self, problem, arch, device, tactic):
+                prepared.append(problem)
+                launch = KERNEL.prepare(problem, arch, device, tactic)
+                return lambda *tensors: (launched.append(problem.mode), launch(*tensors))
+
+        provider = Provider("spy", ("any",), lambda problem, arch: None, Spy, 50)
+        history = History(SETUP)
+        with registered(GROUP, provider):
+            for step in range(3):
+                accepted = int32([step, 0])
+                gdn_mtp.verify(*arguments(history, [4, 1], 4, seed=step), accepted)
+            gdn_mtp.commit(history.pool, index_tensor([4, 1]), history.cache, accepted)
+            assert [problem.mode for problem in prepared] == ["verify", "commit"]
+            gdn_mtp.verify(*arguments(history, [4, 1], 3))
+            gdn_mtp.verify(*arguments(history, [4, 1], 3), use_qk_l2norm=False)
+            with debug():
+                gdn_mtp.verify(*arguments(history, [4, 1], 3))
+        assert len(prepared) == 5
+        assert prepared[-1].debug
+        assert launched == ["verify"] * 3 + ["commit"] + ["verify"] * 3
+
+    def test_a_strict_backend_never_falls_back(self):
+        declining = Provider("spy", ("any",), lambda problem, arch: "not today", lambda: KERNEL, 5)
+        history = History(SETUP)
+        everything = history.snapshot([])
+        with registered(GROUP, declining), pytest.raises(NoKernelError, match="not today"):
+            gdn_mtp.verify(*arguments(history, [1], 2), backend="spy")
+        everything()
+
+    def test_a_provider_that_asks_for_a_workspace_is_refused(self):
+        class Greedy:
+            tactics, prepare = KERNEL.tactics, KERNEL.prepare
+
+            def workspace_nbytes(self, problem, arch):
+                return 512
+
+        provider = Provider("greedy", ("any",), lambda problem, arch: None, Greedy, 50)
+        with registered(GROUP, provider), pytest.raises(NoKernelError, match="'greedy' asks for 512 bytes"):
+            gdn_mtp.verify(*arguments(History(SETUP), [1], 2))
+
+    def test_tuning_leaves_the_effect_of_one_call(self):
+        class Two:
+            workspace_nbytes, prepare = KERNEL.workspace_nbytes, KERNEL.prepare
+
+            def tactics(self, problem, arch):
+                return ("first", "second")
+
+        def run():
+            history = History(SETUP)
+            gdn_mtp.verify(*arguments(history, [4, -1, 0], 4))
+            acceptance = int32([3, 0, 1])
+            output = gdn_mtp.verify(*arguments(history, [4, -1, 0], 4), acceptance, fold="always")
+            return output, history.pool, history.cache.state_dict()
+
+        expected = run()
+        clear_tuning()
+        try:
+            provider = Provider("two", ("any",), lambda problem, arch: None, Two, 50)
+            with registered(GROUP, provider), autotune(progress=False):
+                results = run()
+        finally:
+            clear_tuning()
+        assert_same_bits(results[0], expected[0], "output")
+        assert_same_bits(results[1], expected[1], "pool")
+        for name, tensor in results[2].items():
+            assert_same_bits(tensor, expected[2][name], name)
+
+    def test_temporaries_are_bounded(self):
+        big = gdn_mtp.SpeculativeProblem(B=256, T=8, H=16, HV=32, K=128, V=128, capacity=24)
+        assert requests_per_chunk(big) == 7  # 32 MiB for two states of 2 MiB and 576 KiB of tokens each
+        assert KERNEL.workspace_nbytes(big, Arch.from_name("cpu")) == 0
+
+    def test_requests_in_chunks_of_one(self, monkeypatch):
+        monkeypatch.setattr("gdn_mtp.speculative.torch_kernel.CHUNK_BYTES", 1)
+        history = History(SETUP, backend="torch")
+        for step in range(6):
+            accepted = {"num_accepted": int32([4, 0, 3] if step else [0] * 3)}
+            trees = [random_tree(4, random.Random(step))] * 3 if step == 5 else None
+            history.verify([5, -1, 2], 4, step, accepted, parents=trees)
+        history.commit([5, -1, 2], {"accepted_nodes": int32([[0], [-1], [0]])})
+
+
+class Loop(torch.nn.Module):
+    """Verify, verify, look, commit: everything that is written, with the output made inside the graph."""
+
+    def __init__(self, cache, scale=None):
+        super().__init__()
+        self.cache, self.scale = cache, scale
+
+    def forward(self, inputs, pool, indices, accepted):
+        call = partial(gdn_mtp.verify, **inputs, state_pool=pool, state_indices=indices, cache=self.cache)
+        first = call(scale=self.scale)
+        second = call(num_accepted=accepted, fold="always")
+        states = gdn_mtp.materialize(pool, indices, self.cache, accepted)
+        pool = gdn_mtp.commit(pool, indices, self.cache, accepted_nodes=accepted[:, None] - 1)
+        return first + second, states.sum(), pool.sum()
+
+
+class TestCompilation:
+    def given(self, history, batch=3):
+        inputs = {**SETUP.tokens(batch, 4, 0), **SETUP.heads()}
+        slots = [4, -1, 0, 2][:batch]
+        return inputs, history.pool, index_tensor(slots), int32([1, 0, 4, 2][:batch])
+
+    def assert_same_effect(self, make, scale=None, batch=3):
+        expected, history = History(SETUP), History(SETUP)
+        want = Loop(expected.cache, scale)(*self.given(expected, batch))
+        got = make(Loop(history.cache, scale))(*self.given(history, batch))
+        for what, x, y in zip(("output", "states", "pool"), got, want, strict=True):
+            assert_same_bits(x, y, what)
+        assert_same_bits(history.pool, expected.pool, "pool")
+        for name, tensor in history.cache.state_dict().items():
+            assert_same_bits(tensor, expected.cache.state_dict()[name], name)
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("scale", [None, 0.5, "tensor"])
+    def test_compile_without_graph_breaks(self, scale, dynamic):
+        torch._dynamo.reset()
+        scale = torch.tensor([0.5], device=DEVICE) if scale == "tensor" else scale
+        compile_it = partial(torch.compile, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        self.assert_same_effect(compile_it, scale)
+        self.assert_same_effect(compile_it, scale, batch=4)
+
+    def test_copy_and_reset_compile(self):
+        torch._dynamo.reset()
+
+        def move(cache, pool, src, dst, gone):
+            cache.copy_slots(src, dst, pool)
+            cache.reset_slots(gone)
+            return pool + 1
+
+        results = []
+        for function in (move, torch.compile(move, fullgraph=True, backend="aot_eager")):
+            history = History(SETUP)
+            history.verify([4, 0], 4, 0)
+            function(
+                history.cache, history.pool, index_tensor([4, -1]), index_tensor([2, 3]), index_tensor([0])
+            )
+            results.append((history.pool, history.cache.state_dict()))
+        assert_same_bits(results[0][0], results[1][0], "pool")
+        for name, tensor in results[0][1].items():
+            assert_same_bits(tensor, results[1][1][name], name)
+
+    def test_shapes_on_fake_tensors(self):
+        history = History(SETUP)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            convert = mode.from_tensor
+            given = arguments(history, [4, 0], 4)
+            fake = [convert(x) if isinstance(x, torch.Tensor) else x for x in given]
+            output = gdn_mtp.verify(*fake)
+            states = gdn_mtp.materialize(*fake[7:])
+        assert (output.shape, output.dtype) == ((2, 4, SETUP.HV, SETUP.V), BF16)
+        assert (states.shape, states.dtype) == ((2, SETUP.HV, SETUP.V, SETUP.K), FP32)
+
+    def test_the_operations_pass_opcheck(self):
+        history = History(SETUP)
+        *tokens, pool, indices, cache = arguments(history, [4, 0], 4)
+        tensors = (pool, indices, *cache.tensors, int32([0, 0]), None)
+        output = torch.zeros_like(tokens[2])
+        states = torch.zeros_like(pool[:2])
+        ops = torch.ops.gdn_mtp
+        options = (None, None, 4, True, "auto", "auto")
+        opcheck = torch.library.opcheck
+        opcheck(ops.speculative_verify.default, (*tokens, *tensors, None, None, output, *options))
+        opcheck(ops.speculative_commit.default, (*tensors, 4, "auto"))
+        opcheck(ops.speculative_materialize.default, (*tensors, states, 4, "auto"))
+
+    def test_inputs_that_require_gradients_give_results_without(self):
+        history = History(SETUP)
+        given = arguments(history, [4, 0], 4)
+        given[0].requires_grad_()
+        assert gdn_mtp.verify(*given).isfinite().all()
+        assert history.cache.cursor[4].tolist() == [0, 0, 4, 0]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_captured_once_replayed_with_other_acceptance(backend):
+    setup = Setup(K=64, V=64)
+    history, replayed = History(setup, backend), History(setup, backend)
+    slots = [4, -1, 0]
+    *tokens, pool, indices, cache = arguments(replayed, slots, 4)
+    accepted = int32([0, 0, 0])
+    run = partial(gdn_mtp.verify, *tokens, pool, indices, cache, accepted, backend=backend)
+    run()
+    cache.reset_slots(index_tensor([4, 0]))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            output = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for step, counts in enumerate(([0, 0, 0], [4, 0, 2], [1, 0, 4], [0, 0, 3], [4, 0, 4], [4, 0, 4])):
+        expected = history.verify(slots, 4, step, {"num_accepted": int32(counts)}, out=BF16)
+        for name, x in zip("qkvab", tokens[:5], strict=True):
+            x.copy_(setup.tokens(3, 4, step)[name])
+        accepted.copy_(int32(counts))
+        graph.replay()
+        assert_same_bits(output, expected, f"output of step {step}")
+    assert_same_bits(pool, history.pool, "pool")
+
+
+def test_the_oracle_is_sequential_decoding():
+    """The oracle against the reference of the other functions, on one path of a tree."""
+    tokens, heads = SETUP.tokens(1, 4, seed=0), SETUP.heads()
+    oracle = SpeculativeReference(SETUP.pool())
+    output = oracle.verify(
+        **tokens, **heads, state_indices=index_tensor([2]), parent_indices=int32([[-1, 0, 0, 2]])
+    )
+    path = [0, 2, 3]
+    expected = gdn_mtp.gated_delta_rule_reference(
+        **{name: x[:, path] for name, x in tokens.items()}, **heads, state=SETUP.pool()[2:3]
+    )
+    torch.testing.assert_close(output[:, path], expected.output, rtol=1e-14, atol=1e-14)
+    states = oracle.commit(index_tensor([2]), accepted_nodes=int32([path]))
+    torch.testing.assert_close(states, expected.state, rtol=1e-14, atol=1e-14)
