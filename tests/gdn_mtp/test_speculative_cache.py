@@ -193,7 +193,7 @@ def test_a_cache_is_of_one_pool():
     moved = history.pool.clone()
     indices, everything = index_tensor([4]), history.snapshot([])
     for call in (gdn_mtp.materialize, gdn_mtp.commit):
-        with pytest.raises(ArgumentError, match="cache: is of the state pool at .* bind"):
+        with pytest.raises(ArgumentError, match=r"cache: is of the state pool at .*bind"):
             call(moved, indices, history.cache)
     everything()
     history.cache.bind(moved)
