@@ -248,7 +248,7 @@ def peers(session: nox.Session) -> None:
 def compilers(session: nox.Session) -> None:
     """Test the emulator's builds with the compilers that come as wheels, ziglang and NVRTC."""
     use_base(session)
-    install_packages(session, closure(["ptx-emulator", TEST_HELPERS]), "ziglang", "nvidia-cuda-nvrtc")
+    install_packages(session, closure(["ptx-emulator", *TEST_HELPERS]), "ziglang", "nvidia-cuda-nvrtc")
     tests = PACKAGES["ptx-emulator"].tests
     run_tests(session, tests / "test_build.py", str(tests / "test_cuda_source.py"), *session.posargs)
 
