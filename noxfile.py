@@ -304,29 +304,45 @@ def device(session: nox.Session) -> None:
     session.log("%s holds the record", folder)
 
 
-# What compute-sanitizer looks at, as pytest selections of tests/gdn_mtp: every path of the kernels, small.
+# What compute-sanitizer looks at: a package's tests, and per tool a pytest selection, every path, small.
 SANITIZED = {
-    "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)",
-    "racecheck": "(every_tactic and (w2t1 or w4t1r or w4t2) and (1- or 8-)) or (k_major_states and 128)",
+    "gdn-mtp": (
+        "test_gdn_cute.py",
+        {
+            "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)",
+            "racecheck": "(every_tactic and (w2t1 or w4t1r or w4t2) and (1- or 8-))"
+            " or (k_major_states and 128)",
+        },
+    ),
+    "mla-sm120": (
+        "test_sm120_cuda.py",
+        {
+            "memcheck": "every_tactic or absent_pages or strided_tensors or (B4 and q2.1.4.0)",
+            "racecheck": "every_tactic or (B4 and q2.1.4.0)",
+            "synccheck": "every_tactic or absent_pages",
+        },
+    ),
 }
-# A launcher asks the driver for a kernel's parameters until the driver says that there are no more.
-SANITIZER_OPTIONS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
+# A launcher of gdn-mtp asks the driver for a kernel's parameters until it says that there are no more.
+SANITIZER_OPTIONS = {("gdn-mtp", "memcheck"): ("--report-api-errors", "no")}
 
 
 @nox.session
-def sanitize(session: nox.Session) -> None:
-    """Run the GDN kernels under compute-sanitizer on this machine's GPU; reports in benchmarks/results/."""
+@nox.parametrize("package", [nox.param(name, id=name) for name in SANITIZED])
+def sanitize(session: nox.Session, package: str) -> None:
+    """Run a package's kernels under compute-sanitizer on this GPU; reports in benchmarks/results/."""
     if shutil.which("compute-sanitizer") is None:
         session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
     use_base(session)
-    install_packages(session, closure(["gdn-mtp", *TEST_HELPERS]))
-    results = ROOT / "benchmarks" / "results"
-    for tool, selection in SANITIZED.items():
-        report = results / f"gdn_mtp-{tool}.txt"
-        sanitizer = ("compute-sanitizer", "--tool", tool, *SANITIZER_OPTIONS[tool], "--error-exitcode", "9")
+    install_packages(session, closure([package, *TEST_HELPERS]))
+    file, selections = SANITIZED[package]
+    for tool, selection in selections.items():
+        report = ROOT / "benchmarks" / "results" / f"{PACKAGES[package].tests.name}-{tool}.txt"
+        options = SANITIZER_OPTIONS.get((package, tool), ())
+        sanitizer = ("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9")
         sanitizer += ("--log-file", str(report))
         tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
-        target = str(TESTS / "gdn_mtp" / "test_gdn_cute.py")
+        target = str(PACKAGES[package].tests / file)
         run_code(session, *sanitizer, *tests, target, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 

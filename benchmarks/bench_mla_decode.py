@@ -145,7 +145,7 @@ def host_us(backend: str, device: torch.device) -> float:
 def resources(backend: str) -> dict[str, dict[str, int]]:
     """Registers, local and shared memory and blocks per SM of every kernel of mla-sm120 on this device."""
     from cuda.bindings import driver
-    from mla_sm120.config import DTYPE_UNITS, SMEM_BYTES, TILE_ROWS
+    from mla_sm120.config import DTYPE_UNITS, SMEM_BYTES, TILE_ROWS, block_threads
     from mla_sm120.load import load_kernel
 
     attributes = driver.CUfunction_attribute
@@ -158,7 +158,9 @@ def resources(backend: str) -> dict[str, dict[str, int]]:
             _, loaded = driver.cuKernelGetFunction(kernel)
             _, registers = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, loaded)
             _, local = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, loaded)
-            _, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(loaded, 256, SMEM_BYTES)
+            _, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                loaded, block_threads(tile), SMEM_BYTES
+            )
             figures = {
                 "registers": registers,
                 "local_bytes": local,

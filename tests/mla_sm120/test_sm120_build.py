@@ -17,9 +17,9 @@ REPORT = re.compile(
     r".*?Used (\d+) registers",
     re.DOTALL,
 )
-# Bytes of stack on sm_90a, the stand-in: its mma.sync of e4m3 is made of conversions and other mma.sync, and
-# ptxas leaves the tile of 64 rows, which needs nearly all registers, a few short.
-KNOWN_STACK_BYTES = {("sm_90a", "mla_decode_m64"): 128}
+# Bytes of stack: on sm_90a, the stand-in, products of e4m3 are made of conversions and products of fp16, for
+# which the tile of 64 rows is a few registers short.
+KNOWN_STACK_BYTES = {("decode_e4m3", "sm_90a", "mla_decode_m64"): 48}
 TENSOR_OPCODES = {"HMMA.16816": 0x23C, "QMMA": 0x27A}  # the low twelve bits of an instruction
 
 
@@ -42,7 +42,7 @@ def test_no_spills_and_no_stack(built: dict[tuple[str, str], tuple[Path, str]]) 
         for name, stack, stores, loads, registers in REPORT.findall(report):
             seen += 1
             what = f"{unit} {name} for {arch}"
-            allowed = KNOWN_STACK_BYTES.get((arch, name), 0)
+            allowed = KNOWN_STACK_BYTES.get((unit, arch, name), 0)
             assert int(stack) <= allowed, f"{what}: {stack} bytes of stack"
             if not allowed:
                 assert int(stores) == int(loads) == 0, what

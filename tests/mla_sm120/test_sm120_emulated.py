@@ -67,12 +67,17 @@ def launches(inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: t
     grid = (-(-problem.rows // tile), splits.num_splits, problem.batch)
     unit = config.DTYPE_UNITS[problem.q_dtype]
     stream = [
-        one(unit, f"mla_decode_m{tile}", grid=grid, block=launch.THREADS, shared_bytes=config.SMEM_BYTES)
+        one(
+            unit,
+            f"mla_decode_m{tile}",
+            grid=grid,
+            block=config.block_threads(tile),
+            shared_bytes=config.SMEM_BYTES,
+        )
     ]
     if splits.num_splits > 1:
-        grid = (problem.batch * problem.rows, launch.COMBINE_COLUMN_BLOCKS)
-        warps = min(splits.num_splits, launch.COMBINE_MAX_WARPS)
-        stream.append(one("combine", "mla_combine", grid=grid, block=(32, warps)))
+        grid, block = launch.combine_sizes(problem, splits.num_splits)
+        stream.append(one("combine", "mla_combine", grid=grid, block=block))
     return ptx_emulator.Launches(stream)
 
 

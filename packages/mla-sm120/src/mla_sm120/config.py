@@ -36,9 +36,15 @@ def objection(problem: DecodeProblem, arch: Arch) -> str | None:
         return f"{arch.smem_optin_bytes} bytes of shared memory per block, the kernels use up to {SMEM_BYTES}"
     if problem.batch > MAX_GRID_YZ:
         return f"batch = {problem.batch}, a grid has at most {MAX_GRID_YZ}"
-    if problem.batch * problem.rows > MAX_GRID_X:
-        return f"batch * q_len * num_heads = {problem.batch * problem.rows}, a grid has at most {MAX_GRID_X}"
+    items = problem.batch * problem.rows * 4  # of the combine kernel: a row and a quarter of its columns
+    if items > MAX_GRID_X:
+        return f"batch * q_len * num_heads * 4 = {items}, a grid has at most {MAX_GRID_X}"
     return None
+
+
+def block_threads(tile_rows: int) -> int:
+    """128 for each group of rows, of which a tile of 16 has one and others have two, and 128 to copy keys."""
+    return 256 if tile_rows == 16 else 384
 
 
 @dataclass(frozen=True)

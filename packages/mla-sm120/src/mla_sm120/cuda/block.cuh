@@ -13,8 +13,8 @@ struct Block {
   int q_len;        // of the request
   int seq_len;      // of the request
   int first_token;  // of the request, in a ragged query; else 0
-  int first_tile;   // of the split, in tiles of kTileKeys keys
-  int end_tile;
+  int first_key;    // of the split
+  int end_key;
 
   __device__ __forceinline__ static Block of(const DecodeParams& p, int tile_m) {
     Block b;
@@ -28,14 +28,10 @@ struct Block {
     }
     b.num_rows = b.q_len * p.num_heads;
     b.seq_len = p.seq_lens[b.request];
-    const int64 tiles = (b.seq_len + kTileKeys - 1) / kTileKeys;
-    b.first_tile = static_cast<int>(tiles * blockIdx.y / p.num_splits);
-    b.end_tile = static_cast<int>(tiles * (blockIdx.y + 1) / p.num_splits);
+    const int64 units = (b.seq_len + kTileKeys - 1) / kTileKeys;
+    b.first_key = static_cast<int>(units * blockIdx.y / p.num_splits) * kTileKeys;
+    b.end_key = min(static_cast<int>(units * (blockIdx.y + 1) / p.num_splits) * kTileKeys, b.seq_len);
     return b;
-  }
-
-  __device__ __forceinline__ int num_keys() const {  // up to the end of the split
-    return min(end_tile * kTileKeys, seq_len);
   }
 
   // Keys that a row of the request sees; none where there is no such row.
@@ -51,6 +47,27 @@ struct Block {
   }
 };
 
+// A compute warp's place: its row group, its part of S = Q K^T, and the octet of rows it takes the softmax of.
+template <class C>
+struct Role {
+  int row_group;
+  int member;  // of the row group
+
+  __device__ __forceinline__ explicit Role(int warp)
+      : row_group(C::kRowGroups == 1 ? 0 : warp / kGroupWarps),
+        member(C::kRowGroups == 1 ? warp : warp % kGroupWarps) {}
+  __device__ __forceinline__ int k_split() const { return member % C::kKSplits; }
+  __device__ __forceinline__ int key_group() const { return C::kKeyGroups == 1 ? 0 : member / C::kKSplits; }
+  __device__ __forceinline__ bool has_octet() const {
+    return C::kGroupOctets == kGroupWarps || member < C::kGroupOctets;
+  }
+  // Which octet of the tile is the warp's i-th: the first is its own, if it has one.
+  __device__ __forceinline__ int octet(int i = 0) const {
+    return row_group * C::kGroupOctets + ((member & (C::kGroupOctets - 1)) ^ i);
+  }
+  __device__ __forceinline__ void group_barrier() const { named_barrier(kGroupBarriers + row_group, kGroupThreads); }
+};
+
 // 16 bytes from memory that may start at any element.
 template <int kBytes>
 __device__ __forceinline__ uint4 load_16_bytes(const unsigned char* from, bool aligned) {
@@ -64,17 +81,18 @@ __device__ __forceinline__ uint4 load_16_bytes(const unsigned char* from, bool a
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The query of a warp as mma operands: its rows, and its k split of every segment. Passes through the partial
-// logits' memory; all warps call it, and none may touch that memory until the barrier at its end.
+// The query of a warp as mma operands: its rows by Role::octet, and its k step of every chunk. Passes through the
+// memory of partial logits; all compute warps call it, and none may touch that memory until the barrier at its end.
 template <class C>
-__device__ __forceinline__ void load_query(const DecodeParams& p, const Block& block, uint32 staging, int row_group,
-                                           int k_split, uint32 (&query)[C::kSegments][C::kWarpMTiles][4]) {
-  constexpr int kUnits = C::kSegmentBytes / 16;
-  constexpr int kRowsAtOnce = kThreads / kUnits;
+__device__ __forceinline__ void load_query(const DecodeParams& p, const Block& block, uint32 staging,
+                                           const Role<C>& role, uint32 (&query)[kChunks][C::kMTiles][4]) {
+  constexpr int kUnits = C::kChunkBytes / 16;
+  constexpr int kRowsAtOnce = C::kComputeThreads / kUnits;
   constexpr int kRowsPerThread = (C::kTileM + kRowsAtOnce - 1) / kRowsAtOnce;
+  using Place = Swizzle<C::kChunkBytes>;
   const int lane = threadIdx.x % 32;
   const int unit = threadIdx.x % kUnits;
-  uint4 raw[C::kSegments][kRowsPerThread];
+  uint4 raw[kChunks][kRowsPerThread];
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int tile_row = threadIdx.x / kUnits + i * kRowsAtOnce;
@@ -84,128 +102,115 @@ __device__ __forceinline__ void load_query(const DecodeParams& p, const Block& b
                                       p.cum_seq_lens_q != nullptr);
     const unsigned char* from = static_cast<const unsigned char*>(p.query) + offset * C::kBytes + unit * 16;
 #pragma unroll
-    for (int s = 0; s < C::kSegments; ++s) {
-      raw[s][i] = make_uint4(0, 0, 0, 0);
-      if (present && s * C::kSegmentBytes + unit * 16 < kHeadDim * C::kBytes)
-        raw[s][i] = load_16_bytes<C::kBytes>(from + s * C::kSegmentBytes, p.query_aligned);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      raw[chunk][i] = make_uint4(0, 0, 0, 0);
+      if (present) raw[chunk][i] = load_16_bytes<C::kBytes>(from + chunk * C::kChunkBytes, p.query_aligned);
     }
   }
 #pragma unroll
   for (int pass = 0; pass < C::kPasses; ++pass) {
-    if (pass > 0) __syncthreads();
+    constexpr int kPerPass = C::kChunksPerPass;
+    const auto place = [&](int chunk, int row, int chunk_unit) {
+      const uint32 rows = staging + (chunk - pass * kPerPass) * C::kTileM * C::kChunkBytes;
+      return rows + row * C::kChunkBytes + Place::place(chunk_unit, row) * 16;
+    };
+    if (pass > 0) named_barrier(kComputeBarrier, C::kComputeThreads);
 #pragma unroll
-    for (int s = pass * C::kSegmentsPerPass; s < (pass + 1) * C::kSegmentsPerPass && s < C::kSegments; ++s) {
+    for (int chunk = pass * kPerPass; chunk < (pass + 1) * kPerPass && chunk < kChunks; ++chunk) {
 #pragma unroll
       for (int i = 0; i < kRowsPerThread; ++i) {
         const int row = threadIdx.x / kUnits + i * kRowsAtOnce;
-        const uint32 segment = staging + (s - pass * C::kSegmentsPerPass) * C::kTileM * C::kSegmentBytes;
-        if (row < C::kTileM)
-          st_shared(segment + row * C::kSegmentBytes + Swizzle<128>::place(unit, row) * 16, raw[s][i]);
+        if (row < C::kTileM) st_shared(place(chunk, row, unit), raw[chunk][i]);
       }
     }
-    __syncthreads();
+    named_barrier(kComputeBarrier, C::kComputeThreads);
 #pragma unroll
-    for (int s = pass * C::kSegmentsPerPass; s < (pass + 1) * C::kSegmentsPerPass && s < C::kSegments; ++s) {
-      if (s * kKSplits + k_split >= C::kKSteps) continue;
+    for (int chunk = pass * kPerPass; chunk < (pass + 1) * kPerPass && chunk < kChunks; ++chunk) {
 #pragma unroll
-      for (int m = 0; m < C::kWarpMTiles; ++m) {
-        const int row = row_group * C::kWarpRows + m * 16 + lane % 16;
-        const uint32 segment = staging + (s - pass * C::kSegmentsPerPass) * C::kTileM * C::kSegmentBytes;
-        ldmatrix4(query[s][m], segment + row * C::kSegmentBytes + Swizzle<128>::place(k_split * 2 + lane / 16, row) * 16);
+      for (int m = 0; m < C::kMTiles; ++m) {
+        const int row = role.octet(m * 2 + lane / 8 % 2) * kOctetRows + lane % 8;
+        ldmatrix4(query[chunk][m], place(chunk, row, role.k_split() * 2 + lane / 16));
       }
     }
   }
-  __syncthreads();
+  named_barrier(kComputeBarrier, C::kComputeThreads);
 }
 
-// The ring of boxes. A tile has two, in consecutive slots.
+// The ring of boxes, which are counted from 0 in a split.
 template <class C>
 struct Ring {
   uint32 smem;
-  uint32 tile = 0;  // of the split, counted from 0
+  int slot = 0;
+  uint32 phase = 0;  // of full in the slot
 
   __device__ __forceinline__ explicit Ring(uint32 smem_) : smem(smem_) {}
-  __device__ __forceinline__ void advance() { ++tile; }
-  __device__ __forceinline__ int slot(int i) const { return (tile * kBoxesPerTile + i) % C::kNumBoxes; }
-  __device__ __forceinline__ int earlier_slot(int i) const {  // of the tile before
-    return ((tile - 1) * kBoxesPerTile + i) % C::kNumBoxes;
+  __device__ __forceinline__ uint32 box() const { return smem + slot * C::kBoxBytes; }
+  __device__ __forceinline__ uint32 full() const { return smem + C::kFullOffset + slot * 8; }
+  __device__ __forceinline__ uint32 empty() const { return smem + C::kEmptyOffset + slot * 8; }
+  __device__ __forceinline__ uint32 absent() const { return smem + C::kAbsentOffset + slot * 4; }
+  __device__ __forceinline__ void advance() {
+    if (++slot == C::kNumBoxes) slot = 0, phase ^= 1;
   }
-  __device__ __forceinline__ uint32 phase(int i) const { return (tile * kBoxesPerTile + i) / C::kNumBoxes & 1; }
-  __device__ __forceinline__ uint32 box(int i) const { return smem + slot(i) * C::kBoxBytes; }
-  __device__ __forceinline__ uint32 weights(int i) const { return box(i) + kRopeChunk * C::kChunkStride; }
-  __device__ __forceinline__ uint32 full(int i) const { return smem + C::kFullOffset + slot(i) * 8; }
-};
-
-// Owns: the TMA copies of the split's keys. Run by a lane each of the last two warps, which with few rows have no
-// softmax to take: one has the first boxes of tiles, the other the second.
-// Waits on: nothing, the block's barriers say when slots are free. Signals: full.
-// Does not own: zeros in place of keys past the sequence.
-template <class C>
-struct BoxLoader {
-  const DecodeParams& p;
-  uint32 smem;
-  int end_key;
-
-  __device__ __forceinline__ BoxLoader(const DecodeParams& p_, uint32 smem_, int end_key_)
-      : p(p_), smem(smem_), end_key(end_key_) {}
-
-  __device__ __forceinline__ const int32* table() const { return p.block_tables + blockIdx.z * p.table_stride; }
-
-  // Starts to fetch the page of the box from `key` on, for the next copy.
-  __device__ __forceinline__ void look_up(int key, int box_of_tile) const {
-    if (key >= end_key) return;
-    copy_async(smem + C::kPageOffset + box_of_tile * 4, table() + (key >> p.page_size_log2));
-  }
-
-  __device__ __forceinline__ void load(int key, int slot, int page) const {
-    const uint32 full = smem + C::kFullOffset + slot * 8;
-    st_shared(smem + C::kAbsentOffset + slot * 4, page < 0 ? 1u : 0u);
-    mbar_arrive_expect_tx(full, C::kBoxBytes);
-    const int key_in_page = key & ((1 << p.page_size_log2) - 1);
-    tma_load_box(smem + slot * C::kBoxBytes, &p.kv_map, full, key_in_page, max(page, -1));
-  }
-
-  __device__ __forceinline__ void fill_ring(int first_key, int box_of_tile) const {
-    constexpr int kMostBoxes = (C::kNumBoxes + kBoxesPerTile - 1) / kBoxesPerTile;
-    int pages[kMostBoxes];
-#pragma unroll
-    for (int i = 0; i < kMostBoxes; ++i) {
-      const int key = first_key + (box_of_tile + i * kBoxesPerTile) * kBoxKeys;
-      pages[i] = key < end_key ? __ldg(table() + (key >> p.page_size_log2)) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kMostBoxes; ++i) {
-      const int slot = box_of_tile + i * kBoxesPerTile;
-      const int key = first_key + slot * kBoxKeys;
-      if (slot < C::kNumBoxes && key < end_key) load(key, slot, pages[i]);
-    }
-    look_up(first_key + (box_of_tile + C::kNumBoxes) * kBoxKeys, box_of_tile);
-  }
-
-  // Refills the slot of a box of the tile before the one that starts at `tile_key`. All warps are done with that
-  // tile, and have ordered their accesses before those of TMA.
-  __device__ __forceinline__ void refill(const Ring<C>& ring, int tile_key, int box_of_tile) const {
-    const int key = tile_key - kTileKeys + (box_of_tile + C::kNumBoxes) * kBoxKeys;
-    if (key >= end_key) return;
-    wait_for_copies();
-    const int page = static_cast<int>(ld_shared(smem + C::kPageOffset + box_of_tile * 4));
-    load(key, ring.earlier_slot(box_of_tile), page);
-    look_up(key + kTileKeys, box_of_tile);
+  __device__ __forceinline__ Ring after(int boxes) const {
+    Ring ring = *this;
+    for (int i = 0; i < boxes; ++i) ring.advance();
+    return ring;
   }
 };
 
-// Zeros in place of the tile's keys from `num_keys` on, which are past the sequence: TMA brought what the page
-// holds there, or nothing. A weight of zero is not enough, since 0 * NaN is NaN.
+// Zeros in place of a box's keys from `num_keys` on, which are past the sequence: TMA brought what the page holds
+// there, or nothing. A weight of zero is not enough, since 0 * NaN is NaN. Run by a warp.
 template <class C>
-__device__ __forceinline__ void zero_keys_from(const Ring<C>& ring, int num_keys) {
+__device__ __forceinline__ void zero_keys_from(uint32 box, int num_keys) {
   constexpr int kUnits = C::kChunkBytes / 16;
-  const int missing = kTileKeys - num_keys;
-  for (int i = threadIdx.x; i < missing * kChunks * kUnits; i += kThreads) {
-    const int key = num_keys + i / (kChunks * kUnits);
-    const int unit = i % (kChunks * kUnits);
-    const uint32 box = key < kBoxKeys ? ring.box(0) : ring.box(1);
-    const uint32 chunk = box + unit / kUnits * C::kChunkStride;
-    st_shared(chunk + key % kBoxKeys * C::kChunkBytes + unit % kUnits * 16, make_uint4(0, 0, 0, 0));
+  const int units = (kBoxKeys - num_keys) * kUnits;
+#pragma unroll 1
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < units; i += 32)
+      st_shared(box + chunk * C::kChunkStride + num_keys * C::kChunkBytes + i * 16, make_uint4(0, 0, 0, 0));
+  }
+}
+
+// Owns: the TMA copies of the split's keys. Run by one warp.
+// Waits on: empty. Signals: full, of every box of every tile.
+template <class C>
+__device__ __forceinline__ void load_keys(const DecodeParams& p, uint32 smem, int first_key, int end_key) {
+  const int lane = threadIdx.x % 32;
+  const int32* table = p.block_tables + blockIdx.z * p.table_stride;
+  const int in_page = (1 << p.page_size_log2) - 1;
+  const int end_tile = (end_key + kTileKeys - 1) / kTileKeys * kTileKeys;
+  const auto page_of = [&](int key) { return key < end_key ? __ldg(table + (key >> p.page_size_log2)) : -1; };
+  Ring<C> ring(smem);
+  bool reused = false;
+  int pages = page_of(first_key + lane * kBoxKeys);  // of 32 boxes, and of the next 32
+  int next_pages = page_of(first_key + (lane + 32) * kBoxKeys);
+  for (int key = first_key, box = 0; key < end_tile; key += kBoxKeys, ++box) {
+    if (box == 32) {
+      box = 0;
+      pages = next_pages;
+      next_pages = page_of(key + (lane + 32) * kBoxKeys);
+    }
+    const int page = __shfl_sync(0xffffffffu, pages, box);
+    const bool whole = key + kBoxKeys <= end_key;
+    const uint32 arrived = whole ? ring.full() : smem + C::kLastOffset;
+    if (reused) mbar_wait(ring.empty(), ring.phase ^ 1);
+    if (lane == 0) {
+      st_shared(ring.absent(), page < 0 ? 1u : 0u);
+      if (key < end_key) {
+        mbar_arrive_expect_tx(arrived, C::kBoxBytes);
+        tma_load_box(ring.box(), &p.kv_map, arrived, key & in_page, max(page, -1));
+      }
+    }
+    __syncwarp();
+    if (!whole) {
+      if (key < end_key) mbar_wait(arrived, 0);
+      zero_keys_from<C>(ring.box(), max(end_key - key, 0));
+      __syncwarp();
+      if (lane == 0) mbar_arrive(ring.full());
+    }
+    ring.advance();
+    reused |= ring.slot == 0;
   }
 }
 

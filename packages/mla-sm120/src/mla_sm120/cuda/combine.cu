@@ -1,14 +1,16 @@
 // Merges the partial results of the splits of a row: weights 2^(lse_partial - lse), in a fixed order.
-// Block (row, quarter of the columns): lane i has columns 4 i to 4 i + 3 of the quarter, and warp w the splits
-// w, w + warps, ...
+// An item is a row and a quarter of the columns, of which lane i has columns 4 i to 4 i + 3. Block (32, warps, items):
+// warp w of an item has the splits w, w + warps, ..., a batch of which are on their way before the weights are known.
 #include "block.cuh"
 #include "kernel.h"
 #include "store.cuh"
 
 namespace mla {
 
-constexpr int kMaxCombineWarps = 8;
-constexpr int kQuarterColumns = 128;
+constexpr int kCombineWarps = 16;  // of a block, over all its items
+constexpr int kBatch = 8;
+constexpr int kQuarters = 4;
+constexpr int kQuarterColumns = kLatentDim / kQuarters;
 
 template <class Element>
 __device__ __forceinline__ void store_four(unsigned char* row, int column, float4 v, bool aligned) {
@@ -17,22 +19,40 @@ __device__ __forceinline__ void store_four(unsigned char* row, int column, float
 }
 
 __device__ __forceinline__ void combine(const DecodeParams& p) {
-  __shared__ float4 sums[kMaxCombineWarps][32];
+  __shared__ float4 sums[kCombineWarps][32];
   const int lane = threadIdx.x;
   const int warp = threadIdx.y;
   const int64 rows_per_request = static_cast<int64>(p.q_len) * p.num_heads;
   const int64 total_rows = rows_per_request * p.batch;
-  const int64 partial_row = blockIdx.x;
+  const int64 item = static_cast<int64>(blockIdx.x) * blockDim.z + threadIdx.z;
+  const int64 partial_row = min(item / kQuarters, total_rows - 1);
+  const int quarter = static_cast<int>(item % kQuarters);
   Block block;
   block.request = static_cast<int>(partial_row / rows_per_request);
   const int row = static_cast<int>(partial_row - block.request * rows_per_request);
   const bool ragged = p.cum_seq_lens_q != nullptr;
+  launch_dependents();  // they wait for the end of this grid
   wait_for_previous_grid();
   block.first_token = ragged ? p.cum_seq_lens_q[block.request] : 0;
   const int q_len = ragged ? p.cum_seq_lens_q[block.request + 1] - block.first_token : p.q_len;
-  if (row >= q_len * p.num_heads) return;
 
   const float* lse_partial = p.lse_partial + partial_row;
+  const int column = quarter * kQuarterColumns + lane * 4;
+  const float* o_partial = p.o_partial + partial_row * kLatentDim + column;
+  const int stride = blockDim.y;
+  float4 o[kBatch];
+  float lse[kBatch];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int split = first + i * stride;
+      lse[i] = split < p.num_splits ? lse_partial[split * total_rows] : -infinity();
+      o[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (split < p.num_splits)
+        o[i] = *reinterpret_cast<const float4*>(o_partial + split * total_rows * kLatentDim);
+    }
+  };
+  load(warp);
   float lse_max = -infinity();
   for (int split = lane; split < p.num_splits; split += 32)
     lse_max = fmaxf(lse_max, lse_partial[split * total_rows]);
@@ -46,22 +66,24 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
 
-  const int column = blockIdx.y * kQuarterColumns + lane * 4;
-  const float* o_partial = p.o_partial + partial_row * kLatentDim + column;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-  for (int split = warp; split < p.num_splits; split += blockDim.y) {
-    const float lse = lse_partial[split * total_rows];
-    if (lse == -infinity()) continue;  // nothing was written there
-    const float weight = exp2_approx(lse - lse_max);
-    const float4 o = *reinterpret_cast<const float4*>(o_partial + split * total_rows * kLatentDim);
-    sum.x += weight * o.x, sum.y += weight * o.y, sum.z += weight * o.z, sum.w += weight * o.w;
+  for (int split = warp;;) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (lse[i] == -infinity()) continue;  // nothing was written there
+      const float weight = exp2_approx(lse[i] - lse_max);
+      sum.x += weight * o[i].x, sum.y += weight * o[i].y, sum.z += weight * o[i].z, sum.w += weight * o[i].w;
+    }
+    split += kBatch * stride;
+    if (split >= p.num_splits) break;
+    load(split);
   }
-  sums[warp][lane] = sum;
+  const int first = threadIdx.z * stride;
+  sums[first + warp][lane] = sum;
   __syncthreads();
-  if (warp > 0) return;
-  for (int other = 1; other < static_cast<int>(blockDim.y); ++other) {
-    const float4 more = sums[other][lane];
+  if (warp > 0 || item >= total_rows * kQuarters || row >= q_len * p.num_heads) return;
+  for (int other = 1; other < stride; ++other) {
+    const float4 more = sums[first + other][lane];
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
   }
   const float output_scale = p.output_scale_device != nullptr ? *p.output_scale_device : p.output_scale;
@@ -73,7 +95,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
   if (p.out_type == kOutBf16) store_four<Bf16>(out + offset * 2, column, sum, p.out_aligned);
   if (p.out_type == kOutFp16) store_four<Fp16>(out + offset * 2, column, sum, p.out_aligned);
   if (p.out_type == kOutE4m3) store_four<E4m3>(out + offset, column, sum, p.out_aligned);
-  if (p.lse != nullptr && blockIdx.y == 0 && lane == 0) {
+  if (p.lse != nullptr && quarter == 0 && lane == 0) {
     const float lse_log2 = total == 0.0f ? -infinity() : lse_max + log2_approx(total);
     p.lse[block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, ragged)] =
         lse_log2 * 0.69314718055994531f;
@@ -82,7 +104,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
 
 }  // namespace mla
 
-extern "C" __global__ void __launch_bounds__(32 * mla::kMaxCombineWarps)
+extern "C" __global__ void __launch_bounds__(32 * mla::kCombineWarps, 1)
     mla_combine(const __grid_constant__ mla::DecodeParams params) {
   mla::combine(params);
 }

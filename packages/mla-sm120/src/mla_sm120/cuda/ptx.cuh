@@ -46,6 +46,21 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Of a part of the block's warps, whose threads are counted; id 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Registers of a thread from here on, for all warps of a group of four.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers_back() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // ---- TMA
 
 __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
@@ -60,12 +75,6 @@ __device__ __forceinline__ void tma_load_box(uint32 target, const TensorMap* map
       "l"(map), "r"(mbar), "r"(0), "r"(key), "r"(0), "r"(page)
       : "memory");
 }
-
-// Four bytes from global to shared memory, there once the same thread has waited.
-__device__ __forceinline__ void copy_async(uint32 target, const int* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(from) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- dependent launches
 
@@ -84,11 +93,15 @@ __device__ __forceinline__ void st_shared(uint32 address, uint4 value) {
                : "memory");
 }
 
-__device__ __forceinline__ void st_shared(uint32 address, float a, float b, float c, float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+__device__ __forceinline__ void st_shared(uint32 address, float value) { st_shared(address, __float_as_uint(value)); }
+
+__device__ __forceinline__ void st_shared(uint32 address, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
 
-__device__ __forceinline__ void st_shared(uint32 address, float value) { st_shared(address, __float_as_uint(value)); }
+__device__ __forceinline__ void st_shared_byte(uint32 address, uint32 value) {
+  asm volatile("st.shared.b8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
 
 __device__ __forceinline__ uint32 ld_shared(uint32 address) {
   uint32 value;
@@ -98,12 +111,9 @@ __device__ __forceinline__ uint32 ld_shared(uint32 address) {
 
 __device__ __forceinline__ float ld_shared_float(uint32 address) { return __uint_as_float(ld_shared(address)); }
 
-__device__ __forceinline__ float4 ld_shared4(uint32 address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
+__device__ __forceinline__ float2 ld_shared_pair(uint32 address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
   return v;
 }
 
@@ -128,6 +138,9 @@ __device__ __forceinline__ void ldmatrix2_trans_bytes(uint32 (&r)[4], uint32 add
                : "r"(address)
                : "memory");
 }
+
+// A value that all lanes of a warp have, told to the compiler, which then keeps it in a uniform register.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Keeps the compiler from computing what depends on the value ahead of a loop, where it would hold registers.
 __device__ __forceinline__ int recomputed(int value) {
@@ -170,26 +183,56 @@ __device__ __forceinline__ unsigned short pack(E4m3, float low, float high) {
   return packed;
 }
 
-// c += a b with a [16 rows, 32 bytes], b [8 columns, 32 bytes], c [16, 8] in float32.
+// c += a b with a [16 rows, 32 bytes], b [8 columns, 32 bytes], c [16, 8] in float32. Volatile, so that they stay
+// between the steps of the softmax that they are to hide.
 __device__ __forceinline__ void mma(Bf16, float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void mma(Fp16, float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+// Values of e4m3 are values of fp16, which SM90 multiplies; its own mma.sync of e4m3 is made of the same instructions
+// but takes more registers. Both halves of the products pair the same k, if not in the order of the operands.
 __device__ __forceinline__ void mma(E4m3, float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  const uint32 b[2] = {b0, b1};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    asm volatile(
+        "{\n"
+        ".reg .b16 l0, h0, l1, h1, lb, hb;\n"
+        ".reg .b32 a0, a1, a2, a3, b0, b1;\n"
+        "mov.b32 {l0, h0}, %4;\n"
+        "mov.b32 {l1, h1}, %5;\n"
+        "mov.b32 {lb, hb}, %6;\n"
+        "cvt.rn.f16x2.e4m3x2 a0, l0;\n"
+        "cvt.rn.f16x2.e4m3x2 a1, l1;\n"
+        "cvt.rn.f16x2.e4m3x2 a2, h0;\n"
+        "cvt.rn.f16x2.e4m3x2 a3, h1;\n"
+        "cvt.rn.f16x2.e4m3x2 b0, lb;\n"
+        "cvt.rn.f16x2.e4m3x2 b1, hb;\n"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {a0, a1, a2, a3}, {b0, b1}, "
+        "{%0, %1, %2, %3};\n"
+        "}\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+  }
+}
+#else
+__device__ __forceinline__ void mma(E4m3, float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+#endif
 
 }  // namespace mla
