@@ -203,6 +203,39 @@ class NoisyDrafter:
         offset = torch.randint(1, self.vocab_size, (num_drafts,), generator=self.generator)
         return torch.where(missed, (right + offset) % self.vocab_size, right)
 
+    def draft_tree(self, request: int, start: int, pending: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tree of tokens [n] like `shape`, `pending` at node 0; guesses are for index `start` on.
+
+        Of the children of a right node one, any, is right, and with the probability `wrong` none.
+        """
+        known = self.continuations[request].tolist()
+        tree, right_nodes, depth = [int(pending)] + [0] * (len(shape) - 1), {0}, [0] * len(shape)
+        for node in range(len(shape)):
+            children = [child for child, parent in enumerate(shape) if parent == node]
+            right = known[min(start + depth[node], len(known) - 1)]  # guesses past the end are idle
+            offsets = torch.randperm(self.vocab_size - 1, generator=self.generator) + 1
+            for child, offset in zip(children, offsets.tolist(), strict=False):
+                tree[child], depth[child] = (right + offset) % self.vocab_size, depth[node] + 1
+            missed = torch.rand((), generator=self.generator) < self.wrong
+            if children and node in right_nodes and not missed:
+                chosen = children[int(torch.randint(len(children), (), generator=self.generator))]
+                tree[chosen] = right
+                right_nodes.add(chosen)
+        return torch.tensor(tree, device=pending.device)
+
+
+class TreeEngine(Decoder, Protocol):
+    """A decoder that takes trees of tokens and keeps one path of each."""
+
+    def verify(self, requests: Sequence[int], tokens: Tensor, parents: Tensor) -> Tensor:
+        """Append trees of tokens [n, T] provisionally; logits [n, T, vocab]. `commit` must follow.
+
+        parents: [n, T] int32, an earlier token of the tree, or -1 for the last committed one.
+        """
+
+    def commit(self, requests: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
+        """Keep the path `kept[i]`, ascending indices from a root, of `requests[i]`; forget the others."""
+
 
 def generate_speculative(
     engine: Engine, prompts: Sequence[Tensor], num_tokens: int, drafter: NoisyDrafter, num_drafts: int
@@ -225,3 +258,47 @@ def generate_speculative(
             accepted[request].append(count)
         engine.commit(active, [count + 1 for count in num_accepted])
     return [Greedy.from_logits(rows[:num_tokens]) for rows in logits], accepted
+
+
+def generate_from_trees(
+    engine: TreeEngine,
+    prompts: Sequence[Tensor],
+    num_tokens: int,
+    drafter: NoisyDrafter,
+    shape: Sequence[int],
+) -> tuple[list[Greedy], list[list[list[int]]]]:
+    """Greedy decoding that verifies a tree of guesses per step; `shape` holds the parent of each node.
+
+    Node 0, with parent -1, is the pending token. Each request's tree has the right guesses along a path of
+    its own, at times none. Returns what `generate` returns, and the accepted path of every step.
+    """
+    logits = [[row] for row in engine.prefill(prompts)]
+    accepted: list[list[list[int]]] = [[] for _ in prompts]
+    while active := [request for request in range(len(prompts)) if len(logits[request]) < num_tokens]:
+        trees = [
+            drafter.draft_tree(request, len(logits[request]), logits[request][-1].argmax(), shape)
+            for request in active
+        ]
+        tokens = torch.stack(trees)
+        parents = torch.tensor([list(shape)] * len(active), dtype=torch.int32, device=tokens.device)
+        verified = engine.verify(active, tokens, parents)
+        paths = [
+            agreed_path(tree.tolist(), shape, rows.argmax(-1).tolist())
+            for tree, rows in zip(trees, verified, strict=True)
+        ]
+        for request, rows, path in zip(active, verified, paths, strict=True):
+            logits[request].extend(rows[path])
+            accepted[request].append(path)
+        engine.commit(active, paths)
+    return [Greedy.from_logits(rows[:num_tokens]) for rows in logits], accepted
+
+
+def agreed_path(tree: Sequence[int], shape: Sequence[int], choices: Sequence[int]) -> list[int]:
+    """From node 0 on, the children that are what the model chose after their parent."""
+    path = [0]
+    while True:
+        here = path[-1]
+        agreed = [n for n, parent in enumerate(shape) if parent == here and tree[n] == choices[here]]
+        if not agreed:
+            return path
+        path.append(agreed[0])

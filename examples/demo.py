@@ -92,7 +92,7 @@ def qwen_client(device: torch.device, seed: int) -> Client:
             rollback=rollback,
             seed=seed,
         ),
-        rollbacks=("gather", "scatter"),
+        rollbacks=("gather", "scatter", "compact"),
     )
 
 

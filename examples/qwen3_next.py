@@ -5,13 +5,16 @@ Here the states live in a pool, and a request's states in a slot of it:
 
     prefill  the stock module's chunk function; its final state moves into the slot
     decode   gdn_mtp.gated_delta_rule_decode_pretranspose on the slot, in place
-    verify   gdn_mtp.gated_delta_rule_mtp on T = 1 + drafts tokens, keeping the state after every token
+    verify   T = 1 + drafts tokens, a chain or a tree, such that drafts can be rejected
 
 A recurrent state cannot be shortened as a KV cache can, so rejected drafts are undone by going back to the
-state after the last accepted token. Two ways, both without recomputing anything:
+state after the last accepted token. Three ways, all without recomputing anything:
 
-    gather   the pool stays as it is (`disable_state_update=True`), the states after each token go to a
-             buffer, and commit copies the right one into the slot
+    compact  gdn_mtp.verify keeps compact updates instead of states, and the next one is told which tokens
+             are accepted; takes trees as well
+
+    gather   gdn_mtp.gated_delta_rule_mtp leaves the pool as it is (`disable_state_update=True`), the states
+             after each token go to a buffer, and commit copies the right one into the slot
     scatter  the states after each token go to spare slots (`ssm_state_indices`), and commit makes the right
              one the request's slot, copying nothing
 
@@ -32,7 +35,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as stock
 
 PADDING = -1  # slot of a batch row that holds no request
 
-Rollback = Literal["gather", "scatter"]
+Rollback = Literal["compact", "gather", "scatter"]
 
 
 def small_config() -> Qwen3NextConfig:
@@ -61,6 +64,7 @@ class StatePool:
     """What the model remembers: recurrent states in pool slots; inputs of the convolution, keys and values.
 
     state[layer]         [num_slots, HV, V, K] float32; a slot that holds nothing is NaN
+    caches[layer]        compact updates of the slots, with rollback "compact"
     conv[layer]          [num_requests + 1, conv_dim, kernel_size - 1]
     keys[layer], values  [num_requests + 1, num_kv_heads, max_len, head_dim]
     lengths              [num_requests + 1] int64, committed tokens
@@ -69,7 +73,10 @@ class StatePool:
     The last row belongs to padding: index -1 finds it, and what is written there is never used.
     """
 
-    def __init__(self, model: Qwen3NextForCausalLM, num_requests: int, num_slots: int, max_len: int) -> None:
+    def __init__(
+        self, model: Qwen3NextForCausalLM, num_requests: int, num_slots: int, max_len: int, num_compact: int
+    ) -> None:
+        """num_compact: tokens of a verify that keeps compact updates, 0 for none."""
         config, device, dtype = model.config, model.device, model.dtype
         state_shape = (
             config.linear_num_value_heads,
@@ -79,11 +86,23 @@ class StatePool:
         kv_shape = (config.num_key_value_heads, max_len, config.head_dim)
         rows = num_requests + 1
         self.state, self.conv, self.keys, self.values = {}, {}, {}, {}
+        self.caches: dict[int, gdn_mtp.SpeculativeCache] = {}
         for index, layer in enumerate(model.model.layers):
             if layer.block_type == "linear_attention":
                 conv_shape = (layer.linear_attn.net.conv_dim, config.linear_conv_kernel_dim - 1)
                 self.state[index] = torch.full((num_slots, *state_shape), torch.nan, device=device)
                 self.conv[index] = torch.zeros(rows, *conv_shape, dtype=dtype, device=device)
+                if num_compact:
+                    self.caches[index] = gdn_mtp.SpeculativeCache(
+                        num_slots,
+                        H=config.linear_num_key_heads,
+                        HV=config.linear_num_value_heads,
+                        K=config.linear_key_head_dim,
+                        V=config.linear_value_head_dim,
+                        max_tokens=num_compact,
+                        io_dtype=dtype,
+                        device=device,
+                    )
             else:
                 self.keys[index] = torch.zeros(rows, *kv_shape, dtype=dtype, device=device)
                 self.values[index] = torch.zeros_like(self.keys[index])
@@ -97,11 +116,13 @@ class Step:
 
     rows           [B] int64, the requests' rows of the pool; -1 is padding
     slots          [B] int32, their state slots; negative is padding
-    positions      [B, T] int64
+    positions      [B, T] int64, where keys and values are stored
     num_keys       keys and values each query may see at most
     kind           "prefill" (one request), "decode" (T = 1) or "verify"
     intermediate   verify with gather: [B, T, HV, V, K] float32 per layer
     spare_slots    verify with scatter: [B, T] int32
+    accepted       verify with compact: num_accepted or accepted_nodes, as gdn_mtp.verify takes them
+    parents        verify of trees: [B, T] int32, the token that each follows, -1 for the last committed one
     conv_windows   set by verify: [B, conv_dim, kernel_size - 1 + T] per layer
     """
 
@@ -113,6 +134,8 @@ class Step:
     kind: Literal["prefill", "decode", "verify"]
     intermediate: dict[int, Tensor] | None = None
     spare_slots: Tensor | None = None
+    accepted: dict[str, Tensor] | None = None
+    parents: Tensor | None = None
     conv_windows: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -123,10 +146,28 @@ class Step:
             stored.append(buffer[self.rows, :, : self.num_keys])
         return stored[0], stored[1]
 
+    def ancestors(self) -> Tensor:
+        """[B, T, T] bool: whether token t (dimension 1) is token s (dimension 2) or follows it."""
+        batch, T = self.positions.shape
+        seen = torch.eye(T, dtype=torch.bool, device=self.positions.device).repeat(batch, 1, 1)
+        if self.parents is None:
+            return seen.cumsum(1) > 0
+        for t in range(T):
+            parent = self.parents[:, t].long()
+            seen[:, t] |= seen[torch.arange(batch), parent.clamp_min(0)] & (parent >= 0)[:, None]
+        return seen
+
+    def token_positions(self) -> Tensor:
+        """Position of each token in its request, [B, T] int64: siblings share one."""
+        return self.positions[:, :1] + self.ancestors().sum(-1) - 1
+
     def causal_mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, T, num_keys]: each token sees its request up to itself."""
+        """Additive mask [B, 1, T, num_keys]: each token sees its request up to itself, along its path."""
         key_positions = torch.arange(self.num_keys, device=self.positions.device)
-        hidden = key_positions > self.positions[:, None, :, None]
+        node = key_positions - self.positions[:, :1]  # [B, num_keys], negative for committed tokens
+        index = node.clamp(0, self.positions.shape[1] - 1)[:, None].expand(*self.positions.shape, -1)
+        seen = self.ancestors().gather(2, index) & (node < self.positions.shape[1])[:, None]
+        hidden = ~(seen | (node < 0)[:, None])[:, None]
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
             hidden, torch.finfo(dtype).min
         )
@@ -167,7 +208,14 @@ class PooledGatedDeltaNet(nn.Module):
             step.conv_windows[net.layer_idx] = window
         else:
             history[step.rows] = window[..., -history.shape[-1] :]
+        batch, T = mixed.shape[:2]
+        if step.parents is not None:  # every token's own window, along its path
+            columns = path_columns(step.parents, net.conv_kernel_size)
+            own = window[torch.arange(batch)[:, None, None], :, columns]  # [B, T, kernel_size, conv_dim]
+            window = own.flatten(0, 1).transpose(1, 2)
         convolved = nn.functional.conv1d(window, net.conv1d.weight, groups=net.conv_dim)
+        if step.parents is not None:
+            convolved = convolved.view(batch, T, net.conv_dim).transpose(1, 2)
         return stock.ACT2FN[net.activation](convolved).transpose(1, 2).contiguous()
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, step: Step) -> Tensor:
@@ -197,6 +245,22 @@ class PooledGatedDeltaNet(nn.Module):
 
     def _verify(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, step: Step) -> Tensor:
         layer = self.net.layer_idx
+        if step.accepted is not None:
+            return gdn_mtp.verify(
+                q,
+                k,
+                v,
+                a,
+                b,
+                self.A_log,
+                self.net.dt_bias,
+                step.pool.state[layer],
+                step.slots,
+                step.pool.caches[layer],
+                **step.accepted,
+                parent_indices=step.parents,
+                backend=self.backend,
+            )
         out, _ = gdn_mtp.gated_delta_rule_mtp(
             q,
             k,
@@ -213,6 +277,17 @@ class PooledGatedDeltaNet(nn.Module):
             backend=self.backend,
         )
         return out
+
+
+def path_columns(parents: Tensor, width: int) -> Tensor:
+    """Columns of a window [.., width - 1 + T] that end in each token and follow its path, [B, T, width]."""
+    current = torch.arange(parents.shape[1], device=parents.device).expand(parents.shape)
+    columns = [current]
+    for _ in range(width - 1):
+        before = parents.long().gather(1, current.clamp_min(0))
+        current = torch.where(current >= 0, before, current - 1)  # -1 is the last committed token
+        columns.insert(0, current)
+    return torch.stack(columns, dim=-1) + width - 1
 
 
 def patch(model: Qwen3NextForCausalLM, backend: str = "auto") -> None:
@@ -236,6 +311,7 @@ class PooledEngine:
     max_len         tokens that a request may grow to, unaccepted drafts included
     num_verify      T of `verify`
     rollback        how rejected tokens are undone; see the module
+    trees           `verify` takes trees and `commit` their accepted paths; with rollback "compact"
     seed            order in which slots are handed out
     """
 
@@ -247,17 +323,25 @@ class PooledEngine:
         max_len: int,
         num_verify: int = 1,
         rollback: Rollback = "gather",
+        trees: bool = False,
         seed: int = 0,
     ) -> None:
+        if trees and rollback != "compact":
+            raise ValueError(f"rollback {rollback!r} takes chains, expected 'compact' for trees")
         self.model, self.max_batch, self.max_len, self.num_verify = model, max_batch, max_len, num_verify
         spares = num_verify if rollback == "scatter" else 0
         num_slots = max_batch * (1 + spares)
-        self.pool = StatePool(model, max_batch, num_slots, max_len)
+        num_compact = num_verify if rollback == "compact" else 0
+        self.pool = StatePool(model, max_batch, num_slots, max_len, num_compact)
         order = torch.randperm(num_slots, generator=torch.Generator().manual_seed(seed))
         order = order.to(torch.int32).to(model.device).view(max_batch, 1 + spares)
         self.free_slots = order[:, 0].tolist()
         self.spare_slots = nn.functional.pad(order[:, 1:], (0, 0, 0, 1), value=PADDING)  # [max_batch + 1, T]
         self.num_requests = 0
+        self.trees = trees
+        # Of the last verify, as the next one takes it: counts [max_batch + 1], nodes [max_batch + 1, T]
+        self.num_accepted = torch.zeros(max_batch + 1, dtype=torch.int32, device=model.device)
+        self.accepted_nodes = self.num_accepted.new_full((max_batch + 1, num_verify), -1)
         self.intermediate: dict[int, Tensor] | None = None
         if rollback == "gather":
             self.intermediate = {
@@ -272,6 +356,8 @@ class PooledEngine:
         for prompt in prompts:
             row, self.num_requests = self.num_requests, self.num_requests + 1
             self.pool.slots[row] = self.free_slots[row]
+            for cache in self.pool.caches.values():
+                cache.reset_slots(self.pool.slots[row : row + 1])
             step = self._step(torch.tensor([row], device=prompt.device), len(prompt), "prefill")
             logits.append(self._forward(prompt[None], step)[0, -1])
             self.pool.lengths[row] = len(prompt)
@@ -280,40 +366,90 @@ class PooledEngine:
     def decode(self, requests: Sequence[int], tokens: Tensor) -> Tensor:
         """Append tokens [n] to n requests; logits [n, vocab]."""
         rows, batch = self._pad(requests, tokens.unsqueeze(1))
+        if self.pool.caches:
+            self._fold(rows)
         logits = self._forward(batch, self._step(rows, 1, "decode"))
         self.pool.lengths[rows[: len(requests)]] += 1
         return logits[: len(requests), 0]
 
-    def verify(self, requests: Sequence[int], tokens: Tensor) -> Tensor:
-        """Append tokens [n, T] provisionally; logits [n, T, vocab]. `commit` must follow."""
+    def verify(self, requests: Sequence[int], tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Append tokens [n, T] provisionally; logits [n, T, vocab]. `commit` must follow.
+
+        parents: [n, T] int32, of trees.
+        """
         rows, batch = self._pad(requests, tokens)
         step = self._step(rows, self.num_verify, "verify")
-        if self.intermediate is None:
+        if self.pool.caches:
+            step.accepted = self._accepted(rows)
+            if parents is not None:
+                step.parents = nn.functional.pad(parents, (0, 0, 0, len(rows) - len(requests)), value=-1)
+        elif self.intermediate is None:
             step.spare_slots = self.spare_slots[rows]
         else:
             step.intermediate = self.intermediate
         self.verified = step
         return self._forward(batch, step)[: len(requests)]
 
-    def commit(self, requests: Sequence[int], kept: Sequence[int]) -> None:
-        """Keep the first `kept[i]` verified tokens of `requests[i]`; undo the others."""
+    def commit(self, requests: Sequence[int], kept: Sequence[int] | Sequence[Sequence[int]]) -> None:
+        """Keep the first `kept[i]` verified tokens of `requests[i]`, or its path; undo the others."""
         assert self.verified is not None, "commit follows verify"
         step, self.verified = self.verified, None
-        pool, batch_row = self.pool, torch.arange(len(requests), device=self.model.device)
+        pool, device = self.pool, self.model.device
         rows = step.rows[: len(requests)]
-        num_kept = torch.tensor(kept, device=rows.device)
+        paths = [list(range(path)) if isinstance(path, int) else list(path) for path in kept]
+        num_kept = torch.tensor([len(path) for path in paths], device=device)
+        padded = [path + [-1] * (self.num_verify - len(path)) for path in paths]
+        nodes = torch.tensor(padded, dtype=torch.int32, device=device)
+        last = nodes.amax(1).long()
+        batch_row = torch.arange(len(requests), device=device)
         for layer, window in step.conv_windows.items():
             width = pool.conv[layer].shape[-1]
-            columns = num_kept[:, None] + torch.arange(width, device=rows.device)
+            parents = self._parents(step)[: len(requests)]
+            columns = path_columns(parents, width + 1)[batch_row, last, 1:]
             pool.conv[layer][rows] = window[batch_row[:, None], :, columns].transpose(1, 2)
-        if self.intermediate is None:
+        if self.trees:
+            self._compact_keys(rows, nodes)
+        if pool.caches:
+            self.num_accepted[rows], self.accepted_nodes[rows] = num_kept.int(), nodes
+        elif self.intermediate is None:
             current = pool.slots[rows]
-            pool.slots[rows] = self.spare_slots[rows, num_kept - 1]
-            self.spare_slots[rows, num_kept - 1] = current
+            pool.slots[rows] = self.spare_slots[rows, last]
+            self.spare_slots[rows, last] = current
         else:
             for layer, states in self.intermediate.items():
-                pool.state[layer][pool.slots[rows]] = states[batch_row, num_kept - 1]
+                pool.state[layer][pool.slots[rows]] = states[batch_row, last]
         pool.lengths[rows] += num_kept
+
+    def _parents(self, step: Step) -> Tensor:
+        """[B, T] int32, of a chain as well."""
+        if step.parents is not None:
+            return step.parents
+        chain = torch.arange(-1, self.num_verify - 1, dtype=torch.int32, device=step.rows.device)
+        return chain.expand(len(step.rows), -1)
+
+    def _compact_keys(self, rows: Tensor, nodes: Tensor) -> None:
+        """Move the keys and values of accepted nodes [n, T] together, behind the committed tokens."""
+        start = self.pool.lengths[rows][:, None]
+        source = start + nodes.clamp_min(0)
+        target = start + torch.arange(nodes.shape[1], device=rows.device)
+        for buffers in (self.pool.keys, self.pool.values):
+            for buffer in buffers.values():
+                buffer[rows[:, None], :, target] = buffer[rows[:, None], :, source]
+
+    def _accepted(self, rows: Tensor) -> dict[str, Tensor]:
+        """What of the last verify of each row is accepted; it is told once."""
+        if self.trees:
+            accepted = {"accepted_nodes": self.accepted_nodes[rows]}
+        else:
+            accepted = {"num_accepted": self.num_accepted[rows]}
+        self.num_accepted[rows], self.accepted_nodes[rows] = 0, -1
+        return accepted
+
+    def _fold(self, rows: Tensor) -> None:
+        """Fold accepted tokens into the pool, for a decode that reads it."""
+        accepted = self._accepted(rows)
+        for layer, cache in self.pool.caches.items():
+            gdn_mtp.commit(self.pool.state[layer], self.pool.slots[rows], cache, **accepted)
 
     def _pad(self, requests: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Fill requests and tokens [n, T] up to max_batch rows: rows [max_batch], tokens [max_batch, T]."""
@@ -334,5 +470,6 @@ class PooledEngine:
     def _forward(self, tokens: Tensor, step: Step) -> Tensor:
         """Logits [B, T, vocab] of tokens [B, T]."""
         masks = {"full_attention": step.causal_mask(self.model.dtype), "linear_attention": None}
-        out = self.model(tokens, attention_mask=masks, position_ids=step.positions, past_key_values=step)
+        positions = step.token_positions()
+        out = self.model(tokens, attention_mask=masks, position_ids=positions, past_key_values=step)
         return out.logits

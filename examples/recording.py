@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import get_args
 
 import torch
 from common import Decoder
-from gdn_mtp import GatedDeltaRuleProblem
+from gdn_mtp import GatedDeltaRuleProblem, SpeculativeProblem
 from kernel_dispatch import Arch, Explanation, Kernel, Provider, explain, registered
 from mla_core import DecodeProblem
 
-Problem = DecodeProblem | GatedDeltaRuleProblem
+Problem = DecodeProblem | GatedDeltaRuleProblem | SpeculativeProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Call:
 
 @contextmanager
 def recorded_problems() -> Iterator[list[Problem]]:
-    """The different problems of both operations that are called inside the block, in order.
+    """The different problems of all operations that are called inside the block, in order.
 
     Plans made before the block are dropped, so that it sees their problems too. Blocks cannot be nested.
     """
@@ -48,7 +49,7 @@ def recorded_problems() -> Iterator[list[Problem]]:
         raise AssertionError("a provider that declines everything is not loaded")
 
     with ExitStack() as stack:
-        for problem_type in (DecodeProblem, GatedDeltaRuleProblem):
+        for problem_type in get_args(Problem):
             recorder = Provider("recorder", ("any",), note, load, priority=-1)
             stack.enter_context(registered(problem_type.entry_point_group, recorder))
         yield problems

@@ -22,7 +22,7 @@ PROBLEM = mla_core.DecodeProblem(batch=3, num_heads=4, page_size=8, max_seq_len=
 def launched(monkeypatch):
     """The problems that are launched, each with the provider of its plan."""
     providers = {}
-    for plan_type in (mla_core.Plan, gdn_mtp.Plan):
+    for plan_type in (mla_core.Plan, gdn_mtp.Plan, gdn_mtp.speculative.plans.SpeculativePlan):
 
         def launch(plan, *arguments, _launch=plan_type.launch):
             providers[plan.problem] = plan.provider

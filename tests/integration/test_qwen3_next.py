@@ -19,7 +19,13 @@ MAX_LEN = 48
 MAX_BATCH = 4  # one row more than requests: padding
 
 SEEDS = [pytest.param(seed, id=f"seed{seed}") for seed in (0, 1, 2)]
-ROLLBACKS = ["gather", "scatter"]
+ROLLBACKS = ["compact", "gather", "scatter"]
+TREES = {
+    "pairs": [-1, 0, 0, 1, 1, 2, 2],
+    "wide": [-1, 0, 0, 0, 1, 3, 3, 6],
+    "two roots of drafts": [-1, 0, 1, 2, 0, 4, 5],
+    "chain": [-1, 0, 1, 2],
+}
 
 
 @functools.cache
@@ -40,13 +46,16 @@ def patched_model(seed: int) -> Qwen3NextForCausalLM:
     return model
 
 
-def engine_of(seed: int, num_drafts: int = 0, rollback: str = "gather") -> qwen3_next.PooledEngine:
+def engine_of(
+    seed: int, num_drafts: int = 0, rollback: str = "gather", trees: bool = False
+) -> qwen3_next.PooledEngine:
     return qwen3_next.PooledEngine(
         patched_model(seed),
         max_batch=MAX_BATCH,
         max_len=MAX_LEN,
         num_verify=1 + num_drafts,
         rollback=rollback,
+        trees=trees,
         seed=seed,
     )
 
@@ -78,6 +87,34 @@ def test_speculative_equals_the_untouched_model(seed, rollback):
     outputs, accepted = common.generate_speculative(engine, prompts_of(cases), NUM_TOKENS, drafter, 3)
     assert not failures(checks.check_outputs(cases, outputs))
     assert not failures([checks.check_acceptance(accepted, 3)])
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_trees_of_drafts_equal_the_untouched_model(seed, tree):
+    cases, shape = cases_of(seed), TREES[tree]
+    engine, drafter = engine_of(seed, len(shape) - 1, "compact", trees=True), drafter_of(cases, 0.3, seed)
+    outputs, paths = common.generate_from_trees(engine, prompts_of(cases), NUM_TOKENS, drafter, shape)
+    assert not failures(checks.check_outputs(cases, outputs))
+    taken = {tuple(path) for request in paths for path in request}
+    assert len(taken) > 2
+    if tree != "chain":
+        assert any(path != tuple(range(len(path))) for path in taken)  # accepted nodes with others between
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0], ids=["right", "wrong"])
+def test_trees_all_right_and_all_wrong(wrong):
+    cases, shape = cases_of(0), TREES["pairs"]
+    engine, drafter = engine_of(0, len(shape) - 1, "compact", trees=True), drafter_of(cases, wrong, 0)
+    outputs, paths = common.generate_from_trees(engine, prompts_of(cases), NUM_TOKENS, drafter, shape)
+    assert not failures(checks.check_outputs(cases, outputs))
+    full_steps = [len(path) for request in paths for path in request[:-1]]  # the last may run past the end
+    assert full_steps == [1 if wrong else 3] * len(full_steps)
+
+
+def test_trees_are_for_compact_updates():
+    with pytest.raises(ValueError, match="'scatter' takes chains"):
+        engine_of(0, 3, "scatter", trees=True)
 
 
 @pytest.mark.parametrize("rollback", ROLLBACKS)
@@ -134,6 +171,38 @@ def test_verify_alone_changes_no_state():
         assert state.view(torch.int32).equal(before[layer].view(torch.int32))  # NaN slots too
 
 
+def test_compact_drafts_reach_no_state_before_they_are_accepted():
+    """The pool keeps its bits until accepted tokens are folded, and then holds what plain decoding makes."""
+    cases = cases_of(0)
+    engine, plain = engine_of(0, 3, "compact"), engine_of(0)
+    for each in (engine, plain):
+        each.prefill(prompts_of(cases))
+    before = {layer: state.clone() for layer, state in engine.pool.state.items()}
+    for step in range(2):
+        tokens = torch.stack([case.stock.tokens[2 * step : 2 * step + 4] for case in cases])
+        engine.verify([0, 1, 2], tokens)
+        engine.commit([0, 1, 2], [2, 2, 2])
+        for t in range(2):
+            plain.decode([0, 1, 2], tokens[:, t])
+    for layer, state in engine.pool.state.items():
+        assert state.view(torch.int32).equal(before[layer].view(torch.int32))  # NaN slots too
+    engine._fold(torch.tensor([0, 1, 2], device=engine.model.device))
+    for layer, state in engine.pool.state.items():
+        for request in range(3):
+            ours, theirs = (
+                state[engine.pool.slots[request]],
+                plain.pool.state[layer][plain.pool.slots[request]],
+            )
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
+
+
+def test_compact_memory_is_a_sixteenth_of_intermediate_states():
+    compact, gather = engine_of(0, 7, "compact"), engine_of(0, 7)
+    assert gather.intermediate is not None
+    buffers = sum(states.nbytes for states in gather.intermediate.values())
+    assert sum(cache.nbytes for cache in compact.pool.caches.values()) <= buffers / 16
+
+
 def test_scatter_moves_slots_and_copies_nothing():
     cases = cases_of(0)
     engine = engine_of(0, 3, "scatter")
@@ -174,6 +243,30 @@ def test_incomplete_rollback_is_noticed(skipped):
     outputs, _ = common.generate_speculative(
         engine, prompts_of(cases), NUM_TOKENS, drafter_of(cases, 0.3, 0), 3
     )
+    assert failures(checks.check_outputs(cases, outputs))
+
+
+@pytest.mark.parametrize("trees", [False, True], ids=["chain", "tree"])
+def test_wrong_acceptance_is_noticed(trees):
+    """Control: the compact path is told the truth, and tokens differ where it is not."""
+    cases, shape = cases_of(0), TREES["pairs"]
+    engine = engine_of(0, len(shape) - 1 if trees else 3, "compact", trees=trees)
+    told = engine._accepted
+
+    def untrue(rows):
+        accepted = told(rows)
+        for tensor in accepted.values():
+            tensor.copy_(tensor.clamp_max(0) if trees else tensor.clamp_max(1))
+            if trees:
+                tensor[:, 1:] = -1
+        return accepted
+
+    engine._accepted = untrue
+    drafter = drafter_of(cases, 0.3, 0)
+    if trees:
+        outputs, _ = common.generate_from_trees(engine, prompts_of(cases), NUM_TOKENS, drafter, shape)
+    else:
+        outputs, _ = common.generate_speculative(engine, prompts_of(cases), NUM_TOKENS, drafter, 3)
     assert failures(checks.check_outputs(cases, outputs))
 
 
