@@ -103,6 +103,17 @@ def test_source_lines():
     assert second.location is third.location is None
 
 
+def test_inline_assembly_is_at_the_line_that_has_it():
+    """LLVM adds lines of the assembly to the source line at each of its labels and branches."""
+    text = (
+        f'{HEADER}.file 1 "kernel.cu"\n.visible .entry k() {{\n.loc 1 12 3\n// begin inline asm\n{{\n'
+        ".loc 1 14 3\nWAIT:\nmembar.gl;\n.loc 1 16 3\nbra.uni WAIT;\n}\n// end inline asm\n"
+        "bar.sync 0;\n.loc 1 20 3\nret;\n}"
+    )
+    _, *instructions = parse(text).functions["k"].body
+    assert [i.location.line for i in instructions] == [12, 12, 12, 20]
+
+
 INLINED = """.file 1 "kernel.cu"
 .file 2 "helpers.h"
 .visible .entry k() {

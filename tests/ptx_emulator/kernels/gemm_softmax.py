@@ -6,8 +6,8 @@ A cluster of two CTAs shares one MMA of 256 rows; each CTA has 128 of them in it
 are the epilogue, warp 4 issues MMAs (in the leader CTA), warp 5 loads. Tiles of 256 rows go round the
 clusters. Rows past M are zeros from TMA and are not stored.
 
-The kernel is plain on purpose: every wait, fence and barrier in it is needed, which makes it the reference
-for mutations. `can_implement` has its limits.
+The kernel is plain on purpose: it waits nowhere without need, but for what the pipelines of the DSL add (see
+mutations.py), which makes it the reference for mutations. `can_implement` has its limits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import cutlass.utils.blackwell_helpers as sm100_utils
 from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
+from cutlass.cutlass_dsl import dsl_user_op
 from ptx_emulator import compile_cute
 
 CLUSTER_CTAS = 2
@@ -59,14 +60,16 @@ class GemmSoftmaxConfig:
         return None
 
 
-def tcgen05_before_thread_sync() -> None:
+@dsl_user_op
+def tcgen05_before_thread_sync(*, loc: Any = None, ip: Any = None) -> None:
     """Orders tensor memory accesses of this thread before its next arrival at a barrier."""
-    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
 
 
-def tcgen05_after_thread_sync() -> None:
+@dsl_user_op
+def tcgen05_after_thread_sync(*, loc: Any = None, ip: Any = None) -> None:
     """Orders tensor memory accesses of this thread after the barrier it has waited for."""
-    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC)
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC, loc=loc, ip=ip)
 
 
 class GemmSoftmax:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from ptx_emulator.ptx.module import Location
 from ptx_emulator.ptx.names import readable
 
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
+_INLINE_ASM = re.compile(r"// (begin|end) inline asm")
 _STRING = re.compile(r"^(\$\w+):\s*\n((?:\s*\.b8\s+[\d,\s]+\n)+)", re.MULTILINE)
 
 
@@ -17,6 +19,10 @@ class Locations:
 
     def __init__(self, text: str) -> None:
         self._files: dict[int, str] = {int(number): name for number, name in _FILE.findall(text)}
+        self._asm: list[tuple[int, str]] = []  # lines where inline assembly begins and ends
+        if "inline asm" in text:
+            found = ((n, _INLINE_ASM.search(line)) for n, line in enumerate(text.split("\n"), 1))
+            self._asm = [(n, match[1]) for n, match in found if match]
         self._functions: dict[str, str] = {}
         if "inlined_at" in text:
             for label, data in _STRING.findall(text):
@@ -25,6 +31,12 @@ class Locations:
                 self._functions[label] = readable(name) or name
         self._inlined: dict[tuple[str, ...], Location] = {}  # file, line, column -> the latest
         self._known: dict[tuple[str, ...], Location] = {}
+
+    def is_in_inline_asm(self, line: int) -> bool:
+        """Whether a PTX line belongs to inline assembly, where LLVM counts lines of the assembly, added to the
+        source line, in a `.loc` of each label and branch: the place of all of it is the one before it."""
+        before = bisect_right(self._asm, (line, "end"))
+        return before > 0 and self._asm[before - 1][1] == "begin"
 
     def at(self, words: Sequence[str]) -> Location | None:
         """The place of `.loc`; None for line 0, which stands for no place.

@@ -381,7 +381,8 @@ class _Parser:
         words = self._tokens[start:end]
         if len(words) < 3 or not all(map(_is_number, words[:3])):
             raise self._error("a file, a line and a column were expected behind .loc")
-        self._location = self._locations.at(words)
+        if not self._locations.is_in_inline_asm(line):
+            self._location = self._locations.at(words)
         self._at = end
 
     def _instruction(self, function: Function) -> None:
