@@ -163,7 +163,9 @@ class History:
 
     def untouched(self, named: list[int]) -> Callable[[], None]:
         """Remember the slots not named, pool and cache; the result compares them."""
-        others = torch.tensor([i for i in range(len(self.slots)) if i not in named], device=self.device)
+        others = torch.tensor(sorted(set(range(len(self.slots))) - set(named)), dtype=torch.long).to(
+            self.device
+        )
         before = [x[others].clone() for x in (self.pool, *self.cache)]
 
         def check() -> None:

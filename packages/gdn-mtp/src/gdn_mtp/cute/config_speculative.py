@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from gdn_mtp.speculative.problem import Accept, Mode
 
 from .config import (
     CHUNK_TOKENS,
@@ -15,10 +16,9 @@ from .config import (
     TokenTiles,
 )
 
-Mode = Literal["verify", "commit", "materialize"]
-Accept = Literal["none", "counts", "nodes"]
-
-MAX_CAPACITY = WARP_LANES  # a lane of a warp for each token of a ring
+KEY_SKEW_BYTES = 32
+RING_INTEGERS = 4
+RING_WEIGHTS = WARP_LANES + 4
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,42 @@ class SpeculativeConfig(TokenTiles):
     @property
     def pending_chunks(self) -> int:
         """Chunks that the pending tokens of a verify fill at most: its own tokens fit beside them."""
-        return -(-(self.capacity - self.T) // CHUNK_TOKENS)
+        return -(-self.ring_rows // CHUNK_TOKENS)
 
     @property
     def buffers_per_warp(self) -> int:
         """Tile buffers of a warp, one per tile."""
         return self.tactic.tiles_per_warp
+
+    @property
+    def ring_rows(self) -> int:
+        """Pending tokens that a block has room for."""
+        return self.capacity - self.T
+
+    @property
+    def io_bytes(self) -> int:
+        """Bytes of an element of k."""
+        return 4 if self.io_dtype == "float32" else 2
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a key."""
+        return self.K * self.io_bytes
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of a block's rows of u."""
+        return 4 * self.tactic.rows
+
+    @property
+    def key_stride(self) -> int:
+        """Elements from one pending key to the next in shared memory; the slack avoids bank conflicts."""
+        return self.K + KEY_SKEW_BYTES // self.io_bytes
+
+    @property
+    def update_stride(self) -> int:
+        """Floats from one pending u to the next in shared memory; the slack avoids bank conflicts."""
+        return self.tactic.rows + 4
 
     def pending_matrix(self, p: int, c: int) -> int:
         """Number of the first of two matrices: products of pending chunk p's keys with chunk c's k and q."""
@@ -80,13 +110,18 @@ class SpeculativeConfig(TokenTiles):
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block: tiles and barriers, tables of the pending, k and q, matrices, gates."""
+        """Shared memory of a block: tiles and barriers, pending tokens, k and q, matrices, gates."""
         tiles = self.tactic.warps * self.tactic.tiles_per_warp * (self.buffer_bytes + 8)
-        floats = 2 * WARP_LANES * self.tactic.warps + self.num_matrices * MATRIX_FLOATS
+        ring = self.ring_rows * (self.key_stride * self.io_bytes + 4 * self.update_stride) + 8
+        floats = RING_INTEGERS + RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS
         floats += self.T * (2 * self.token_stride + GATE_COLUMNS)
-        return tiles + 4 * floats
+        return tiles + ring + 4 * floats
 
     @property
     def warps_per_sm(self) -> int:
-        """168 or 255 registers per thread, enough for the compiler to spill none."""
-        return 8 if len(self.chunks) > 1 else 12
+        """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
+        if len(self.chunks) > 1:
+            return 8
+        plain = self.state_bytes == 4 and not (self.tree or self.variable_tokens)
+        few = self.mode != "verify" or (plain and self.T <= CHUNK_TOKENS // 2)
+        return 16 if few and self.tactic.tiles_per_warp == 1 else 12

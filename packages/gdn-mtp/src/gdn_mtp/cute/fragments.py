@@ -113,8 +113,8 @@ def read_l2(pointer, dtype):
     return dtype(cute.arch.load(pointer, dtype, cop="cg"))
 
 
-def load_global(pointer, dtype, count: int) -> list:
-    """`count` consecutive values of global memory as float32, as one access of as many aligned bytes."""
+def load_values(pointer, dtype, count: int) -> list:
+    """`count` consecutive values at `pointer` as float32, as one access of as many aligned bytes."""
     fragment = cute.make_rmem_tensor((count,), dtype)
     cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout((count,))), fragment)
     return [fragment[i].to(Float32) for i in range(count)]

@@ -2,8 +2,9 @@
 
 Of each token a ring keeps k, the corrected value u, the log decay g and the factor of k, so that
     S' = D(end) S + sum_j w_j u_j k_j^T,    w_j = exp(g_{j+1} + ... + g_end) k_scale_j
-is the state after them. Every warp finds the pending tokens itself, a lane for each token of the ring: they
-may lie apart, where nodes between them were rejected. What follows takes them in chunks of eight, in order.
+is the state after them. One warp of a block finds the pending tokens, a lane for each token of the ring, and
+has them copied to shared memory in order: in the ring they may lie apart, where nodes between them were
+rejected. What follows takes them in chunks of eight.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cutlass import Float32, Int32
 
 from .chunks import TokenChunks, as_operand
 from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
-from .fragments import increment, load_global, mma_split, parts, read_l2, select
+from .fragments import bulk_load, increment, load_values, mma_split, parts, read_l2, select
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Pending:
     live: Any
     count: Any  # accepted tokens
     decay: Any  # D(end) of the value head
+
+
+# Integers of `Shared.ring`; `Shared.weights` ends with the decay.
+START, LENGTH, LIVE, COUNT = range(4)
 
 
 class RingTiles(TokenChunks):
@@ -75,16 +80,32 @@ class RingTiles(TokenChunks):
         return start, length, live
 
     @cute.jit
-    def read_pending(self, cache, accepted, slot, head, shared, place):
-        """Fill this warp's tables of positions and weights, in order; `accepted` is what `accept` gave."""
+    def fetch_pending(self, cache, accepted, slot, head, block_row, shared, place):
+        """One warp: copy the pending tokens, rows from `block_row` on, and write what `pending` reads.
+
+        accepted: what `accept` gave. The copies are counted on the ring's barrier.
+        """
+        cfg = self.config
         start, length, live = accepted
         lane = place.lane
-        alive = ((live >> lane) & 1) == 1
+        mbar = self.ring_barrier(shared)
+        rank = cute.arch.popc(live & bits_below(lane))
+        alive = (((live >> lane) & 1) == 1) & (rank < cfg.ring_rows)
+        count = cutlass.min(cute.arch.popc(live), cfg.ring_rows)
         position = self.wrapped(start + lane)
         gate, k_scale = Float32(0.0), Float32(0.0)
+        if lane == 0:
+            num_bytes = count * (cfg.key_bytes + cfg.update_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(mbar, num_bytes)
+        cute.arch.sync_warp()
         if alive:
             gate = read_l2(cache.gates[slot, position, None].iterator + place.hv, Float32)
             k_scale = read_l2(cache.k_scale[slot, position, None].iterator + head, Float32)
+            key = cache.keys[slot, position, head, None].iterator
+            bulk_load(shared.ring_keys[None, rank].iterator, key, cfg.key_bytes, mbar)
+            update = cache.updates[slot, position, place.hv, None].iterator
+            update = update + cute.assume(block_row, divby=MMA_ROWS)
+            bulk_load(shared.ring_updates[None, rank].iterator, update, cfg.update_bytes, mbar)
         after = cute.arch.shuffle_sync_down(gate, 1)
         after = select(lane + 1 < WARP_LANES, after, Float32(0.0))
         for i in cutlass.range_constexpr(WARP_LANES.bit_length() - 1):
@@ -92,11 +113,29 @@ class RingTiles(TokenChunks):
             after = select(lane + (1 << i) < WARP_LANES, after + further, after)
         decay = cute.math.exp(cute.arch.warp_reduction_sum(gate))
         if alive:
-            rank = WARP_LANES * place.warp + cute.arch.popc(live & bits_below(lane))
-            shared.positions[rank] = position
             shared.weights[rank] = cute.math.exp(after) * k_scale
-        cute.arch.sync_warp()
-        return Pending(slot, head, start, length, live, cute.arch.popc(live), decay)
+        if lane == 0:
+            shared.weights[WARP_LANES] = decay
+            shared.ring[START] = start
+            shared.ring[LENGTH] = length
+            shared.ring[LIVE] = live
+            shared.ring[COUNT] = count
+
+    def ring_barrier(self, shared):
+        """The barrier on which copies of pending tokens are counted, after those of the tiles."""
+        return shared.mbars + self.config.tactic.warps * self.config.tactic.tiles_per_warp
+
+    @cute.jit
+    def init_ring_barrier(self, shared, tid):
+        """Make the barrier ready; the block synchronizes before warps other than the first use it."""
+        if tid == 0:
+            cute.arch.mbarrier_init(self.ring_barrier(shared), 1)
+        cute.arch.mbarrier_init_fence()
+
+    def pending(self, shared, slot, head):
+        """The pending tokens as `fetch_pending` found them."""
+        start, length, live, count = (shared.ring[i] for i in (START, LENGTH, LIVE, COUNT))
+        return Pending(slot, head, start, length, live, count, shared.weights[WARP_LANES])
 
     def wrapped(self, position):
         """The ring position that `position`, less than twice the capacity, stands for."""
@@ -121,26 +160,25 @@ class RingTiles(TokenChunks):
         """Number of token x of pending chunk p, clamped to the tokens that there are."""
         return cutlass.min(CHUNK_TOKENS * p + x, pending.count - 1)
 
-    def key_pointer(self, cache, pending, shared, place, p, x):
+    def key_pointer(self, pending, shared, p, x):
         """k of token x of pending chunk p, as given."""
-        position = shared.positions[WARP_LANES * place.warp + self.rank(pending, p, x)]
-        return cache.keys[pending.slot, position, pending.head, None].iterator
+        return shared.ring_keys[None, self.rank(pending, p, x)].iterator
 
-    def load_updates(self, cache, pending, shared, place, row, p):
+    def load_updates(self, pending, shared, place, tile, p):
         """w_j u_j of pending chunk p as an accumulator, zero for tokens that do not exist."""
         values = [None] * 4
+        first = (place.warp * self.config.tactic.tiles_per_warp + tile) * MMA_ROWS
         for e in range(2):
             rank = self.rank(pending, p, 2 * place.t + e)
             exists = CHUNK_TOKENS * p + 2 * place.t + e < pending.count
-            entry = WARP_LANES * place.warp + rank
-            position, weight = shared.positions[entry], shared.weights[entry]
+            weight = shared.weights[rank]
             for half in range(2):
-                u = cache.updates[pending.slot, position, place.hv, row + place.tile_row(half)]
+                u = shared.ring_updates[first + place.tile_row(half), rank]
                 values[2 * half + e] = select(exists, u * weight, Float32(0.0))
         return values
 
     @cute.jit
-    def advanced(self, s, cache, pending, shared, place, row):
+    def advanced(self, s, pending, shared, place, tile):
         """The tile s of the state after all pending tokens."""
         columns = len(s[0])
         state = cute.make_rmem_tensor((2 * columns,), Float32)
@@ -149,30 +187,30 @@ class RingTiles(TokenChunks):
                 state[half * columns + x] = pending.decay * s[half][x]
         chunks = (pending.count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
         for p in cutlass.range(chunks, unroll=1):
-            self.advance_by_chunk(state, columns, cache, pending, shared, place, row, p)
+            self.advance_by_chunk(state, columns, pending, shared, place, tile, p)
         return [[state[half * columns + x] for x in range(columns)] for half in range(2)]
 
-    def advance_by_chunk(self, state, columns, cache, pending, shared, place, row, p):
+    def advance_by_chunk(self, state, columns, pending, shared, place, tile, p):
         """state <- state + sum_j w_j u_j k_j^T over pending chunk p; state holds rows g, then rows g + 8.
 
         Product h of a run of four columns has columns h and h + 2 of each lane's run.
         """
-        u = self.load_updates(cache, pending, shared, place, row, p)
+        u = self.load_updates(pending, shared, place, tile, p)
         a_parts = parts(as_operand(u), False)
-        keys = [self.key_pointer(cache, pending, shared, place, p, 2 * place.t + e) for e in range(2)]
+        keys = [self.key_pointer(pending, shared, p, 2 * place.t + e) for e in range(2)]
         for column, at in self.quads(place.g // 2):
             offset = cute.assume(column + 2 * (place.g % 2), divby=2)
-            k = [load_global(key + offset, cache.keys.element_type, 2) for key in keys]
+            k = [load_values(key + offset, shared.ring_keys.element_type, 2) for key in keys]
             for h in range(2):
                 places = [half * columns + at + h + 2 * e for half in range(2) for e in range(2)]
                 acc = mma_split([state[x] for x in places], a_parts, parts([k[0][h], k[1][h]], self.exact_io))
                 for x, value in zip(places, acc, strict=True):
                     state[x] = value
 
-    def store_advanced(self, s, matrix, cache, pending, shared, place, row, tile):
+    def store_advanced(self, s, matrix, pending, shared, place, tile):
         """Start storing the tile s of the state, after all pending tokens, to `matrix` [V, K]."""
-        self.stage_tile(self.advanced(s, cache, pending, shared, place, row), shared, place, tile, None)
-        self.store_rows(matrix, row, shared, place, tile)
+        self.stage_tile(self.advanced(s, pending, shared, place, tile), shared, place, tile, None)
+        self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
         cute.arch.cp_async_bulk_commit_group()
 
     def tile_row(self, place, tile):

@@ -33,7 +33,8 @@ from .config import (
     PART_ROWS,
     WARP_LANES,
 )
-from .fragments import NUMERIC, load_global, load_shared, mma_split, parts, read_index, read_l2, select
+from .config_speculative import RING_INTEGERS, RING_WEIGHTS
+from .fragments import NUMERIC, load_shared, load_values, mma_split, parts, read_index, read_l2, select
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
 from .ring import Cache, RingTiles
 from .tiles import Place
@@ -56,8 +57,10 @@ class Shared:
 
     tiles: Any  # [K, (8, 2), tiles per warp, warps], the state's dtype
     mbars: Any  # one per tile, warp-major
-    positions: Any  # [warps, 32] int32: ring position of each pending token
-    weights: Any  # [warps, 32]: w of each pending token
+    ring: Any  # [4] int32, see `ring`
+    weights: Any  # w of each pending token; at 32 the decay
+    ring_keys: Any  # [K, tokens]: k of each pending token, as given
+    ring_updates: Any  # [rows, tokens] float32: u of each pending token
     kq: Any = None
     matrices: Any = None  # `SpeculativeConfig.num_matrices` times [8, 8]
     gate: Any = None
@@ -89,9 +92,15 @@ def allocate(cfg) -> Shared:
         }
     return Shared(
         tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
-        mbars=smem.allocate_array(Int64, tactic.warps * count),
-        positions=floats(WARP_LANES * tactic.warps, Int32),
-        weights=floats(WARP_LANES * tactic.warps),
+        mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
+        ring=floats(RING_INTEGERS, Int32),
+        weights=floats(RING_WEIGHTS),
+        ring_keys=smem.allocate_tensor(
+            NUMERIC[cfg.io_dtype], cute.make_layout((cfg.K, cfg.ring_rows), stride=(1, cfg.key_stride)), 16
+        ),
+        ring_updates=smem.allocate_tensor(
+            Float32, cute.make_layout((tactic.rows, cfg.ring_rows), stride=(1, cfg.update_stride)), 16
+        ),
         **tokens,
     )
 
@@ -129,9 +138,11 @@ class Verify(RingTiles):
         tensors = Tensors(q, k, v, state, output)
         cache = Cache(keys, updates, gates, k_scale, cursor, live)
         shared = allocate(cfg)
-        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+        block_row = v_block * cfg.tactic.rows
+        row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
         group = v.shape[2] // q.shape[2]
         head = hv // group
+        self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             here = Place(request, hv, request, row, warp, lane)
@@ -158,40 +169,48 @@ class Verify(RingTiles):
             self.zero_output(tensors, place)
         else:
             self.start_loads(state[slot, hv, None, None], shared, place)
-            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            if warp == 0:
+                accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+                self.fetch_pending(cache, accepted, slot, head, block_row, shared, place)
+            values = [
+                [self.load_v(tensors, place, self.tile_row(place, tile), c) for c in range(len(cfg.chunks))]
+                for tile in range(cfg.tactic.tiles_per_warp)
+            ]
             self.stage_tokens(tokens, scale, shared, place)
-            pending = self.read_pending(cache, accepted, slot, head, shared, place)
-            window = self.wrapped(pending.start + pending.length)
-            owner = (v_block == 0) & (hv % group == 0)
-            if owner:
-                self.record_keys(tokens, cache, pending, window, count, place)
+            log_decay = Float32(0.0)
             if warp == cfg.tactic.warps - 1:
                 log_decay = stage_path_gates(gate_inputs, parent, shared.gate, lane, cfg.T)
-                if (v_block == 0) & (lane < count):
-                    cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
             cute.arch.sync_threads()
+            pending = self.pending(shared, slot, head)
+            window = self.wrapped(pending.start + pending.length)
             fold = pending.length > fold_above
             if tid == 0:
                 self.move_cursor(cache, pending, fold, Int32(count))
-            if (warp == 0) & owner & (lane < count):
-                cache.k_scale[slot, self.wrapped(window + lane), head] = self.gate(shared, lane, K_SCALE)
-            self.make_matrices(cache, pending, count, shared, place)
+            self.make_matrices(pending, count, shared, place)
+            if v_block == 0:
+                if (warp == cfg.tactic.warps - 1) & (lane < count):
+                    cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
+                if hv % group == 0:
+                    self.record_keys(tokens, cache, pending, window, count, shared, place)
             for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
-                self.tile(tensors, cache, pending, window, count, fold, shared, place, tile)
+                self.tile(tensors, cache, values[tile], pending, window, count, fold, shared, place, tile)
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     # The ring
 
     @cute.jit
-    def record_keys(self, tokens, cache, pending, window, count, place):
-        """Write k of this warp's tokens to the ring, as it was given."""
+    def record_keys(self, tokens, cache, pending, window, count, shared, place):
+        """Write k of this warp's tokens to the ring, as it was given, and its factor."""
         cfg = self.config
         for i in cutlass.range_constexpr(len(tokens)):
             t = place.warp + i * cfg.tactic.warps
             if t < count:
                 row = cache.keys[pending.slot, self.wrapped(window + t), pending.head, None]
                 k, _ = tokens[i]
+                if place.lane == 0:
+                    factor = self.gate(shared, t, K_SCALE)
+                    cache.k_scale[pending.slot, self.wrapped(window + t), pending.head] = factor
                 for j in cutlass.range_constexpr(len(k)):
                     row[place.lane + WARP_LANES * j] = k[j].to(cache.keys.element_type)
 
@@ -210,7 +229,7 @@ class Verify(RingTiles):
     # Matrices: products of keys and queries, no state
 
     @cute.jit
-    def make_matrices(self, cache, pending, count, shared, place):
+    def make_matrices(self, pending, count, shared, place):
         """The first warp makes those of the new tokens, the others begin with those of the pending."""
         cfg = self.config
         if place.warp == 0:
@@ -221,12 +240,13 @@ class Verify(RingTiles):
             cute.arch.sync_warp()
             for c in cutlass.range_constexpr(len(cfg.chunks)):
                 self.invert(shared, place, c)
+        cute.arch.mbarrier_wait(self.ring_barrier(shared), 0)
         warps = cfg.tactic.warps
         for i in cutlass.range_constexpr(-(-cfg.pending_chunks // warps)):
             p = (place.warp + warps - 1) % warps + i * warps
             if (p < cfg.pending_chunks) & (CHUNK_TOKENS * p < pending.count):
                 for c in cutlass.range_constexpr(len(cfg.chunks)):
-                    self.pending_products(cache, pending, shared, place, p, c)
+                    self.pending_products(pending, shared, place, p, c)
 
     def operands(self, shared, place, c, columns):
         """The split first operand [k; q] of chunk c at four columns: one for each two of them."""
@@ -260,12 +280,12 @@ class Verify(RingTiles):
                 shared.matrices[at + e] = kk[e]
                 shared.matrices[at + MATRIX_FLOATS + e] = qk[e]
 
-    def pending_products(self, cache, pending, shared, place, p, c):
+    def pending_products(self, pending, shared, place, p, c):
         """Write k_t.k_j and q_t.k_j of new chunk c and pending chunk p, unscaled."""
-        key = self.key_pointer(cache, pending, shared, place, p, place.g)
+        key = self.key_pointer(pending, shared, p, place.g)
 
         def load_keys(column):
-            return load_global(key + cute.assume(column, divby=4), cache.keys.element_type, 4)
+            return load_values(key + cute.assume(column, divby=4), shared.ring_keys.element_type, 4)
 
         products = self.key_products(load_keys, shared, place, c)
         matrix = self.config.pending_matrix(0, c) + 2 * len(self.config.chunks) * p
@@ -314,22 +334,17 @@ class Verify(RingTiles):
         return 1 if self.packed(c) else 2
 
     @cute.jit
-    def tile(self, tensors, cache, pending, window, count, fold, shared, place, tile):
+    def tile(self, tensors, cache, v, pending, window, count, fold, shared, place, tile):
         """All tokens of the call on one tile. The first tile also waits for the matrices."""
         cfg = self.config
         row = self.tile_row(place, tile)
-        v = [self.load_v(tensors, place, row, c) for c in range(len(cfg.chunks))]
-        updates = [cute.make_rmem_tensor((4,), Float32) for _ in range(cfg.pending_chunks)]
-        for p in cutlass.range_constexpr(cfg.pending_chunks):
-            if CHUNK_TOKENS * p < pending.count:
-                fill(updates[p], self.load_updates(cache, pending, shared, place, row, p))
         if cutlass.const_expr(tile == 0):
             cute.arch.sync_threads()
         corrections = [
             [cute.make_rmem_tensor((4,), Float32) for _ in range(self.accumulators(c))]
             for c in range(len(cfg.chunks))
         ]
-        self.pending_corrections(corrections, updates, pending, shared, place)
+        self.pending_corrections(corrections, pending, shared, place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
         self.launch_dependents("early")
@@ -348,10 +363,10 @@ class Verify(RingTiles):
             self.record_updates(u, cache, pending, window, count, place, row, c)
         if fold:
             matrix = tensors.state[pending.slot, place.hv, None, None]
-            self.store_advanced(s, matrix, cache, pending, shared, place, row, tile)
+            self.store_advanced(s, matrix, pending, shared, place, tile)
 
     @cute.jit
-    def pending_corrections(self, corrections, updates, pending, shared, place):
+    def pending_corrections(self, corrections, pending, shared, place, tile):
         """sum_j w_j u_j (k_j.k_t) and likewise with q_t over the pending tokens, for each chunk."""
         cfg = self.config
         for c in cutlass.range_constexpr(len(cfg.chunks)):
@@ -361,7 +376,7 @@ class Verify(RingTiles):
             if CHUNK_TOKENS * p < pending.count:
                 for c in cutlass.range_constexpr(len(cfg.chunks)):
                     before = [[acc[i] for i in range(4)] for acc in corrections[c]]
-                    u = [updates[p][i] for i in range(4)]
+                    u = self.load_updates(pending, shared, place, tile, p)
                     after = self.add_products(before, u, shared, place, cfg.pending_matrix(p, c))
                     for x in cutlass.range_constexpr(self.accumulators(c)):
                         fill(corrections[c][x], after[x])

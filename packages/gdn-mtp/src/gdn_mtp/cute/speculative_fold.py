@@ -49,8 +49,10 @@ class Fold(RingTiles):
         warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
         cache = Cache(keys, updates, gates, k_scale, cursor, live)
         shared = allocate(cfg)
-        row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
+        block_row = v_block * cfg.tactic.rows
+        row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
         head = hv // (state.shape[1] // keys.shape[2])
+        self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             cute.arch.griddepcontrol_wait()
@@ -61,29 +63,33 @@ class Fold(RingTiles):
             if cutlass.const_expr(cfg.mode == "materialize"):
                 self.store_zeros(states, shared, place)
         else:
-            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
-            pending = self.read_pending(cache, accepted, slot, head, shared, place)
-            if cutlass.const_expr(cfg.mode == "commit"):
-                cute.arch.sync_threads()
+            if cutlass.const_expr(cfg.mode == "materialize"):
+                self.start_loads(state[slot, hv, None, None], shared, place)
+            if warp == 0:
+                accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+                self.fetch_pending(cache, accepted, slot, head, block_row, shared, place)
+            cute.arch.sync_threads()
+            pending = self.pending(shared, slot, head)
+            cute.arch.mbarrier_wait(self.ring_barrier(shared), 0)
+            if cutlass.const_expr(cfg.mode == "materialize"):
+                self.fold(states[request, hv, None, None], pending, shared, place)
+            else:
                 if tid == 0:
                     self.move_cursor(cache, pending, True, Int32(0))
                 if pending.count > 0:
-                    self.fold(state, state[slot, hv, None, None], cache, pending, shared, place)
-            else:
-                self.fold(state, states[request, hv, None, None], cache, pending, shared, place)
+                    self.start_loads(state[slot, hv, None, None], shared, place)
+                    self.fold(state[slot, hv, None, None], pending, shared, place)
         self.launch_dependents("late")
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def fold(self, state, target, cache, pending, shared, place):
-        """Store the folded tiles of this warp to `target` [V, K]."""
+    def fold(self, target, pending, shared, place):
+        """Store the folded tiles of this warp, which are being loaded, to `target` [V, K]."""
         cfg = self.config
-        self.start_loads(state[pending.slot, place.hv, None, None], shared, place)
         for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
             cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
             s = self.load_tile(shared, place, tile)
-            row = self.tile_row(place, tile)
-            self.store_advanced(s, target, cache, pending, shared, place, row, tile)
+            self.store_advanced(s, target, pending, shared, place, tile)
 
     @cute.jit
     def store_zeros(self, states, shared, place):

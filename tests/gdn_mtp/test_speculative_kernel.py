@@ -1,0 +1,52 @@
+"""The speculative kernels on a GPU: random histories against sequential decoding in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gdn_mtp.cute.compile import FUNCTION
+from gdn_mtp.cute.config import Tactic
+from gdn_mtp.cute.config_speculative import SpeculativeConfig
+from gdn_support import BF16, DEVICE, FP16, FP32
+from kernel_dispatch import as_arch
+from speculative_history import History, Setup
+
+SETUPS = (
+    Setup(D=128, variable=False),
+    Setup(max_tokens=8, capacity=24, H=2, HV=4, D=128, state=BF16, variable=False),
+    Setup(max_tokens=8, capacity=32, H=2, HV=6, D=128, tactic=Tactic(4, 2)),
+    Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64),
+    Setup(max_tokens=16, capacity=32, H=2, HV=4, D=128, tree=True, tactic=Tactic(4, 1, trigger="start")),
+    Setup(max_tokens=11, capacity=32, D=128, tree=True, io=FP16, state=BF16, variable=False),
+    Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False),
+    Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=Tactic(1, 1, True)),
+)
+STEPS = 60
+
+
+def arch_of_device() -> Any:
+    return as_arch(DEVICE) if DEVICE.type == "cuda" else None
+
+
+def has_kernels() -> bool:
+    arch = arch_of_device()
+    return arch is not None and arch.supports_pdl
+
+
+def launch(config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
+    FUNCTION.load(config, arch_of_device().name)(*args)
+
+
+@pytest.mark.skipif(not has_kernels(), reason="needs a GPU of SM90 or newer")
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_history(setup: Setup) -> None:
+    history = History(setup, launch, pool_size=9, device=DEVICE)
+    full = setup.capacity - 2 * setup.max_tokens
+    history.verify([2, -1, 0, 7], setup.max_tokens, full)
+    history.verify([2, 0, 1, 7], setup.max_tokens, full)
+    history.materialize([0, -1, 3])
+    for _ in range(STEPS):
+        history.step(5)
+    history.commit(list(range(9)))
