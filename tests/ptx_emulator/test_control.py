@@ -1,5 +1,9 @@
 """Divergence, reconvergence, switches, exits, traps, spinning and deadlock."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from harness import run_kernel
@@ -153,6 +157,65 @@ def test_an_endless_poll_is_a_deadlock():
     body = "SPIN: ld.volatile.global.u32 %r3, [%rd1]; setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;"
     result = run_kernel(body, out, expect_reports=True)
     assert {r.kind for r in result.reports} == {"deadlock"}
+
+
+# Polls that write what is there already; memory holds zeros.
+ATOMIC_POLLS = {
+    "add": "atom.global.add.u32 %r3, [%rd1], 0;",
+    "failing cas": "atom.global.cas.b32 %r3, [%rd1], 1, 2;",
+    "cas of the same": "atom.global.cas.b32 %r3, [%rd1], 0, 0;",
+    "exch": "atom.acquire.gpu.global.exch.b32 %r3, [%rd1], 0;",
+    "shared": "mov.u32 %r2, smem; st.volatile.shared.u32 [%r2], 0; L2: atom.shared.or.b32 %r3, [%r2], 0;"
+    "setp.eq.u32 %p3, %r3, 0; @%p3 bra L2;",
+    "red": "red.global.max.u32 [%rd1], 0; ld.volatile.global.u32 %r3, [%rd1];",
+}
+
+
+@pytest.mark.parametrize("case", ATOMIC_POLLS)
+def test_an_endless_poll_with_an_atomic_is_a_deadlock(case: str):
+    out = np.zeros(1, dtype=np.uint32)
+    body = f"SPIN: {ATOMIC_POLLS[case]} setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;"
+    result = run_kernel(body, out, shared_bytes=16, expect_reports=True)
+    assert {r.kind for r in result.reports} == {"deadlock"}
+
+
+@pytest.mark.parametrize("schedule", ["fair", "greedy", "random"])
+def test_a_lock_by_compare_and_swap_is_passed_on(schedule: str):
+    out = np.zeros(2, dtype=np.uint32)
+    body = """
+    SPIN: atom.acquire.gpu.global.cas.b32 %r3, [%rd1], 0, 1; setp.ne.u32 %p2, %r3, 0; @%p2 bra SPIN;
+    ld.global.u32 %r4, [%rd1+4]; add.u32 %r4, %r4, 1; st.global.u32 [%rd1+4], %r4;
+    atom.release.gpu.global.exch.b32 %r5, [%rd1], 0;
+    """
+    run_kernel(body, out, grid=(16, 1, 1), block=(1, 1, 1), schedule=schedule)
+    np.testing.assert_array_equal(out, [0, 16])
+
+
+ENDLESS = """
+import signal, threading
+import numpy as np
+from harness import run_kernel
+
+counter = np.zeros(1, dtype=np.uint32)
+threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+try:
+    run_kernel("L: atom.global.add.u32 %r2, [%rd1], 1; bra L;", counter)
+except KeyboardInterrupt:
+    before = counter[0]
+    run_kernel("st.global.u32 [%rd1], 7;", counter)
+    print("interrupted", before > 0, counter[0])
+"""
+
+
+def test_an_interrupt_ends_a_run():
+    result = subprocess.run(
+        [sys.executable, "-c", ENDLESS],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.split() == ["interrupted", "True", "7"], result.stderr
 
 
 def test_divergence_at_an_aligned_instruction():

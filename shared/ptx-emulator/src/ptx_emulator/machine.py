@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ from ptx_emulator.timeline import Row, notable_mask, rows_from_json
 
 READ_ONLY, UNINITIALISED, CONSTANT = 1, 2, 4  # MemoryMap flags of runtime/memory.h
 _GLOBAL_ALIGNMENT = 256
+_SIGNAL_SECONDS = 0.2  # between looks for signals
 
 
 class _Launch(ctypes.Structure):
@@ -296,11 +298,14 @@ class Machine:
 
         Args:
             during: entered while they run, such as a progress bar.
+
+        Raises:
+            KeyboardInterrupt: the run was interrupted; what its kernels have written until then stays.
         """
         runtime = _runtime()
         with during or nullcontext():
             start = time.perf_counter()
-            runtime.ptxe_synchronize(self._pointer())
+            self._run()
             seconds = time.perf_counter() - start
         programs = [queued.kernel.program for queued in self._launches]
         locations = {program.name: program.locations for program in programs}
@@ -327,6 +332,24 @@ class Machine:
         return finished.value, total.value
 
     # ------------------------------------------------------------------ inside
+
+    def _run(self) -> None:
+        """Runs the stream in a thread of its own: Python handles no signals inside the runtime."""
+        finished = threading.Event()
+
+        def work() -> None:
+            _runtime().ptxe_synchronize(self._pointer())
+            finished.set()
+
+        threading.Thread(target=work, name="ptx-emulator", daemon=True).start()
+        try:
+            while not finished.wait(_SIGNAL_SECONDS):
+                pass  # a signal that came to another thread does not end a wait
+        except BaseException:
+            _runtime().ptxe_stop(self._pointer())
+            finished.wait()
+            self._new_queue()
+            raise
 
     def _pointer(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(self._handle)

@@ -186,6 +186,9 @@ void ptxe_enqueue(Machine* machine, const Program* program, const PackedLaunch* 
 
 void ptxe_synchronize(Machine* machine) { synchronize(*machine); }
 
+// Ends ptxe_synchronize soon; from another thread.
+void ptxe_stop(Machine* machine) { machine->stopped = true; }
+
 // May be called from another thread while ptxe_synchronize runs.
 void ptxe_progress(const Machine* machine, uint64_t* finished_clusters, uint64_t* num_clusters) {
   *finished_clusters = *num_clusters = 0;

@@ -58,13 +58,19 @@ T read_first(const T* at) {
   return value;
 }
 
+template <class T>
+struct Modified {
+  T old;
+  bool changed;
+};
+
 template <class T, auto F>
-T modify(uint8_t* data, T b, T c, bool global) {
+Modified<T> modify(uint8_t* data, T b, T c, bool global) {
   T* at = reinterpret_cast<T*>(data);
   T old = read_first(at);
-  while (!exchange(at, old, F(old, b, c, global), global)) {
-  }
-  return old;
+  T desired = F(old, b, c, global);
+  while (!exchange(at, old, desired, global)) desired = F(old, b, c, global);
+  return {old, desired != old};
 }
 
 template <class T, auto F, bool HasSecond>
@@ -76,6 +82,7 @@ Step atomic(Warp& w, const Instruction& i) {
   each_place(w, args.space, from, to, [&](const Place& place) {
     publish(w, place, args.strength.order, args.strength.scope);
   });
+  bool changed = false;  // what leaves memory as it was is a poll: nobody can have waited for it
   for (Lanes rest = w.lanes; rest; rest &= rest - 1) {
     const int lane = __builtin_ctz(rest);
     const bool granted = to.granted >> lane & 1;
@@ -85,12 +92,14 @@ Step atomic(Warp& w, const Instruction& i) {
       if (granted) {
         const T b = w.values<T>(args.source(element, 0))[lane];
         const T c = HasSecond ? w.values<T>(args.source(element, 1))[lane] : T{};
-        old = modify<T, F>(to.data[lane] + element * sizeof(T), b, c, to.home != Place::Shared);
+        const auto modified = modify<T, F>(to.data[lane] + element * sizeof(T), b, c, to.home != Place::Shared);
+        old = modified.old;
+        changed |= modified.changed;
       }
       if (args.has_destination) w.values<T>(args.destination(element))[lane] = old;
     }
   }
-  ++w.cluster->progress;
+  w.cluster->progress += changed;
   if (!args.has_destination) return Step::Next;
   each_place(w, args.space, from, to, [&](const Place& place) {
     observe(w, place, args.strength.order, args.strength.scope);
