@@ -323,8 +323,8 @@ SANITIZED = {
         },
     ),
 }
-# A launcher of gdn-mtp asks the driver for a kernel's parameters until it says that there are no more.
-SANITIZER_OPTIONS = {("gdn-mtp", "memcheck"): ("--report-api-errors", "no")}
+# Launchers ask the driver for what it may not have: a function, a further parameter of a kernel.
+SANITIZER_OPTIONS = {"memcheck": ("--report-api-errors", "no")}
 
 
 @nox.session
@@ -338,7 +338,7 @@ def sanitize(session: nox.Session, package: str) -> None:
     file, selections = SANITIZED[package]
     for tool, selection in selections.items():
         report = ROOT / "benchmarks" / "results" / f"{PACKAGES[package].tests.name}-{tool}.txt"
-        options = SANITIZER_OPTIONS.get((package, tool), ())
+        options = SANITIZER_OPTIONS.get(tool, ())
         sanitizer = ("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9")
         sanitizer += ("--log-file", str(report))
         tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)

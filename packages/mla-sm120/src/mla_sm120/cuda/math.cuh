@@ -125,7 +125,8 @@ struct Softmax {
         sum += s[block][i];
       }
     }
-    store_weights(parts - lane * 8, lane / 4, lane % 4, s);  // after the shuffles, all lanes have taken their parts
+    __syncwarp();  // all lanes have taken their parts
+    store_weights(parts - lane * 8, lane / 4, lane % 4, s);
   }
 
   // Four bytes, one per octet of the group: whether its sums so far shrink.
