@@ -40,6 +40,8 @@ def arguments(history, slots, T, seed=0):
         Setup(H=1, HV=5, K=33, V=1, max_tokens=7, capacity=31),
         Setup(H=3, HV=3, max_tokens=16),
         Setup(H=1, HV=2, K=64, V=64, max_tokens=1),
+        Setup(H=2, HV=4, K=64, V=64, max_tokens=4, io=FP16),
+        Setup(H=1, HV=2, K=128, V=128, max_tokens=8, state=BF16),
     ],
     ids=lambda setup: f"H{setup.H}-HV{setup.HV}-T{setup.max_tokens}-{setup.io}-{setup.state}",
 )
@@ -109,7 +111,7 @@ def test_siblings_do_not_see_each_other():
 def test_nan_stays_in_its_request_and_behind_its_token():
     history = History(SETUP)
     inputs = arguments(history, [2, 3], 4)
-    clean = gdn_mtp.verify(*inputs)
+    clean = gdn_mtp.verify(*inputs, backend="torch")
     for x in inputs[:5]:
         x[0, 2] = float("nan")
     output = gdn_mtp.verify(*inputs, backend="torch")
@@ -273,6 +275,27 @@ class TestPlans:
         with pytest.raises(ValueError) as raised:
             self.problem(**{field: value})
         assert raised.value.argument in (field, "HV")
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({}, None),
+            ({"K": 64, "V": 64, "T": 16, "capacity": 32, "tree": True, "state_dtype": BF16}, None),
+            ({"mode": "commit", "T": 0}, None),
+            ({"K": 256}, "K = 256, the kernels have 64, 128"),
+            ({"V": 32}, "V = 32, the kernels have 64, 128"),
+            ({"B": 70_000}, "at most 65535"),
+            ({"state_rows": "any"}, "not 16-byte aligned"),
+        ],
+    )
+    def test_cute_takes_what_its_kernels_do(self, changes, reason):
+        problem = self.problem(**{"K": 128, "V": 128, **changes})
+        rows = {row.name: row for row in explain(problem, "sm_90a").rows}
+        if reason is None:
+            assert rows["cute"].status == "chosen"
+        else:
+            assert (rows["cute"].status, rows["torch"].status) == ("declined", "chosen")
+            assert reason in rows["cute"].reason
 
     @pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90a", "sm_100a", "sm_121a"])
     def test_explain_answers_for_any_arch(self, arch):

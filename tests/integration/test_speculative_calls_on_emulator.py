@@ -1,0 +1,81 @@
+"""verify, commit and materialize as a caller makes them, launched on the emulator instead of a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from cutlass.cute.runtime import make_fake_stream
+from emulator_recording import TYPES
+from gdn_mtp.cute.kernels_speculative import KERNELS
+from gdn_mtp.cute.trace import arguments, kernel
+from gdn_mtp.speculative.cute_provider import PROVIDER
+from gdn_mtp.speculative.problem import SpeculativeProblem
+from gdn_support import BF16, DEVICE, FP32
+from kernel_dispatch import Arch, Provider, registered
+from ptx_emulator import compile_cute, emulate, explore
+from speculative_support import History, Setup, int32, random_tree
+from torch import Tensor
+
+ARCH = "sm_90a"
+WRITTEN = {"verify": ("output",), "commit": (), "materialize": ("states",)}
+
+
+class Emulated:
+    """The kernels of the provider `cute`, prepared for the emulator."""
+
+    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch) -> int:
+        return KERNELS.workspace_nbytes(problem, Arch.from_name(ARCH))
+
+    def tactics(self, problem: SpeculativeProblem, arch: Arch) -> Sequence[str]:
+        return KERNELS.tactics(problem, Arch.from_name(ARCH))
+
+    def prepare(
+        self, problem: SpeculativeProblem, arch: Arch, device: torch.device, tactic: str
+    ) -> Callable[..., None]:
+        config = KERNELS.config(problem, Arch.from_name(ARCH), tactic)
+        stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+        compiled = compile_cute(kernel(config), *arguments(config), stream, arch=ARCH)
+        function = emulate(compiled, ARCH, uninitialised=WRITTEN[problem.mode])
+
+        def launch(*tensors: object) -> None:
+            for x in tensors:
+                if isinstance(x, Tensor):
+                    TYPES[x.data_ptr()] = str(x.dtype).removeprefix("torch.")
+            absent = (None,) if problem.mode == "commit" else ()  # states to write elsewhere
+            explore(function.call(*tensors, *absent), 1, progress=False).raise_if_wrong()
+
+        return launch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def provider():
+    def supports(problem: SpeculativeProblem, arch: Arch) -> str | None:
+        return PROVIDER.objection(problem, Arch.from_name(ARCH))
+
+    emulated = Provider("emulated", ("cpu",), supports, Emulated, priority=50)
+    with registered(SpeculativeProblem.entry_point_group, emulated):
+        yield
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the histories are on the GPU, the emulator on the CPU")
+@pytest.mark.parametrize(("state", "trees"), [(FP32, False), (BF16, True)], ids=["chains-fp32", "trees-bf16"])
+def test_history(state: torch.dtype, trees: bool) -> None:
+    setup = Setup(pool_size=4, H=1, HV=2, K=64, V=64, max_tokens=3, state=state)
+    history, rng = History(setup, backend="emulated"), random.Random(0)
+    for step, slots in enumerate(([2, -1, 0], [0, 3, 2], [3, 2, 0], [2, 0, 3])):
+        history.verify(
+            slots,
+            3,
+            step,
+            history.random_acceptance(slots, rng)
+            if trees
+            else {"num_accepted": int32([2 if step else 0, 0, 0])},
+            num_tokens=[3, 2, 0] if step == 2 else None,
+            parents=[random_tree(3, rng) for _ in slots] if trees else None,
+            fold="always" if step == 3 else "auto",
+            out=BF16,
+        )
+    history.commit([0, -1, 2, 3], history.random_acceptance([0, -1, 2, 3], rng))
