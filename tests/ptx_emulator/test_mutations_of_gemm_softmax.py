@@ -1,52 +1,51 @@
-"""Every wait, fence and barrier of the reference kernel, dropped or moved one at a time: who notices?
-
-What may survive, and why:
-- `fence.mbarrier_init`: the kernel has it twice in a row, either one will do;
-- `mbarrier.try_wait` at the end of the load and MMA roles (producer_tail): nothing comes after it in the
-  role, and the pair meets again before either CTA frees its tensor memory and ends;
-- the last `cp.async.bulk.wait_group` moved later: it still comes before the CTA ends.
-"""
+"""Every wait, fence and barrier of the reference kernel, dropped or moved one at a time: who notices?"""
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from pathlib import Path
 
-from kernels.gemm_softmax import GemmSoftmaxConfig
-from ptx_emulator import Options, Result
-from ptx_emulator.host.exploring import schedules
-from ptx_emulator.machine import LoadedModule
-from ptx_emulator.mutation import survey
-from test_cute_functions import LOG_2, P_ABSOLUTE, P_RELATIVE, emulated_gemm_softmax, softmax_problem
+from mutations import SURVIVORS, record, survey_gemm_softmax, verdict_of
+from ptx_emulator.mutation import CATCHERS, catcher_of
 
-MAY_SURVIVE = Counter({"fence.mbarrier_init": 2, "mbarrier.try_wait": 4, "cp.async.bulk.wait_group": 1})
 MIN_MUTANTS = 25
-NUM_SCHEDULES = 6
-SCALE_LOG2 = 0.7
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+RECORD = BENCHMARKS / "results" / "emulated_mutations.json"
 
 
-def test_only_redundant_synchronisation_survives() -> None:
-    function = emulated_gemm_softmax(GemmSoftmaxConfig())
-    X, W, P = softmax_problem(1100, 128, 320)  # five tiles for two clusters, five steps for three stages
-    expected = (X.double() @ W.double().T * SCALE_LOG2 * LOG_2).softmax(-1)
-    call = function.call(X, W, P, SCALE_LOG2)
-
-    def run(module: LoadedModule) -> tuple[Result, bool]:
-        right = True
-        for options in schedules(Options(strict=False), NUM_SCHEDULES):
-            P.fill_(float("nan"))
-            result = call.run(options, module)
-            right = right and bool(
-                ((P.double() - expected).abs() <= P_RELATIVE * expected + P_ABSOLUTE).all()
-            )
-            if result.reports:
-                break
-        return result, right
-
-    outcomes = survey(function.module, None, run, progress=False)
+def test_only_what_is_known_to_be_redundant_survives() -> None:
+    outcomes = survey_gemm_softmax()
     assert len(outcomes) >= MIN_MUTANTS
-    survived = Counter(
-        next((name for name in MAY_SURVIVE if o.mutant.instruction.startswith(name)), str(o.mutant))
-        for o in outcomes
-        if o.caught_by == "survived"
-    )
-    assert survived <= MAY_SURVIVE, survived
+    survivors = {o.mutant.place: verdict_of(o) for o in outcomes if o.survived}
+    assert survivors == SURVIVORS, "\n".join(map(str, survivors))
+    found = record(outcomes)
+    kept = json.loads(RECORD.read_text(encoding="utf-8"))["gemm_softmax"]
+    same = ("mutants", "caught", "survived")
+    assert {name: found[name] for name in same} == {name: kept[name] for name in same}
+
+
+def test_each_kind_of_finding_counts_as_what_it_is() -> None:
+    kinds = ("race", "proxy-race", "uninitialised", "tcgen05-order", "deadlock", "barrier", "out-of-bounds")
+    catchers = [
+        "races",
+        "races",
+        "uninitialised",
+        "tcgen05-order",
+        "deadlock",
+        "other checks",
+        "other checks",
+    ]
+    assert [catcher_of(kind) for kind in kinds] == catchers
+    assert set(catchers) < set(CATCHERS)
+
+
+def test_the_table_of_the_readme_is_that_of_the_record() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("emulated_mutations", BENCHMARKS / "emulated_mutations.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.README.read_text(encoding="utf-8")
+    assert module.filled_in(text, json.loads(RECORD.read_text(encoding="utf-8"))) == text

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ptx_emulator.host import cuda_source
 
 README = Path(__file__).resolve().parents[2] / "shared/ptx-emulator/README.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,6 +48,14 @@ def run(folder: Path, *command: str) -> str:
 
 def test_python_files(folder: Path) -> None:
     assert "global load bytes" in run(folder, "scale.py")
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("NVCC") or shutil.which("nvcc") or cuda_source._nvrtc()),
+    reason="neither nvcc nor NVRTC is installed",
+)
+def test_a_cuda_source_with_a_tensor_map(folder: Path) -> None:
+    run(folder, "transpose.py")
 
 
 def test_the_test(folder: Path) -> None:

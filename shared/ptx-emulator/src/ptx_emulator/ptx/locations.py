@@ -33,8 +33,10 @@ class Locations:
         self._known: dict[tuple[str, ...], Location] = {}
 
     def is_in_inline_asm(self, line: int) -> bool:
-        """Whether a PTX line belongs to inline assembly, where LLVM counts lines of the assembly, added to the
-        source line, in a `.loc` of each label and branch: the place of all of it is the one before it."""
+        """Whether a PTX line belongs to inline assembly; its place is the one before it.
+
+        At its labels and branches LLVM writes a `.loc` of the source line plus the line of the assembly.
+        """
         before = bisect_right(self._asm, (line, "end"))
         return before > 0 and self._asm[before - 1][1] == "begin"
 
