@@ -113,3 +113,22 @@ def test_what_changes_from_run_to_run_is_not_kept(kept: Path, monkeypatch: pytes
     monkeypatch.setenv("PYTEST_CURRENT_TEST", f"tests/test_checker.py::{name}[1] (call)")
     run_kernel(STORE_ITS_OWN_ADDRESS, np.zeros(3, np.uint64))
     assert not headers(kept)
+
+
+def test_kernels_are_counted_by_test_function(hopper: ModuleType) -> None:
+    names = ("tests/a/test_mma.py::test_sums[1]", "tests/a/test_mma.py::test_sums[2]", "test_bulk.py::test_x")
+    outcomes = ("equal", "within bound", "equal")
+    results = [{"test": name, "outcome": outcome} for name, outcome in zip(names, outcomes, strict=True)]
+    assert hopper._counts_by_test(results) == {
+        "test_bulk.py::test_x": {"equal": 1},
+        "test_mma.py::test_sums": {"equal": 1, "within bound": 1},
+    }
+
+
+def test_the_kept_record_adds_up() -> None:
+    path = BENCHMARK.parent / "results" / "emulator_on_hopper-h200.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for outcome, number in kept["outcomes"].items():
+        assert sum(counts.get(outcome, 0) for counts in kept["by_test"].values()) == number
+    of_bounds = sum(group["cases"] for group in kept["within_bound"])
+    assert of_bounds == kept["outcomes"]["within bound"]
