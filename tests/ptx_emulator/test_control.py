@@ -159,24 +159,29 @@ def test_an_endless_poll_is_a_deadlock():
     assert {r.kind for r in result.reports} == {"deadlock"}
 
 
-# Polls that write what is there already; memory holds zeros.
-ATOMIC_POLLS = {
-    "add": "atom.global.add.u32 %r3, [%rd1], 0;",
-    "failing cas": "atom.global.cas.b32 %r3, [%rd1], 1, 2;",
-    "cas of the same": "atom.global.cas.b32 %r3, [%rd1], 0, 0;",
-    "exch": "atom.acquire.gpu.global.exch.b32 %r3, [%rd1], 0;",
-    "shared": "mov.u32 %r2, smem; st.volatile.shared.u32 [%r2], 0; L2: atom.shared.or.b32 %r3, [%r2], 0;"
-    "setp.eq.u32 %p3, %r3, 0; @%p3 bra L2;",
-    "red": "red.global.max.u32 [%rd1], 0; ld.volatile.global.u32 %r3, [%rd1];",
-}
+# Polls of each warp that write what is there already: zeros.
+ZERO = "setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [%r2], 0;"
+ATOMIC_POLLS = (
+    "atom.global.add.u32 %r3, [%rd1], 0;",
+    "atom.global.cas.b32 %r3, [%rd1], 1, 2;",
+    "atom.global.cas.b32 %r3, [%rd1], 0, 0;",
+    "atom.acquire.gpu.global.exch.b32 %r3, [%rd1], 0;",
+    "atom.shared.or.b32 %r3, [%r2], 0;",
+    "red.global.max.u32 [%rd1], 0; ld.relaxed.gpu.global.u32 %r3, [%rd1];",
+)
 
 
-@pytest.mark.parametrize("case", ATOMIC_POLLS)
-def test_an_endless_poll_with_an_atomic_is_a_deadlock(case: str):
+def test_an_endless_poll_with_an_atomic_is_a_deadlock():
     out = np.zeros(1, dtype=np.uint32)
-    body = f"SPIN: {ATOMIC_POLLS[case]} setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN;"
-    result = run_kernel(body, out, shared_bytes=16, expect_reports=True)
-    assert {r.kind for r in result.reports} == {"deadlock"}
+    polls = "".join(
+        f"setp.ne.u32 %p1, %r10, {warp}; @%p1 bra NEXT{warp};"
+        f"SPIN{warp}: {poll} setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN{warp}; NEXT{warp}:\n"
+        for warp, poll in enumerate(ATOMIC_POLLS)
+    )
+    body = f"shr.u32 %r10, %r1, 5; mov.u32 %r2, smem; {ZERO} bar.sync 0; {polls}"
+    block = (32 * len(ATOMIC_POLLS), 1, 1)
+    result = run_kernel(body, out, block=block, shared_bytes=16, expect_reports=True)
+    assert {(r.kind, r.warp) for r in result.reports} == {("deadlock", w) for w in range(len(ATOMIC_POLLS))}
 
 
 @pytest.mark.parametrize("schedule", ["fair", "greedy", "random"])

@@ -9,10 +9,10 @@ import numpy as np
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.lower.availability import missing
 from ptx_emulator.lower.context import FormError, Lowering, Op, Use, Value
+from ptx_emulator.lower.early_uses import guard_early_uses
 from ptx_emulator.lower.flow import blocks_of, fill_meeting_points, resolve_targets
 from ptx_emulator.lower.registers import allocate
 from ptx_emulator.lower.registry import find
-from ptx_emulator.lower.tmem_loads import guard_early_uses
 from ptx_emulator.ptx.module import Function, Instruction, Label, Location, Module, Variable
 
 INSTRUCTION = np.dtype(

@@ -25,6 +25,7 @@ KINDS = {
     "deadlock": "Deadlock",
     "trap": "Traps",
     "tcgen05-order": "Tensor memory accesses without tcgen05 waits or fences",
+    "wgmma-order": "Registers of wgmma accessed before wgmma.wait_group",
     "tmem-lanes": "Tensor memory addresses with lanes of another warp",
 }
 _RANK = {kind: rank for rank, kind in enumerate(KINDS)}

@@ -10,7 +10,7 @@ namespace {
 const char* const kReportNames[] = {
     "out-of-bounds", "misaligned",     "uninitialised", "race",        "proxy-race",
     "tcgen05-order", "deadlock",       "divergence",    "barrier",     "tmem",
-    "tmem-lanes",    "grid-dependency", "unsupported",  "trap",
+    "tmem-lanes",    "grid-dependency", "unsupported",  "trap",        "wgmma-order",
 };
 
 void append_quoted(std::string& out, const std::string& text) {

@@ -409,12 +409,16 @@ bool visible_to_async(const Stamp& stamp, const Actor& actor) {
 void tcgen05_load(Warp& w) {
   ClusterChecker* c = ClusterChecker::of(*w.cluster);
   if (!c) return;
-  std::vector<uint32_t>& loads = c->state(w).unwaited_loads;
+  std::vector<uint32_t>& loads = c->state(w).registers_in_flight;
   if (std::find(loads.begin(), loads.end(), w.pc()) == loads.end()) loads.push_back(w.pc());
 }
 
-void tcgen05_use(Warp& w, uint32_t load_pc) {
-  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->check_loaded(w, load_pc);
+void registers_in_flight(Warp& w, std::vector<uint32_t> pcs) {
+  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->state(w).registers_in_flight = std::move(pcs);
+}
+
+void use_registers(Warp& w, uint32_t pc, Report kind) {
+  if (ClusterChecker* c = ClusterChecker::of(*w.cluster)) c->check_arrived(w, pc, kind);
 }
 
 void tcgen05_wait_ld(Warp& w) {
@@ -422,7 +426,7 @@ void tcgen05_wait_ld(Warp& w) {
   if (!c) return;
   c->flush();
   c->state(w).loads_waited = c->value(w);
-  c->state(w).unwaited_loads.clear();
+  c->state(w).registers_in_flight.clear();
   c->advance(w);
 }
 

@@ -114,9 +114,15 @@ bool visible_to_async(const Stamp& stamp, const Actor& actor);  // a fence.proxy
 // that is not waited for is a race; a load may only lack tcgen05 order, as its registers are used.
 void access_tmem(Warp& w, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column, uint32_t num_columns,
                  AccessKind kind);
-void tcgen05_load(Warp& w);                   // the executing tcgen05.ld loads registers
-void tcgen05_use(Warp& w, uint32_t load_pc);  // the executing instruction reads what a tcgen05.ld has loaded
+void tcgen05_load(Warp& w);  // the executing tcgen05.ld loads registers
 void tcgen05_wait_ld(Warp& w);
+
+// Registers that instructions in flight write. `kind` is Tcgen05Order or WgmmaOrder.
+void registers_in_flight(Warp& w, std::vector<uint32_t> pcs);  // the instructions that are, in place of those before
+void use_registers(Warp& w, uint32_t pc, Report kind);  // the executing instruction accesses what that at `pc` writes
+// An operation that may access such registers too early: number of instructions, operation, the instructions, then the
+// operation's own arguments.
+Step run_early_use(Warp& w, const Instruction& i, Report kind);
 void tcgen05_wait_st(Warp& w);
 // By an operation of the tensor core. An Atomic access reads and writes (an accumulator).
 void access_tmem(Cluster& cluster, const Actor& actor, Cta& cta, uint32_t lane, uint32_t num_lanes, uint32_t column,

@@ -94,7 +94,7 @@ struct WarpState {
   // published kernels use the registers without tcgen05.wait::ld, as ptxas makes them wait. So to leave it out is a
   // matter of tcgen05 order, not a race.
   uint32_t loads_waited = 0;
-  std::vector<uint32_t> unwaited_loads;  // tcgen05.ld instructions executed since the last wait
+  std::vector<uint32_t> registers_in_flight;  // instructions whose results have not been waited for
 };
 
 // Who accesses, and what happened before.
@@ -173,7 +173,7 @@ class ClusterChecker : public Checker {
   void free_tmem(Warp& w, Cta& cta, uint32_t column, uint32_t num_columns);
   void forget_tmem(Cta& cta, uint32_t column, uint32_t num_columns);
   void check_remote();
-  void check_loaded(const Warp& w, uint32_t load_pc);
+  void check_arrived(const Warp& w, uint32_t pc, Report kind);
   void flush() {
     if (pending_.any) apply_pending();
   }

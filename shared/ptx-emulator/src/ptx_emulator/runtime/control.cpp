@@ -138,6 +138,22 @@ PTXE_OP("assertfail") {
   return Step::Stop;
 }
 
+static std::string explain_early_use(Warp&, const Instruction&) {
+  return "other threads, with registers that are in flight";
+}
+
+Step run_early_use(Warp& w, const Instruction& i, Report kind) {
+  const uint32_t first = 2 + i.args[0];
+  for (uint32_t k = 2; k < first; ++k) use_registers(w, i.args[k], kind);
+  Instruction operation = i;
+  operation.run = operation_at(i.args[1]);
+  operation.args += first;
+  operation.num_args -= first;
+  const Step step = operation.run(w, operation);
+  // The operation's own words would look for its arguments in this instruction.
+  return step == Step::Wait ? wait_because(w, explain_early_use) : step;
+}
+
 PTXE_OP("nop") { return Step::Next; }
 
 }  // namespace ptxe

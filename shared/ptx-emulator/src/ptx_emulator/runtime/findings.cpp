@@ -183,15 +183,18 @@ void ClusterChecker::report_remote(const RemoteAccess& remote, const Cta& cta) {
              " is not ordered before the end of that CTA: all of its threads may have exited before.");
 }
 
-// Once for each tcgen05.ld: what is computed from its registers would repeat it.
-void ClusterChecker::check_loaded(const Warp& w, uint32_t load_pc) {
-  const auto& loads = state(w).unwaited_loads;
-  if (std::find(loads.begin(), loads.end(), load_pc) == loads.end()) return;
-  if (!shared_->is_new(cluster_.grid->id, Report::Tcgen05Order, load_pc, load_pc)) return;
-  Site load = site_of(w);
-  load.pc = load_pc;
-  report(*cluster_.grid, Report::Tcgen05Order, site_of(w),
-         "A register that tcgen05.ld loads is used before tcgen05.wait::ld: its value may not have arrived.", &load);
+// Once for each instruction: what is computed from its registers would repeat it.
+void ClusterChecker::check_arrived(const Warp& w, uint32_t pc, Report kind) {
+  const auto& all = state(w).registers_in_flight;
+  if (std::find(all.begin(), all.end(), pc) == all.end()) return;
+  if (!shared_->is_new(cluster_.grid->id, kind, pc, pc)) return;
+  Site issued = site_of(w);
+  issued.pc = pc;
+  report(*cluster_.grid, kind, site_of(w),
+         kind == Report::WgmmaOrder
+             ? "An accumulator of wgmma.mma_async is used before wgmma.wait_group: the product may not be complete."
+             : "A register that tcgen05.ld loads is used before tcgen05.wait::ld: its value may not have arrived.",
+         &issued);
 }
 
 void ClusterChecker::report_uninitialised(const Access& self, const Site& site, const std::string& place) {

@@ -224,23 +224,7 @@ PTXE_OP("tcgen05.st") {
   return Step::Next;
 }
 
-static std::string explain_use(Warp&, const Instruction&) {
-  return "other threads, with registers that tcgen05.ld loads";
-}
-
-// An operation that reads registers of tcgen05.ld, perhaps before tcgen05.wait::ld: number of loads, operation, the
-// instructions that load, then the operation's own arguments.
-PTXE_OP("tcgen05.use") {
-  const uint32_t num_loads = i.args[0], first = 2 + num_loads;
-  for (uint32_t k = 2; k < first; ++k) tcgen05_use(w, i.args[k]);
-  Instruction operation = i;
-  operation.run = operation_at(i.args[1]);
-  operation.args += first;
-  operation.num_args -= first;
-  const Step step = operation.run(w, operation);
-  // The operation's own words would look for its arguments in this instruction.
-  return step == Step::Wait ? wait_because(w, explain_use) : step;
-}
+PTXE_OP("tcgen05.use") { return run_early_use(w, i, Report::Tcgen05Order); }
 
 PTXE_OP("tcgen05.wait.ld") {
   const Step step = gather(w, i, w.live);

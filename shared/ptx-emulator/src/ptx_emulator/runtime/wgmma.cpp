@@ -164,6 +164,20 @@ struct Multiply {
   }
 };
 
+// Tells the checker which instructions have accumulators in flight.
+void note_in_flight(Warp& w, const WgmmaWarp& state) {
+  if (!w.cluster->checker) return;
+  std::vector<uint32_t> pcs;
+  const auto add = [&](const std::vector<Actor>& actors) {
+    for (const Actor& actor : actors) {
+      if (std::find(pcs.begin(), pcs.end(), actor.site.pc) == pcs.end()) pcs.push_back(actor.site.pc);
+    }
+  };
+  for (const auto& group : state.groups) add(group);
+  add(state.open);
+  registers_in_flight(w, std::move(pcs));
+}
+
 void finish_groups(Warp& w, WgmmaWarp& state, size_t left) {
   const uint64_t begin = w.time;
   while (state.groups.size() > left) {
@@ -207,8 +221,11 @@ PTXE_OP("wgmma.mma_async") {
   engine.busy_until = actor.time;
   trace_engine(*w.cta, "mma", "wgmma", i.line, begin, actor.time);
   state.open.push_back(std::move(actor));
+  note_in_flight(w, state);
   return Step::Next;
 }
+
+PTXE_OP("wgmma.use") { return run_early_use(w, i, Report::WgmmaOrder); }
 
 PTXE_OP("wgmma.fence") {
   const Step step = gather(w, i, w.live);
@@ -230,7 +247,9 @@ PTXE_OP("wgmma.commit_group") {
 PTXE_OP("wgmma.wait_group") {
   const Step step = gather(w, i, w.live);
   if (step != Step::Execute) return step;
-  finish_groups(w, w.state.get<WgmmaWarp>(), i.args[0]);
+  WgmmaWarp& state = w.state.get<WgmmaWarp>();
+  finish_groups(w, state, i.args[0]);
+  note_in_flight(w, state);
   return Step::Next;
 }
 
