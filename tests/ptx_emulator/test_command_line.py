@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from harness import kernel_text
 from ptx_emulator.__main__ import main
 from ptx_emulator.command_line_arguments import parse_argument
+from ptx_emulator.host import cuda_source
 from test_launching import RACE, SCALE
 
 pytest_plugins = ["pytester"]
@@ -78,7 +83,7 @@ def test_options_of_a_launch_are_not_for_python(
     path = tmp_path / "subject.py"
     path.write_text(SUBJECT.format(ptx=SCALE))
     assert main([command, f"{path}:scale", *option.split()]) == 2
-    assert f"{option.split()[0]}: is for a PTX file" in capsys.readouterr().err
+    assert f"{option.split()[0]}: is for a PTX file or a CUDA source" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["", "4,", "a", "1,2,3,4", "-1"])
@@ -171,3 +176,49 @@ def _is_installed() -> bool:
     from importlib.metadata import entry_points
 
     return any(point.name == "ptx_emulator" for point in entry_points(group="pytest11"))
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("NVCC") or shutil.which("nvcc") or cuda_source._nvrtc()),
+    reason="neither nvcc nor NVRTC is installed",
+)
+def test_a_cuda_source_is_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "add.cu"
+    path.write_text("__global__ void add(float* x) { x[threadIdx.x] += 1; }", encoding="utf-8")
+    assert main(["run", str(path), "--arg", "f32:32=zeros"]) == 0
+    assert main(["run", str(path), "--arg", "f32:31=zeros"]) == 1
+    assert "add.cu:1" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_to_its_end() -> None:
+    command = f"{sys.executable} -m ptx_emulator ops; echo status $? >&2"
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == "status 1\n"
+    process.wait()
+
+
+def test_a_file_without_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ops", os.devnull]) == 2
+    assert "no .target" in capsys.readouterr().err
+
+
+def test_zero_counts_are_named_in_one_line(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", scale, "--arg", "f32:4=zeros", "--arg", "2.5", "--arg", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (none,) = [line for line in lines if line.startswith("none: ")]
+    assert "mma flops" in none
+    assert not any(line.startswith("mma flops") for line in lines)
+
+
+def test_a_trace_says_that_races_were_not_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "race.ptx"
+    path.write_text(RACE)
+    trace = ["trace", str(path), "--block", "64", "--arg", "f32:64=zeros", "-o", str(tmp_path / "trace.json")]
+    assert main(trace) == 0
+    assert "races not looked for" in capsys.readouterr().out
+    assert main([*trace, "--checks"]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from ptx_emulator.build import compiler_version
 from ptx_emulator.command_line_arguments import parse_argument
 from ptx_emulator.errors import EmulatorError
+from ptx_emulator.host.cuda_source import compile_cuda
 from ptx_emulator.host.exploring import explore
 from ptx_emulator.host.job import Job
 from ptx_emulator.host.launching import Launch
@@ -23,8 +25,8 @@ from ptx_emulator.reports import reports_json, reports_text
 from ptx_emulator.support import opcode_table, unsupported
 from ptx_emulator.timeline import write_timeline
 
-SUBJECT = """what to run: FILE.ptx, with the options below; or FILE.py:FUNCTION, a function without arguments
-that returns a ptx_emulator.Launch, Launches, or emulate(...).call(...)"""
+SUBJECT = """what to run: FILE.ptx or FILE.cu, with the options below; or FILE.py:FUNCTION, a function
+without arguments that returns a ptx_emulator.Launch, Launches, or emulate(...).call(...)"""
 ARGUMENT = """an argument of the kernel, once for each parameter in order: a number (7, 2.5), or an array
 TYPE:SHAPE=FILL, such as f32:128x64=randn, i32:16=arange, u8:1024=zeros, f32:64=nan, f32:10=FILE.npy"""
 
@@ -37,6 +39,7 @@ ROLE = (
 )
 
 
+DEFAULT_CUDA_DEVICE = "sm_90a"
 _LAUNCH_OPTIONS = (
     "kernel",
     "grid",
@@ -55,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 0 if all is well, 1 with findings, 2 for what cannot be run."""
     chosen = _parser().parse_args(arguments)
     try:
-        return int(chosen.command(chosen))
+        status = int(chosen.command(chosen))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads the output, such as head, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (EmulatorError, ValueError, OSError) as error:
         print(f"ptx_emulator: {error}", file=sys.stderr)
         return 2
@@ -92,12 +100,12 @@ def check(chosen: argparse.Namespace) -> int:
 
 
 def trace(chosen: argparse.Namespace) -> int:
-    """Runs once and writes a timeline; findings that need no race checker are printed."""
-    result = _job(chosen).run(_options(chosen, checks=False, traced=True))
+    """Runs once and writes a timeline; without --checks, races and uninitialised reads are not looked for."""
+    result = _job(chosen).run(_options(chosen, checks=chosen.checks, traced=True))
     write_timeline(chosen.output, result.timeline, _roles(chosen.role))
     num_spans = sum(len(row.spans) for row in result.timeline)
     print(f"{chosen.output}: {num_spans} spans; open it at https://ui.perfetto.dev")
-    print(reports_text(result.reports))
+    print(reports_text(result.reports) + ("" if chosen.checks else "; races not looked for (--checks)"))
     return 1 if result.reports else 0
 
 
@@ -124,10 +132,11 @@ def _job(chosen: argparse.Namespace) -> Job:
         given = [option for option in _LAUNCH_OPTIONS if getattr(chosen, option) is not None]
         if given:
             option = given[0].replace("_", "-")
-            raise ValueError(f"--{option}: is for a PTX file; {chosen.subject} says itself what it launches")
+            says = f"{chosen.subject} says itself what it launches"
+            raise ValueError(f"--{option}: is for a PTX file or a CUDA source; {says}")
         return _job_of(Path(path), function)
     return Launch(
-        ptx=Path(chosen.subject).read_text(encoding="utf-8"),
+        ptx=_ptx_of(Path(chosen.subject), chosen.device),
         kernel=chosen.kernel,
         grid=_size("grid", chosen.grid, 1),
         block=_size("block", chosen.block, 32),
@@ -139,6 +148,12 @@ def _job(chosen: argparse.Namespace) -> Job:
         read_only=chosen.read_only or (),
         device=chosen.device,
     )
+
+
+def _ptx_of(path: Path, device: str | None) -> str:
+    if path.suffix == ".cu":
+        return compile_cuda(path, device or DEFAULT_CUDA_DEVICE)
+    return path.read_text(encoding="utf-8")
 
 
 def _job_of(path: Path, function: str) -> Job:
@@ -186,7 +201,7 @@ def _options(chosen: argparse.Namespace, *, checks: bool, traced: bool = False) 
         workers=chosen.workers,
         trace=traced,
         strict=False,
-        progress=not getattr(chosen, "json", False),
+        progress=False if getattr(chosen, "json", False) else None,
     )
 
 
@@ -218,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--all", action="store_true", help="go on behind the first schedule that is wrong")
     several.add_argument("--json", action="store_true", help="findings of every schedule as JSON")
     traced = _subject_parser(commands, "trace", trace)
+    traced.add_argument("--checks", action="store_true", help="look for races and uninitialised reads, too")
     traced.add_argument("--schedule", choices=sorted(SCHEDULES), default="fair")
     traced.add_argument("--role", action="append", default=[], help=ROLE)
     traced.add_argument("-o", "--output", type=Path, default=Path("trace.json"), help="default: trace.json")
@@ -235,7 +251,7 @@ def _subject_parser(commands: Any, name: str, command: Any) -> argparse.Argument
         name, help=command.__doc__, description=command.__doc__
     )
     parser.add_argument("subject", help=SUBJECT)
-    of_launch = parser.add_argument_group("launch of a PTX file")
+    of_launch = parser.add_argument_group("launch of a PTX file or a CUDA source")
     of_launch.add_argument("--kernel", help="needed if the PTX has several; C++ names may be unmangled")
     of_launch.add_argument("--grid", help="such as 4 or 4,2,1 (default: 1)")
     of_launch.add_argument("--block", help="threads of a CTA (default: 32)")
@@ -245,7 +261,9 @@ def _subject_parser(commands: Any, name: str, command: Any) -> argparse.Argument
     of_launch.add_argument("--name", action="append", help=NAME)
     of_launch.add_argument("--uninitialised", action="append", metavar="NAME", help=UNINITIALISED)
     of_launch.add_argument("--read-only", action="append", metavar="NAME", help=READ_ONLY)
-    of_launch.add_argument("--device", help="architecture; by default the file's .target")
+    of_launch.add_argument(
+        "--device", help=f"architecture; by default the PTX's .target, {DEFAULT_CUDA_DEVICE} for CUDA sources"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of random schedules and random arrays")
     parser.add_argument("--workers", type=int, help="OS threads (default: one per core)")
     parser.set_defaults(command=command)

@@ -118,11 +118,17 @@ class LaunchCounts:
         return sorted(by_line.items(), key=lambda item: -item[1])[:num_lines]
 
     def table(self, roles: Roles | None = None) -> str:
-        """A text table: a row for each instruction class of the kernel and each count, a column per role."""
+        """A text table: a row for each instruction class of the kernel and each count, a column per role.
+
+        Counts that are zero throughout are named in the last line.
+        """
         columns = self.by_role(roles)
         names = list(next(iter(columns.values()), {}))
         rows = [["", *columns, "all"]]
+        zero = [name for name in names if not any(column[name] for column in columns.values())]
         for name in names:
+            if name in zero:
+                continue
             values = [column[name] for column in columns.values()]
             rows.append([name.replace("_", " "), *(f"{v:,}" for v in (*values, sum(values)))])
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -133,6 +139,8 @@ class LaunchCounts:
                 *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True)),
             ]
             lines.append("  ".join(cells).rstrip())
+        if zero:
+            lines.append(f"none: {', '.join(name.replace('_', ' ') for name in zero)}")
         return "\n".join(lines)
 
     def to_dict(self, roles: Roles | None = None) -> dict[str, Any]:

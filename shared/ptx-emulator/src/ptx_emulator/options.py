@@ -35,7 +35,8 @@ class Options:
         allow: kinds of findings that go to `Result.allowed` and are never raised, such as `tcgen05-order`:
             the fences that the PTX ISA asks for behind an mbarrier, and that published kernels leave out.
         strict: whether findings are raised as EmulationError; otherwise they are in `Result.reports`.
-        progress: whether a bar shows how many clusters have run.
+        progress: whether a bar on stderr shows how many clusters have run, on runs that take more than a few
+            seconds; None: where that is a terminal.
 
     Raises:
         EmulatorError: an unknown schedule or kind of finding, or no workers.
@@ -49,7 +50,7 @@ class Options:
     early_dependents: bool = True
     allow: tuple[str, ...] = ()
     strict: bool = True
-    progress: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         pair = self.policies

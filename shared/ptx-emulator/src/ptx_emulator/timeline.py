@@ -28,6 +28,7 @@ NOTABLE = (
 )
 _FIRST_ENGINE_ROW = 1000  # rows of warps come first
 _ROLE_CLASSES = 3  # classes that a row without a role is described by
+_ALIKE = 0.8  # share of classes that warps of one role have in common
 _MOST_PLACES = 4  # source lines of a span
 
 
@@ -67,7 +68,7 @@ class Row:
     def describe(self) -> str:
         """The classes of instructions that say most about a warp: `mma, barrier`."""
         executed = {name for span in self.spans for name in span.classes}
-        return ", ".join([name for name in NOTABLE if name in executed][:_ROLE_CLASSES])
+        return _description(executed)
 
 
 def notable_mask(op_classes: Sequence[str]) -> int:
@@ -116,9 +117,12 @@ def chrome_trace(rows: Sequence[Row], roles: Roles | None = None) -> dict[str, A
     A virtual cycle is shown as a microsecond.
 
     Args:
-        roles: name -> warps, to name the rows of warps; others are named by what they execute.
+        roles: name -> warps, to name the rows of warps; others are named by what they execute, those of a
+            launch that execute nearly the same by one name.
     """
-    role_of = {warp: role for role, warps in (roles or {}).items() for warp in warps}
+    role_of = _roles_found(rows)
+    for role, warps in (roles or {}).items():
+        role_of |= {(row.launch, warp): role for row in rows for warp in warps}
     processes: dict[tuple[int, tuple[int, int, int]], int] = {}
     engines: dict[str, int] = {}
     events: list[dict[str, Any]] = []
@@ -168,10 +172,35 @@ def _run_name(classes: Mapping[str, int]) -> str:
     return telling or max(classes, key=lambda name: classes[name], default="")
 
 
-def _row_name(row: Row, role_of: Mapping[int, str]) -> str:
+def _roles_found(rows: Sequence[Row]) -> dict[tuple[int, int], str]:
+    """(launch, warp) -> the classes that say most about this warp of all CTAs and those that are like it."""
+    executed: dict[tuple[int, int], set[str]] = {}
+    for row in rows:
+        if row.warp >= 0:
+            found = executed.setdefault((row.launch, row.warp), set())
+            found.update(name for span in row.spans for name in span.classes)
+    groups: list[list[tuple[int, int]]] = []
+    for key, classes in executed.items():
+        for group in groups:
+            first = executed[group[0]]
+            if group[0][0] == key[0] and len(first & classes) >= _ALIKE * len(first | classes):
+                group.append(key)
+                break
+        else:
+            groups.append([key])
+    names = [_description(set().union(*(executed[key] for key in group))) for group in groups]
+    return {key: name for group, name in zip(groups, names, strict=True) for key in group}
+
+
+def _description(executed: set[str]) -> str:
+    """The classes of instructions that say most: `mma, shuffle`."""
+    return ", ".join([name for name in NOTABLE if name in executed][:_ROLE_CLASSES])
+
+
+def _row_name(row: Row, role_of: Mapping[tuple[int, int], str]) -> str:
     if row.warp < 0:
         return f"engine {row.engine}"
-    description = role_of.get(row.warp) or row.describe()
+    description = role_of.get((row.launch, row.warp), "")
     return f"warp {row.warp}" + (f" {description}" if description else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from ptx_emulator.host.arrays import Memory
 from ptx_emulator.machine import Machine, Result
 from ptx_emulator.options import Options
 
-_BAR_DELAY_S = 1.0
+_BAR_DELAY_S = 3.0
 _BAR_INTERVAL_S = 0.1
 
 
@@ -45,7 +46,8 @@ def finish(machine: Machine, options: Options) -> Result:
     Raises:
         EmulationError: findings, if the options are strict.
     """
-    result = machine.synchronize(_progress_bar(machine) if options.progress else None)
+    wanted = sys.stderr.isatty() if options.progress is None else options.progress
+    result = machine.synchronize(_progress_bar(machine) if wanted else None)
     if options.strict:
         result.raise_reports()
     return result
@@ -53,7 +55,7 @@ def finish(machine: Machine, options: Options) -> Result:
 
 @contextmanager
 def _progress_bar(machine: Machine) -> Iterator[None]:
-    """A bar of the clusters that have finished, for runs of more than a second."""
+    """A bar of the clusters that have finished, for runs of more than `_BAR_DELAY_S`."""
     stop = threading.Event()
     total = machine.progress()[1]
 

@@ -158,6 +158,8 @@ class _Parser:
                 self._skip_statement()
             else:
                 self._declaration(module)
+        if not module.target:
+            raise PtxSyntaxError("the text has no .target, as every PTX module has")
         return module
 
     def _file(self) -> None:
