@@ -34,6 +34,7 @@ class Setup:
     index: torch.dtype = torch.int32
     tactic: Tactic = field(default_factory=lambda: Tactic(4, 1))
     pdl: bool = True
+    sm_count: int = 1  # few, so that blocks of these small grids prefetch for later ones
 
     def __str__(self) -> str:
         flags = "-tree" * self.tree + "-raw" * (not self.l2norm)
@@ -48,7 +49,7 @@ class Setup:
             dt_bias_dtype="float32", out_dtype=io, state_dtype=state, index_dtype=index,
             use_qk_l2norm=self.l2norm, accept=accept, variable_tokens=self.variable and mode == "verify",
             tree=self.tree and mode == "verify", tensor_scale=False, debug=False, pdl=self.pdl,
-            tactic=self.tactic,
+            tactic=self.tactic, sm_count=self.sm_count,
         )  # fmt: skip
 
 

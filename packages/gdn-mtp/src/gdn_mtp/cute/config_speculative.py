@@ -17,7 +17,6 @@ from .config import (
 )
 
 KEY_SKEW_BYTES = 32
-RING_INTEGERS = 4
 RING_WEIGHTS = WARP_LANES + 4
 
 
@@ -30,6 +29,7 @@ class SpeculativeConfig(TokenTiles):
     capacity: tokens of a ring. accept: what says which tokens of the last window are accepted, their count,
     the indices of the nodes, or nothing (the window is dropped).
     variable_tokens: requests have a number of tokens each. tree: tokens have parents. debug: misuse traps.
+    sm_count: multiprocessors of the GPU, for `resident_blocks`.
     """
 
     mode: Mode
@@ -51,6 +51,7 @@ class SpeculativeConfig(TokenTiles):
     debug: bool
     pdl: bool
     tactic: Tactic
+    sm_count: int
 
     @property
     def pending_chunks(self) -> int:
@@ -61,6 +62,11 @@ class SpeculativeConfig(TokenTiles):
     def buffers_per_warp(self) -> int:
         """Tile buffers of a warp, one per tile."""
         return self.tactic.tiles_per_warp
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that the GPU runs at a time."""
+        return self.sm_count * self.blocks_per_sm
 
     @property
     def ring_rows(self) -> int:
@@ -113,7 +119,7 @@ class SpeculativeConfig(TokenTiles):
         """Shared memory of a block: tiles and barriers, pending tokens, k and q, matrices, gates."""
         tiles = self.tactic.warps * self.tactic.tiles_per_warp * (self.buffer_bytes + 8)
         ring = self.ring_rows * (self.key_stride * self.io_bytes + 4 * self.update_stride) + 8
-        floats = RING_INTEGERS + RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS
+        floats = RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS
         floats += self.T * (2 * self.token_stride + GATE_COLUMNS)
         return tiles + ring + 4 * floats
 

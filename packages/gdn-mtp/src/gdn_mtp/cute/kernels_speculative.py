@@ -25,6 +25,7 @@ TACTICS = {
         Tactic(4, 1, row_copies=True),
         Tactic(4, 1, trigger="early"),
         Tactic(2, 1, trigger="start"),
+        Tactic(2, 2, trigger="start"),
         Tactic(4, 1, trigger="start"),
         Tactic(4, 2, trigger="start"),
     )
@@ -62,7 +63,11 @@ class SpeculativeKernels:
 
     def config(self, problem: SpeculativeProblem, arch: Arch, tactic: str) -> SpeculativeConfig:
         """What the kernel of one tactic is compiled for."""
-        values: dict[str, Any] = {"pdl": arch.supports_pdl, "tactic": TACTICS[tactic]}
+        values: dict[str, Any] = {
+            "pdl": arch.supports_pdl,
+            "tactic": TACTICS[tactic],
+            "sm_count": arch.sm_count,
+        }
         for field in fields(SpeculativeConfig):
             if field.name not in values:
                 value = getattr(problem, field.name)

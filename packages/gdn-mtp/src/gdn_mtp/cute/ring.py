@@ -2,9 +2,9 @@
 
 Of each token a ring keeps k, the corrected value u, the log decay g and the factor of k, so that
     S' = D(end) S + sum_j w_j u_j k_j^T,    w_j = exp(g_{j+1} + ... + g_end) k_scale_j
-is the state after them. One warp of a block finds the pending tokens, a lane for each token of the ring, and
-has them copied to shared memory in order: in the ring they may lie apart, where nodes between them were
-rejected. What follows takes them in chunks of eight.
+is the state after them. Every warp finds the pending tokens, a lane for each token of the ring, and has some
+of them copied to shared memory, where they are in order: in the ring they may lie apart, where nodes between
+them were rejected. What follows takes them in chunks of eight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Pending:
-    """A request's pending tokens, with those it accepts now; all but `decay` the same in all its blocks."""
+    """A request's pending tokens, with those it accepts now; the same in all its blocks."""
 
     slot: Any
     head: Any  # of keys
@@ -43,11 +43,6 @@ class Pending:
     length: Any  # positions from `start` on, rejected nodes included
     live: Any
     count: Any  # accepted tokens
-    decay: Any  # D(end) of the value head
-
-
-# Integers of `Shared.ring`; `Shared.weights` ends with the decay.
-START, LENGTH, LIVE, COUNT = range(4)
 
 
 class RingTiles(TokenChunks):
@@ -81,45 +76,49 @@ class RingTiles(TokenChunks):
 
     @cute.jit
     def fetch_pending(self, cache, accepted, slot, head, block_row, shared, place):
-        """One warp: copy the pending tokens, rows from `block_row` on, and write what `pending` reads.
+        """Copy pending tokens to shared memory, rows of u from `block_row` on, this warp's share of them.
 
-        accepted: what `accept` gave. The copies are counted on the ring's barrier.
+        accepted: what `accept` gave. The copies are counted on the ring's barrier. Returns the gate and the
+        factor of k of the token that this lane has, for `stage_weights`.
         """
         cfg = self.config
-        start, length, live = accepted
+        start, _, live = accepted
         lane = place.lane
         mbar = self.ring_barrier(shared)
         rank = cute.arch.popc(live & bits_below(lane))
         alive = (((live >> lane) & 1) == 1) & (rank < cfg.ring_rows)
-        count = cutlass.min(cute.arch.popc(live), cfg.ring_rows)
         position = self.wrapped(start + lane)
-        gate, k_scale = Float32(0.0), Float32(0.0)
-        if lane == 0:
-            num_bytes = count * (cfg.key_bytes + cfg.update_bytes)
-            cute.arch.mbarrier_arrive_and_expect_tx(mbar, num_bytes)
-        cute.arch.sync_warp()
-        if alive:
-            gate = read_l2(cache.gates[slot, position, None].iterator + place.hv, Float32)
-            k_scale = read_l2(cache.k_scale[slot, position, None].iterator + head, Float32)
+        if alive & (rank % cfg.tactic.warps == place.warp):
             key = cache.keys[slot, position, head, None].iterator
             bulk_load(shared.ring_keys[None, rank].iterator, key, cfg.key_bytes, mbar)
             update = cache.updates[slot, position, place.hv, None].iterator
             update = update + cute.assume(block_row, divby=MMA_ROWS)
             bulk_load(shared.ring_updates[None, rank].iterator, update, cfg.update_bytes, mbar)
+        gate, k_scale = Float32(0.0), Float32(0.0)
+        if place.warp == 0:
+            if lane == 0:
+                count = cutlass.min(cute.arch.popc(live), cfg.ring_rows)
+                num_bytes = count * (cfg.key_bytes + cfg.update_bytes)
+                cute.arch.mbarrier_arrive_and_expect_tx(mbar, num_bytes)
+            if alive:
+                gate = read_l2(cache.gates[slot, position, None].iterator + place.hv, Float32)
+                k_scale = read_l2(cache.k_scale[slot, position, None].iterator + head, Float32)
+        return gate, k_scale
+
+    @cute.jit
+    def stage_weights(self, gate, k_scale, pending, shared, lane):
+        """The first warp: write the weights of the pending tokens and their decay."""
         after = cute.arch.shuffle_sync_down(gate, 1)
         after = select(lane + 1 < WARP_LANES, after, Float32(0.0))
         for i in cutlass.range_constexpr(WARP_LANES.bit_length() - 1):
             further = cute.arch.shuffle_sync_down(after, 1 << i)
             after = select(lane + (1 << i) < WARP_LANES, after + further, after)
         decay = cute.math.exp(cute.arch.warp_reduction_sum(gate))
-        if alive:
+        rank = cute.arch.popc(pending.live & bits_below(lane))
+        if (((pending.live >> lane) & 1) == 1) & (rank < pending.count):
             shared.weights[rank] = cute.math.exp(after) * k_scale
         if lane == 0:
             shared.weights[WARP_LANES] = decay
-            shared.ring[START] = start
-            shared.ring[LENGTH] = length
-            shared.ring[LIVE] = live
-            shared.ring[COUNT] = count
 
     def ring_barrier(self, shared):
         """The barrier on which copies of pending tokens are counted, after those of the tiles."""
@@ -127,15 +126,21 @@ class RingTiles(TokenChunks):
 
     @cute.jit
     def init_ring_barrier(self, shared, tid):
-        """Make the barrier ready; the block synchronizes before warps other than the first use it."""
+        """Make the barrier ready; for the whole block."""
         if tid == 0:
             cute.arch.mbarrier_init(self.ring_barrier(shared), 1)
         cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
 
-    def pending(self, shared, slot, head):
-        """The pending tokens as `fetch_pending` found them."""
-        start, length, live, count = (shared.ring[i] for i in (START, LENGTH, LIVE, COUNT))
-        return Pending(slot, head, start, length, live, count, shared.weights[WARP_LANES])
+    def pending(self, accepted, slot, head):
+        """The pending tokens, of what `accept` gave."""
+        start, length, live = accepted
+        count = cutlass.min(cute.arch.popc(live), self.config.ring_rows)
+        return Pending(slot, head, start, length, live, count)
+
+    def pending_decay(self, shared):
+        """D(end) of the value head, once `stage_weights` has written it."""
+        return shared.weights[WARP_LANES]
 
     def wrapped(self, position):
         """The ring position that `position`, less than twice the capacity, stands for."""
@@ -180,11 +185,11 @@ class RingTiles(TokenChunks):
     @cute.jit
     def advanced(self, s, pending, shared, place, tile):
         """The tile s of the state after all pending tokens."""
-        columns = len(s[0])
+        columns, decay = len(s[0]), self.pending_decay(shared)
         state = cute.make_rmem_tensor((2 * columns,), Float32)
         for half in cutlass.range_constexpr(2):
             for x in cutlass.range_constexpr(columns):
-                state[half * columns + x] = pending.decay * s[half][x]
+                state[half * columns + x] = decay * s[half][x]
         chunks = (pending.count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
         for p in cutlass.range(chunks, unroll=1):
             self.advance_by_chunk(state, columns, pending, shared, place, tile, p)

@@ -33,8 +33,19 @@ from .config import (
     PART_ROWS,
     WARP_LANES,
 )
-from .config_speculative import RING_INTEGERS, RING_WEIGHTS
-from .fragments import NUMERIC, load_shared, load_values, mma_split, parts, read_index, read_l2, select
+from .config_speculative import RING_WEIGHTS
+from .fragments import (
+    NUMERIC,
+    bulk_prefetch_l2,
+    load_shared,
+    load_values,
+    mma_split,
+    parts,
+    prefetch_l2,
+    read_index,
+    read_l2,
+    select,
+)
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
 from .ring import Cache, RingTiles
 from .tiles import Place
@@ -57,8 +68,7 @@ class Shared:
 
     tiles: Any  # [K, (8, 2), tiles per warp, warps], the state's dtype
     mbars: Any  # one per tile, warp-major
-    ring: Any  # [4] int32, see `ring`
-    weights: Any  # w of each pending token; at 32 the decay
+    weights: Any  # w of each pending token; at 32 their decay
     ring_keys: Any  # [K, tokens]: k of each pending token, as given
     ring_updates: Any  # [rows, tokens] float32: u of each pending token
     kq: Any = None
@@ -80,8 +90,8 @@ def allocate(cfg) -> Shared:
         ),
     )  # fmt: skip
 
-    def floats(size, dtype=Float32):
-        return smem.allocate_tensor(dtype, cute.make_layout(size), 16)
+    def floats(size):
+        return smem.allocate_tensor(Float32, cute.make_layout(size), 16)
 
     tokens = {}
     if cfg.T:
@@ -93,7 +103,6 @@ def allocate(cfg) -> Shared:
     return Shared(
         tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
         mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
-        ring=floats(RING_INTEGERS, Int32),
         weights=floats(RING_WEIGHTS),
         ring_keys=smem.allocate_tensor(
             NUMERIC[cfg.io_dtype], cute.make_layout((cfg.K, cfg.ring_rows), stride=(1, cfg.key_stride)), 16
@@ -145,10 +154,11 @@ class Verify(RingTiles):
         self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            here = Place(request, hv, request, row, warp, lane)
-            if warp == 0:
-                self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
-            self.prefetch_state(state, state_indices, here)
+            if (request * v.shape[2] + hv) * (cfg.V // cfg.tactic.rows) + v_block < cfg.resident_blocks:
+                here = Place(request, hv, request, row, warp, lane)
+                if warp == 0:
+                    self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
+                self.prefetch_state(state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = read_index(state_indices, request)
@@ -169,9 +179,11 @@ class Verify(RingTiles):
             self.zero_output(tensors, place)
         else:
             self.start_loads(state[slot, hv, None, None], shared, place)
-            if warp == 0:
-                accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
-                self.fetch_pending(cache, accepted, slot, head, block_row, shared, place)
+            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            pending = self.pending(accepted, slot, head)
+            pending_gate, pending_scale = self.fetch_pending(
+                cache, accepted, slot, head, block_row, shared, place
+            )
             values = [
                 [self.load_v(tensors, place, self.tile_row(place, tile), c) for c in range(len(cfg.chunks))]
                 for tile in range(cfg.tactic.tiles_per_warp)
@@ -181,12 +193,15 @@ class Verify(RingTiles):
             if warp == cfg.tactic.warps - 1:
                 log_decay = stage_path_gates(gate_inputs, parent, shared.gate, lane, cfg.T)
             cute.arch.sync_threads()
-            pending = self.pending(shared, slot, head)
             window = self.wrapped(pending.start + pending.length)
             fold = pending.length > fold_above
             if tid == 0:
                 self.move_cursor(cache, pending, fold, Int32(count))
+            if warp == cfg.tactic.warps - 1:
+                self.prefetch_later_block(tensors, (a, b), state_indices, cache, lane)
             self.make_matrices(pending, count, shared, place)
+            if warp == 0:
+                self.stage_weights(pending_gate, pending_scale, pending, shared, lane)
             if v_block == 0:
                 if (warp == cfg.tactic.warps - 1) & (lane < count):
                     cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
@@ -196,6 +211,33 @@ class Verify(RingTiles):
                 self.tile(tensors, cache, values[tile], pending, window, count, fold, shared, place, tile)
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def prefetch_later_block(self, tensors, token_gates, state_indices, cache, lane):
+        """Bring to L2 what the block that will take this one's place reads first.
+
+        Blocks spend much of their time on other things than loads; this keeps the memory busy meanwhile.
+        """
+        cfg = self.config
+        blocks_x, heads, requests = cute.arch.grid_dim()
+        x, y, z = cute.arch.block_idx()
+        later = cfg.resident_blocks + x
+        row, later = later % blocks_x * cfg.tactic.rows, y + later // blocks_x
+        hv, request = later % heads, z + later // heads
+        state = tensors.state
+        if request < requests:
+            place = Place(request, hv, request, row, 0, lane)
+            head = hv // (tensors.v.shape[2] // tensors.q.shape[2])
+            self.prefetch_tokens(tensors, token_gates, (), place, head)
+            slot = read_index(state_indices, request)
+            if (slot >= 0) & (slot < state.shape[0]):
+                if (lane < cfg.tactic.rows // MMA_ROWS) & (not cfg.tactic.row_copies):
+                    rows = state[slot, hv, row + MMA_ROWS * lane, None].iterator
+                    bulk_prefetch_l2(rows, cfg.tile_bytes)
+                if lane == 1:
+                    prefetch_l2(cache.cursor[slot, None].iterator)
+                if lane == 2:
+                    prefetch_l2(cache.live.iterator + slot)
 
     # The ring
 
@@ -347,12 +389,13 @@ class Verify(RingTiles):
         self.pending_corrections(corrections, pending, shared, place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
+        decay = self.pending_decay(shared)
         self.launch_dependents("early")
         u = None
         for c in cutlass.range_constexpr(len(cfg.chunks)):
             products = self.state_products(s, shared, place, c)
             products = [
-                [pending.decay * x + y[i] for i, x in enumerate(product)]
+                [decay * x + y[i] for i, x in enumerate(product)]
                 for product, y in zip(products, corrections[c], strict=True)
             ]
             weighed = self.weigh_existing(products, v[c], count, shared, place, c)

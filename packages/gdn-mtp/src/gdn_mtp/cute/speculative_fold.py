@@ -65,11 +65,14 @@ class Fold(RingTiles):
         else:
             if cutlass.const_expr(cfg.mode == "materialize"):
                 self.start_loads(state[slot, hv, None, None], shared, place)
+            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            pending = self.pending(accepted, slot, head)
+            pending_gate, pending_scale = self.fetch_pending(
+                cache, accepted, slot, head, block_row, shared, place
+            )
             if warp == 0:
-                accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
-                self.fetch_pending(cache, accepted, slot, head, block_row, shared, place)
+                self.stage_weights(pending_gate, pending_scale, pending, shared, lane)
             cute.arch.sync_threads()
-            pending = self.pending(shared, slot, head)
             cute.arch.mbarrier_wait(self.ring_barrier(shared), 0)
             if cutlass.const_expr(cfg.mode == "materialize"):
                 self.fold(states[request, hv, None, None], pending, shared, place)
