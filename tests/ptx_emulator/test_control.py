@@ -6,9 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from harness import run_kernel
+from harness import kernel_text, run_kernel
 from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
+from ptx_emulator.lower.context import SPECIAL_REGISTERS
+from ptx_emulator.machine import LoadedModule
 from ptx_emulator.reports import EmulationError
+from ptx_emulator.support import unsupported
 
 STORE = "add.u64 %rd2, %rd1, %rd0; st.global.u32 [%rd2], %r2;"
 
@@ -221,6 +224,53 @@ def test_an_interrupt_ends_a_run():
         timeout=60,
     )
     assert result.stdout.split() == ["interrupted", "True", "7"], result.stderr
+
+
+TEXTS = """
+.extern .func vprintf (.param .b64 a, .param .b64 b);
+.extern .func __assertfail (.param .b64 a, .param .b64 b, .param .b32 c, .param .b64 d, .param .b64 e);
+.global .align 1 .b8 message[6] = {97, 32, 60, 32, 98};
+.global .align 1 .b8 file[5] = {107, 46, 99, 117};
+.global .align 1 .b8 function[2] = {102};
+"""
+CALL = """{
+.param .b64 param0; .param .b64 param1; .param .b32 param2; .param .b64 param3; .param .b64 param4;
+st.param.b64 [param0+0], message; st.param.b64 [param1+0], file; st.param.b32 [param2+0], 12;
+st.param.b64 [param3+0], function; st.param.b64 [param4+0], 1;
+call.uni __assertfail, (param0, param1, param2, param3, param4);
+}"""
+
+
+def test_a_failed_assertion_is_a_finding():
+    body = f"setp.ne.u32 %p1, %r1, 5; @%p1 bra DONE; {CALL} DONE: st.global.u32 [%rd1], 3;"
+    out = np.zeros(1, dtype=np.uint32)
+    (report,) = run_kernel(body, out, globals=TEXTS, expect_reports=True).reports
+    assert (report.kind, report.lane) == ("trap", 5)
+    assert report.message == "The assertion `a < b` of f failed at k.cu:12."
+
+
+def test_a_call_of_printf_is_refused_by_name():
+    body = """{ .param .b64 param0; st.param.b64 [param0+0], message; .param .b64 param1;
+    st.param.b64 [param1+0], 0;
+    call.uni vprintf, (param0, param1); }"""
+    with pytest.raises(UnsupportedInstruction, match=r"PTX line \d+ .*call.*vprintf is called"):
+        run_kernel(body, globals=TEXTS)
+
+
+@pytest.mark.parametrize("name", ["%ctaidx", "%r9999", "%pm0", "value"])
+def test_an_unknown_register_is_refused_with_its_line(name: str):
+    text = kernel_text(f"\nadd.u32 %r2, %r1, {name};", 0)
+    line = next(n for n, words in enumerate(text.splitlines(), 1) if words.startswith("add"))
+    with pytest.raises(UnsupportedInstruction, match=f"PTX line {line} .*{name}"):
+        LoadedModule(text).kernel()
+    (found,) = unsupported(text)
+    assert f"PTX line {line} " in str(found)
+
+
+def test_every_special_register_is_known_to_the_runtime():
+    others = {"gridid": "u64 %rd3", "is_explicit_cluster": "pred %p1"}
+    moves = (f"mov.{others.get(name, 'u32 %r3')}, %{name};" for name in sorted(SPECIAL_REGISTERS))
+    run_kernel("".join(moves))
 
 
 def test_divergence_at_an_aligned_instruction():

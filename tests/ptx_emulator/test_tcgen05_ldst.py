@@ -254,6 +254,16 @@ def test_alloc_that_can_never_be_had_is_a_deadlock() -> None:
     assert any("512 of 512 columns" in m for m in messages)
 
 
+@pytest.mark.parametrize(("first", "second"), [(64, 512), (512, 32)])
+def test_too_much_allocated_by_one_warp_is_misuse(first: int, second: int) -> None:
+    body = f"""
+    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [smem], {first};
+    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [smem+4], {second};"""
+    result = run_kernel(body, target="sm_100a", shared_bytes=64, expect_reports=True)
+    (misuse,) = (r for r in result.reports if r.kind == "tmem")
+    assert f"{second} columns: {first} of 512 columns" in misuse.message
+
+
 def test_alloc_of_a_pair_needs_both_ctas() -> None:
     messages = findings(
         """mov.u32 %r2, %cluster_ctarank;

@@ -24,7 +24,13 @@ from ptx_emulator.ptx.module import (
 # Special registers that are read when the instruction executes, with their width.
 CLOCKS = {"clock": 32, "clock_hi": 32, "clock64": 64}
 CLOCKS |= {"globaltimer": 64, "globaltimer_lo": 32, "globaltimer_hi": 32}
-SPECIAL_BITS = {"gridid": 64, "current_graph_exec": 64}
+_AXES = "tid ntid ctaid nctaid cluster_ctaid cluster_nctaid clusterid nclusterid"
+_SINGLE = """laneid warpid nwarpid cluster_ctarank cluster_nctarank is_explicit_cluster gridid smid nsmid
+lanemask_eq lanemask_lt lanemask_le lanemask_gt lanemask_ge dynamic_smem_size total_smem_size aggr_smem_size
+reserved_smem_offset_begin reserved_smem_offset_end reserved_smem_offset_cap"""
+# As the runtime knows them (cluster.cpp).
+SPECIAL_REGISTERS = {*(f"{name}.{axis}" for name in _AXES.split() for axis in "xyz"), *_SINGLE.split()}
+SPECIAL_BITS = {"gridid": 64}
 
 
 class FormError(ValueError):
@@ -105,6 +111,7 @@ class Lowering:
     labels: dict[str, int] = field(default_factory=dict)
     constants: dict[Value, int] = field(default_factory=dict)
     specials: dict[Value, str] = field(default_factory=dict)
+    arguments: dict[str, Value] = field(default_factory=dict)  # of calls, as stored last
     _declared: dict[str, Value] = field(default_factory=dict)  # registers that were used so far
     _current: Instruction | None = None
     _op_class: str = ""
@@ -241,6 +248,10 @@ class Lowering:
         name = operand.name.removeprefix("%")
         if not operand.name.startswith("%"):
             raise self.unsupported(f"register {operand.name} was not declared")
+        if name not in SPECIAL_REGISTERS:
+            raise self.unsupported(
+                f"register %{name} was not declared, and is no special register that is known"
+            )
         needs = missing_register(name, self.target)
         if needs is not None:
             raise self.unsupported(f".target {self.target} does not have %{name}, it needs {needs}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from ptx_emulator.lower.context import Lowering, Target
 from ptx_emulator.lower.modifiers import operands
 from ptx_emulator.lower.registry import lowers
-from ptx_emulator.ptx.module import Instruction, Symbol
+from ptx_emulator.ptx.module import Instruction, Symbol, Vector
 
 MEETS = -1  # stands for the place where the lanes of a branch meet again, which flow.py fills in
-_IGNORED_CALLS = ("vprintf",)  # output of the kernel's own; it changes nothing
-_FAILING_CALLS = ("__assertfail",)
+_ASSERT_FAILS = "__assertfail"
 
 
 @lowers("bra", op_class="control")
@@ -42,9 +41,11 @@ def trap(ctx: Lowering, i: Instruction) -> None:
 @lowers("call", op_class="control")
 def call(ctx: Lowering, i: Instruction) -> None:
     names = [operand.name for operand in i.operands if isinstance(operand, Symbol)]
-    if any(name in _IGNORED_CALLS for name in names):
-        ctx.emit("nop")
-    elif any(name in _FAILING_CALLS for name in names):
-        ctx.emit("assertfail")
-    else:
-        raise ctx.unsupported("only calls of vprintf and __assertfail are known; compile with inlining")
+    if _ASSERT_FAILS not in names:
+        called = ", ".join(names) or "a pointer"
+        raise ctx.unsupported(f"{called} is called; only {_ASSERT_FAILS} is known, compile with inlining")
+    given = i.operands[-1].elements if isinstance(i.operands[-1], Vector) else ()
+    values = [ctx.arguments.get(str(parameter)) for parameter in given]
+    if [value.bits if value else 0 for value in values] != [64, 64, 32, 64, 64]:
+        raise ctx.unsupported("message, file, line, function and size of a character were expected")
+    ctx.emit("assertfail", *(ctx.read(value) for value in values[:4] if value))

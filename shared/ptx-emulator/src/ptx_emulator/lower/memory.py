@@ -5,7 +5,7 @@ from __future__ import annotations
 from ptx_emulator.lower.context import Lowering, Use, bits_of
 from ptx_emulator.lower.modifiers import Modifiers, operands
 from ptx_emulator.lower.registry import lowers
-from ptx_emulator.ptx.module import Immediate, Instruction, Operand, Register, Vector
+from ptx_emulator.ptx.module import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 
 SPACES = {  # as Space in memory.h; without a space an address is generic
     "global": 1,
@@ -86,6 +86,9 @@ def _access(
     found = without_policy(ctx, operands(ctx, instruction, 3 if hinted else 2), hinted)
     register, address = found if is_load else found[::-1]
     _check_vector(ctx, register, vector, type_name, space)
+    if not is_load and space == "param" and vector is None:
+        _pass_argument(ctx, register, address, type_name)
+        return
     if not is_load and space in ("const", "param", "param::entry"):
         raise ctx.unsupported(f"a kernel cannot store to .{space}")
     uses = ctx.dsts(register, container(type_name)) if is_load else ctx.srcs(register, container(type_name))
@@ -99,6 +102,18 @@ def _access(
         len(uses),
         *(part for use in uses for part in (use, use.value.bits)),
     )
+
+
+def _pass_argument(ctx: Lowering, value: Operand, address: Operand, type_name: str) -> None:
+    """`st.param` to a parameter of the call that follows: kept in a register of its own."""
+    base = address.base if isinstance(address, Address) else None
+    if not isinstance(base, Symbol) or any(p.name == base.name for p in ctx.function.parameters):
+        raise ctx.unsupported("a kernel cannot store to its parameters")
+    source = ctx.src(value, container(type_name))
+    if source.value.bits not in (16, 32, 64):
+        raise ctx.unsupported(f"an argument of {source.value.bits} bits is not passed")
+    argument = ctx.arguments[base.name] = ctx.temporary(source.value.bits)
+    ctx.emit(f"mov.{argument.bits}", ctx.written(argument), source)
 
 
 def _check_vector(

@@ -132,9 +132,21 @@ PTXE_OP("trap") {
   return Step::Stop;
 }
 
-// __assertfail: the program's own assertion failed
+// A C string of the program's global memory.
+static std::string text_at(const Machine& machine, uint64_t address) {
+  const MemoryMap::Range* range = machine.memory.find(address, 1);
+  if (!range) return "?";
+  const char* text = reinterpret_cast<const char*>(address);
+  return {text, strnlen(text, range->end() - address)};
+}
+
+// __assertfail: message, file, line, function
 PTXE_OP("assertfail") {
-  report(w, Report::Trap, w.first_lane(), "an assertion of the kernel failed");
+  const int lane = w.first_lane();
+  const auto text = [&](uint32_t n) { return text_at(*w.grid->machine, w.values<uint64_t>(i.args[n])[lane]); };
+  report(w, Report::Trap, lane,
+         "The assertion `" + text(0) + "` of " + text(3) + " failed at " + text(1) + ":" +
+             std::to_string(w.values<uint32_t>(i.args[2])[lane]) + ".");
   return Step::Stop;
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 // As convert.py numbers them.
 enum class Type : uint32_t { U8, S8, U16, S16, U32, S32, U64, S64, F16, BF16, F32, F64, TF32 };
-enum Options : uint32_t { kFtz = 1, kSat = 2, kSatFinite = 4, kRelu = 8, kIntegral = 16 };
+enum ConvertFlags : uint32_t { kFtz = 1, kSat = 2, kSatFinite = 4, kRelu = 8, kIntegral = 16 };
 
 int bits_of(Type type) {
   switch (type) {

@@ -51,9 +51,16 @@ std::string explain_pair(Warp& w, const Instruction&) {
 
 std::string explain_alloc(Warp& w, const Instruction& i) {
   const uint32_t columns = w.values<uint32_t>(i.args[6])[w.first_lane()];
-  return "tcgen05.alloc of " + std::to_string(columns) + " columns: " +
-         std::to_string(tcgen05_state(*w.cta).allocated.count()) + " of " + std::to_string(kTmemColumns) +
-         " columns of tensor memory are allocated";
+  const Tcgen05Cta& state = tcgen05_state(*w.cta);
+  const std::string text = "tcgen05.alloc of " + std::to_string(columns) + " columns: " +
+                           std::to_string(state.allocated.count()) + " of " + std::to_string(kTmemColumns) +
+                           " columns of tensor memory are allocated";
+  // Another warp could have deallocated them, so that only the deadlock shows that too much was asked for.
+  if (std::all_of(state.allocations.begin(), state.allocations.end(),
+                  [&](const TmemAllocation& a) { return a.site.warp == w.index; })) {
+    report(w, Report::TmemMisuse, -1, text + ", all by this warp, and nobody deallocates them");
+  }
+  return text;
 }
 
 void store_address(Warp& w, const Instruction& i, uint32_t column) {
