@@ -82,8 +82,7 @@ APPROXIMATE = [
     (r"\brsqrt\.approx\.f64", Bound("rsqrt.approx.f64: 1 ulp (seen)", ulps=1)),
 ]
 # Matrix products: terms are cut off relative to the largest one, of fp8 at 13 bits, before they are added up.
-# PTX gives no bound for them, nor for several instructions together; these were chosen from what an H200 gave,
-# which "(seen)" says.
+# PTX gives no bound for them, nor for several instructions together; "(seen)": chosen from what an H200 gave.
 MATRIX = re.compile(r"\bmma\.sync|\bwgmma\.mma")
 MATRIX_BOUND = Bound(
     "matrix products: 2^-21 of the largest element, with f16 sums 2^-10 (seen)",
