@@ -176,6 +176,7 @@ class History:
             if slot >= 0:
                 count = T if num_tokens is None else num_tokens[request]
                 own = list(range(-1, T - 1)) if parents is None else parents[request]
+                assert self.cache.cursor[slot, 2:].tolist() == [count, 0]
                 row = {name: x[request : request + 1] for name, x in tokens.items()}
                 self.windows[slot] = (row, own[:count])
         nodes = [state for window in self.oracle.windows.values() for state in window]

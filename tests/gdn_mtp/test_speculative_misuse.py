@@ -171,6 +171,17 @@ def test_materialize_and_commit_check_alike():
     everything()
 
 
+def test_tokens_that_a_request_did_not_have_cannot_be_accepted():
+    history = History(SETUP)
+    history.verify([4, 0, 2], 4, 0, num_tokens=[2, 0, 4])
+    named = (history.pool, index_tensor([4, 0, 2]), history.cache)
+    everything = history.snapshot([])
+    with debug(), pytest.raises(ArgumentError, match=r"3 at \[0\], the last verify of slot 4 had 2 tokens"):
+        gdn_mtp.commit(*named, int32([3, 0, 4]))
+    everything()
+    history.commit([4, 0, 2], {"num_accepted": int32([2, 0, 4])})
+
+
 @pytest.fixture
 def unseen(monkeypatch):
     """Values are not looked at, as on a GPU outside debug mode."""

@@ -126,9 +126,14 @@ def _tensors_of(cache: SpeculativeCache) -> tuple[Tensor, ...]:
 def _call(
     tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags, cache: SpeculativeCache
 ) -> Tensor:
-    if is_watched() or needs_op(*tensors):
+    pool = tensors.state_pool
+    if not is_watched():
+        known = run_known(tensors, scale, flags) if cache.is_bound_to(pool) else None
+        if known is not None:
+            return known
+    if needs_op(*tensors):
         return trace_call(tensors, scale, flags)
-    if isinstance(tensors.state_pool, Tensor):
-        cache.check_pool(tensors.state_pool)
+    if isinstance(pool, Tensor):
+        cache.check_pool(pool)
     result = run_known(tensors, scale, flags)
     return run_new(tensors, scale, flags) if result is None else result

@@ -153,6 +153,10 @@ class SpeculativeCache:
         """Say that `state_pool` holds this cache's states from now on."""
         self._pool_address = state_pool.data_ptr()
 
+    def is_bound_to(self, state_pool: Tensor) -> bool:
+        """Whether the cache is bound to the address of `state_pool`; false for what has none."""
+        return type(state_pool) is Tensor and state_pool.data_ptr() == self._pool_address
+
     def check_pool(self, state_pool: Tensor) -> None:
         """Raises ArgumentError naming `cache` if it is bound to another pool; binds one that is not bound.
 
