@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import run_kernel
+from harness import kernel_text, run_kernel
 
 SCHEDULES = [
     {"schedule": "fair"},
@@ -232,3 +232,13 @@ def test_misuse_is_reported(body: str):
         "mov.u32 %r2, smem; setp.ne.u32 %p1, %r1, 0; @%p1 exit;" + body, shared_bytes=16, expect_reports=True
     )
     assert MISUSE[body] in messages(result)
+
+
+def test_bytes_that_never_arrive_are_reported_at_expect_tx() -> None:
+    body = """mov.u32 %r2, smem; setp.ne.u32 %p1, %r1, 0; @%p1 exit;
+mbarrier.init.shared.b64 [%r2], 1;
+mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 48;
+"""
+    (report,) = run_kernel(body, shared_bytes=16, expect_reports=True).reports
+    line = next(n for n, text in enumerate(kernel_text(body, 0).splitlines(), 1) if "expect_tx" in text)
+    assert (report.kind, report.line, report.lane) == ("barrier", line, 0)

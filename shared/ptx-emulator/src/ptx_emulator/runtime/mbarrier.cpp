@@ -24,6 +24,7 @@ struct MBarrier {
   Sync completed;         // of all complete phases
   Stamp init, fence;      // mbarrier.init, and the fence.mbarrier_init of the same warp behind it
   Site init_site;
+  Site expect_site;  // of the last expect_tx
 };
 
 struct MBarriers : GroupState {
@@ -93,6 +94,7 @@ void arrive(const Origin& from, Cta& cta, uint32_t offset, MBarrier& b, uint32_t
 
 void add_tx(const Origin& from, Cta& cta, uint32_t offset, MBarrier& b, int64_t bytes) {
   b.tx += bytes;
+  if (bytes > 0) b.expect_site = from.site;
   if (b.tx > kMaxCount || b.tx < -kMaxCount) {
     misuse(from, format("The tx-count of ") + name_of(cta, offset) +
                      format(" is %" PRId64 " in phase %" PRIu64 "; the limit is %" PRId64 ".", b.tx, b.phase,
@@ -341,7 +343,7 @@ void mbarrier_add_pending(Warp& w, uint32_t address, uint32_t count, int lane) {
 void check_barriers_at_exit(Cta& cta) {
   for (const auto& [offset, b] : cta.state.get<MBarriers>().by_offset) {
     if (b.tx == 0) continue;
-    const Site site{cta.linear, 0, -1, ~0u};
+    const Site site = b.tx > 0 ? b.expect_site : Site{cta.linear, 0, -1, ~0u};
     report(*cta.grid, Report::BarrierMisuse, site,
            "The CTA ended while " + name_of(cta, offset) +
                format(" had a tx-count of %" PRId64 " in phase %" PRIu64 ": %s.", b.tx, b.phase,
