@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import numpy as np
 from harness import run_kernel
 from planted_bugs import TWO_WARPS, find, silent, without, zeros
 
@@ -207,3 +208,11 @@ def test_shared_flag_with_volatile_accesses() -> None:
     """
     silent(body, **TWO_WARPS)
     find(without(body, "fence"), kind="race", at="read", other="write", **TWO_WARPS)
+
+
+def test_a_race_names_ctas_by_their_index() -> None:
+    out = np.zeros(1, dtype=np.uint32)
+    result = run_kernel("st.global.u32 [%rd1], %r1;", out, grid=(1, 2, 1), expect_reports=True)
+    report = next(r for r in result.reports if r.other is not None and r.other.cta != r.cta)
+    assert report.other is not None
+    assert f"of CTA {report.other.cta}." in report.message

@@ -100,7 +100,9 @@ Site ClusterChecker::site_of_access(const Access& access) const {
 std::string ClusterChecker::actor_text(const Access& access) const {
   const Site site = site_of_access(access);
   const Program& program = *cluster_.machine->grids[access.grid].program;
-  std::string text = format("warp %u of CTA %u", site.warp, site.cta);
+  const uint32_t* size = cluster_.machine->grids[access.grid].size;
+  std::string text = format("warp %u of CTA (%u, %u, %u)", site.warp, site.cta % size[0], site.cta / size[0] % size[1],
+                            site.cta / size[0] / size[1]);
   if (access.grid == cluster_.grid->id) return text;  // the report has the other site, too
   if (site.pc < program.code.size()) text += format(" at PTX line %u", program.code[site.pc].line);
   text += " of " + program.name + format(" (launch %u)", access.grid);
