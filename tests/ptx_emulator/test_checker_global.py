@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import numpy as np
+import pytest
 from harness import run_kernel
 from planted_bugs import TWO_WARPS, find, silent, without, zeros
 
