@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from combinations import PARAMETERS, name_of, pairwise, run
 from emulation import config_of, emulated, run_on_emulator, run_tactic
 from kernel_testing.mla import E4M3, Case, Inputs
@@ -40,6 +41,26 @@ def test_scales_on_the_device_and_of_either_sign(pair: bool, num_splits: int) ->
     for on_device in (False, True):
         flags = replace(config, softmax_scale_is_tensor=on_device, output_scale_is_tensor=on_device)
         run_on_emulator(flags, inputs, num_splits=num_splits, output_scale=-1.75)
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_a_scale_of_zero(pair: bool, num_splits: int) -> None:
+    inputs = Inputs(Case((200, 31), "bf16", num_heads=7, q_len=2, scale=0.0))
+    run_on_emulator(config_of(inputs, pair=pair, split=num_splits > 1), inputs, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_nan_in_a_query_reaches_its_rows_and_their_lse_alone(pair: bool, num_splits: int) -> None:
+    inputs = Inputs(Case((200, 300), "bf16", num_heads=7))
+    inputs.query[1, 0, 3, 5] = torch.nan
+    with pytest.raises(AssertionError):  # from comparing them
+        run_on_emulator(config_of(inputs, pair=pair, split=num_splits > 1), inputs, num_splits=num_splits)
+    poisoned = torch.zeros(inputs.lse.shape, dtype=torch.bool)
+    poisoned[1, 0, 3] = True
+    assert (inputs.lse.isnan() == poisoned).all()
+    assert (inputs.out.isnan() == poisoned.unsqueeze(-1)).all()
 
 
 @pytest.mark.parametrize("pair", [False, True], ids=["single", "pair"])

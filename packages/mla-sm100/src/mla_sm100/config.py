@@ -10,7 +10,7 @@ from mla_core.problem import SHORT_DTYPES
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM = 512, 64
 PAGE_SIZES = (16, 32, 64, 128)
-MAX_GRID = 2**31 - 1
+MAX_ROWS = 2**30 - 1  # of all requests: a grid has fewer than 2^31 CTAs, and a row may take two
 
 CHUNK_ROWS = 64  # rows (of queries, keys or probabilities) that one chunk of shared memory holds
 CHUNK_ROW_BYTES = 128  # of a row: the span of the widest swizzle
@@ -189,8 +189,12 @@ def can_implement(problem: DecodeProblem, arch: Arch) -> str | None:
         return f"kv_lora_rank + qk_rope_head_dim = {ranks[0]} + {ranks[1]}, the kernels have 512 + 64"
     if problem.page_size not in PAGE_SIZES:
         return f"page_size = {problem.page_size}, the kernels take {', '.join(map(str, PAGE_SIZES))}"
-    if problem.batch * problem.rows > MAX_GRID:
-        return f"batch * q_len * num_heads = {problem.batch * problem.rows}, a grid has at most {MAX_GRID}"
+    if problem.batch * problem.rows > MAX_ROWS:
+        return (
+            f"batch * q_len * num_heads = {problem.batch * problem.rows}, the kernels take up to {MAX_ROWS}"
+        )
+    if arch.sm_count < 2:
+        return f"{arch.sm_count} SM, a pair of CTAs needs two"
     if arch.smem_optin_bytes < SMEM_LIMIT_BYTES:
         return (
             f"{arch.smem_optin_bytes} bytes of shared memory per block, the kernels use up to "

@@ -11,6 +11,8 @@ from cutlass._mlir.dialects import nvvm
 
 from mla_sm100.config import ACC_S_STAGES, CHUNK_BYTES, DecodeConfig
 
+WARP_LANES = 32
+VECTOR_BYTES = 16  # of the widest access
 LEADER = 0  # the CTA of a pair that issues MMAs
 
 
@@ -120,3 +122,16 @@ def swizzled(row: Any, byte: Any, row_bytes: int) -> Any:
     """Offset in a chunk of 16-byte aligned `byte` of `row`, in the swizzle that spans `row_bytes`."""
     pattern = row & 7 if row_bytes == 128 else (row >> 1) & 3
     return row * row_bytes + (byte ^ (pattern << 4))
+
+
+def zeros() -> Any:
+    """The words of 16 bytes."""
+    words = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
+    words.fill(0)
+    return words
+
+
+def store_vector(pointer: Any, words: Any) -> None:
+    """Store 16 bytes to shared memory."""
+    aligned = cute.make_ptr(Int32, pointer.toint(), cute.AddressSpace.smem, assumed_align=VECTOR_BYTES)
+    cute.autovec_copy(words, cute.make_tensor(aligned, cute.make_layout((VECTOR_BYTES // 4,))))

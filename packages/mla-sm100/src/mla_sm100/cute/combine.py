@@ -15,7 +15,8 @@ from cutlass.memory import SmemAllocator
 
 from mla_sm100.config import KV_LORA_RANK, DecodeConfig
 
-from .load import WARP_LANES, row_pointer
+from .block import WARP_LANES
+from .load import row_pointer
 from .outputs import LN2, NUMERIC, Outputs, store_lse, store_values
 from .schedule import Schedule, Unit, select
 
@@ -65,7 +66,7 @@ class Combine:
                         )
                         merged[at], merged[at + 1] = x, y
                     address += stride_bytes
-            seen = total > 0.0
+            seen = total != 0.0  # NaN is seen
             scale = select(seen, outputs.output_scale / total, Float32(0.0))
             merged.store(merged.load() * scale)
             target = row_pointer(outputs.mO, unit, row, schedule.num_heads, config.ragged)

@@ -39,16 +39,17 @@ from mla_sm100.config import (
 )
 
 from . import tmem
-from .block import LEADER, Barriers, Block, stages
+from .block import LEADER, VECTOR_BYTES, WARP_LANES, Barriers, Block, stages, store_vector, zeros
 from .combine import THREADS as COMBINE_THREADS
 from .combine import Combine
-from .load import ROW_VECTORS, ROWS_PER_COPY, VECTOR_BYTES, WARP_LANES, Loads, PagedCopies, PagedCopy
+from .load import ROW_VECTORS, ROWS_PER_COPY, Loads, PagedCopies, PagedCopy
 from .mma import Mmas
 from .outputs import NUMERIC, Outputs
 from .schedule import Schedule
-from .softmax import EXCHANGE_FLOATS, Softmax, store_vector, zeros
+from .softmax import EXCHANGE_FLOATS, Softmax
 
 LOG2_E = math.log2(math.e)
+SMALLEST_SCALE = 2.0**-126  # of the logits: changes none, even of float32's largest scores
 CHUNK_ALIGN_BYTES = 1024  # of a chunk: the swizzled pattern repeats after that
 HALF_WARP_ROWS = 16  # rows of a single CTA that a softmax warp has
 
@@ -239,7 +240,8 @@ class MlaDecode:
                     self.mmas.run(block, units, tmem_base, self.scalar(softmax_scale) < 0.0)
         if warp < active_warps:
             scale = self.scalar(softmax_scale)
-            magnitude = cute.arch.fmax(scale, -scale)
+            # Not 0, which times the -inf of keys that are not seen would be NaN.
+            magnitude = cute.arch.fmax(cute.arch.fmax(scale, -scale), SMALLEST_SCALE)
             outputs = Outputs(mO, mLSE, o_partial, lse_partial, self.scalar(output_scale))
             self.softmax.run(
                 block, units, mTables, outputs, exchange, tmem_base, magnitude * LOG2_E, active_warps
@@ -315,7 +317,7 @@ class MlaDecode:
         )
 
     def paged_copy(self, block: Block, atom: cute.CopyAtom, pages: Any, columns: int) -> PagedCopy:
-        """One of them."""
+        """One kind of copy, partitioned."""
         config = self.config
         dtype = NUMERIC[config.dtype]
         row_bytes = columns * config.element_bytes

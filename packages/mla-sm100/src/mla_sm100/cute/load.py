@@ -11,11 +11,9 @@ from cutlass import Boolean, Int32, Int64
 
 from mla_sm100.config import CHUNK_BYTES, CHUNK_ROW_BYTES, CHUNK_ROWS, KV_LORA_RANK, DecodeConfig
 
-from .block import LEADER, Block, ring_phase, ring_slot, swizzled
+from .block import LEADER, VECTOR_BYTES, WARP_LANES, Block, ring_phase, ring_slot, swizzled
 from .schedule import Schedule, Unit, select
 
-WARP_LANES = 32
-VECTOR_BYTES = 16
 ROW_VECTORS = CHUNK_ROW_BYTES // VECTOR_BYTES
 ROWS_PER_COPY = WARP_LANES // ROW_VECTORS  # rows of queries that one instruction of a warp copies
 
@@ -59,7 +57,7 @@ class Pages:
     """The pages of 64 consecutive keys: one TMA box each, or half of one."""
 
     page: Int32  # of the box that has the number of the calling lane
-    key_box: Any  # in the page, of all of them
+    key_box: Int32  # which box of their page it is, the same for all
 
 
 class Loads:

@@ -10,7 +10,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from .load import VECTOR_BYTES
+from .block import VECTOR_BYTES
 from .schedule import Unit
 
 LN2 = math.log(2.0)

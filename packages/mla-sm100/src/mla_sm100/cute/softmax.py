@@ -29,8 +29,17 @@ from mla_sm100.config import (
 )
 
 from . import tmem
-from .block import Block, ring_phase, ring_slot, swizzled
-from .load import VECTOR_BYTES, WARP_LANES, ends_in_page, row_pointer
+from .block import (
+    VECTOR_BYTES,
+    WARP_LANES,
+    Block,
+    ring_phase,
+    ring_slot,
+    store_vector,
+    swizzled,
+    zeros,
+)
+from .load import ends_in_page, row_pointer
 from .mma import HALF_LANES, OUT_N
 from .outputs import LN2, NUMERIC, Outputs, store_lse, store_values
 from .schedule import Schedule, Unit, select
@@ -46,6 +55,7 @@ class Place:
 
     row: in the CTA's tile. half: of the row's scores.
     out_column: latent element of its first column of acc_o. tmem_lane: address of the warp's first lane.
+    thread, warp: of the block.
     """
 
     row: Int32
@@ -327,7 +337,7 @@ class Softmax:
         else:
             wanted = unit.rows > 0
         if wanted:
-            seen = total > 0.0
+            seen = total != 0.0  # NaN is seen
             scale = select(seen, 1.0 / total, Float32(0.0))
             if cutlass.const_expr(not config.split):
                 scale = scale * outputs.output_scale
@@ -370,16 +380,3 @@ class Softmax:
             outputs.lse_partial[unit.split, self.partial_row(schedule, unit, row)] = lse_log2
         elif cutlass.const_expr(self.config.return_lse):
             store_lse(outputs.mLSE, unit, row, schedule.num_heads, self.config.ragged, lse_log2 * LN2)
-
-
-def zeros() -> Any:
-    """The words of 16 bytes."""
-    words = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
-    words.fill(0)
-    return words
-
-
-def store_vector(pointer: Any, words: Any) -> None:
-    """Store 16 bytes to shared memory."""
-    aligned = cute.make_ptr(Int32, pointer.toint(), cute.AddressSpace.smem, assumed_align=VECTOR_BYTES)
-    cute.autovec_copy(words, cute.make_tensor(aligned, cute.make_layout((VECTOR_BYTES // 4,))))

@@ -284,10 +284,11 @@ class Worker {
 
   void run() {
     while (!machine_.stopped) {
+      const uint64_t seen = machine_.epoch;  // before anything is tried: what others do meanwhile must be noticed
       if (run_live() || start_next()) continue;
       if (live_.empty() && all_started()) break;
       if (unpark()) continue;
-      if (!wait_for_others()) break;
+      if (!wait_for_others(seen)) break;
     }
     ended_.fetch_add(1);
   }
@@ -344,13 +345,13 @@ class Worker {
     return any;
   }
 
-  // Sleeps until another worker has made progress; false if none can: then all is at an end, or deadlocked.
-  bool wait_for_others() {
+  // Sleeps until another worker has made progress since `seen`; false if none can: then all is at an end, or
+  // deadlocked.
+  bool wait_for_others(uint64_t seen) {
     const bool hung = std::all_of(live_.begin(), live_.end(), [](const auto& run) {
       return run->last == Outcome::Stuck || run->quiet_steps > kHungSteps;
     });
     if (!hung) return true;
-    const uint64_t seen = machine_.epoch;
     idle_.fetch_add(1);
     while (machine_.epoch == seen && !machine_.stopped) {
       if (idle_ + ended_ >= machine_.options.workers) {
