@@ -122,6 +122,21 @@ def test_nan_stays_in_its_request_and_behind_its_token():
     assert output.isfinite().all()  # the NaN was not accepted
 
 
+def test_nan_of_a_sibling_stays_on_its_branch():
+    history = History(SETUP)
+    inputs = arguments(history, [2], 4)
+    options = {"parent_indices": int32([[-1, 0, 0, 2]]), "backend": "torch"}
+    clean = gdn_mtp.verify(*inputs, **options)
+    for x in inputs[:5]:
+        x[0, 1] = float("nan")
+    output = gdn_mtp.verify(*inputs, **options)
+    assert_same_bits(output[0, [0, 2, 3]], clean[0, [0, 2, 3]], "the other branch")
+    assert output[0, 1].isnan().all()
+    path = int32([[0, 2, 3]])
+    states = gdn_mtp.materialize(*inputs[7:], accepted_nodes=path, backend="torch")
+    assert states.isfinite().all()
+
+
 @pytest.mark.parametrize("out", [BF16, FP16, FP32])
 def test_output_dtypes_and_default(out):
     history, other = History(SETUP), History(SETUP)
