@@ -286,7 +286,8 @@ def _shape_problem(m: TensorMap) -> str | None:
         if not 1 <= step <= MAX_ELEMENT_STRIDE:
             return f"element stride {index} must be 1 to {MAX_ELEMENT_STRIDE}, not {step}"
     # The driver rounds the elements of a dimension down, though one more may be copied.
-    num_bytes = prod(length // step for length, step in zip(m.box, m.steps, strict=True)) * m.element_bits // 8
+    num_elements = prod(length // step for length, step in zip(m.box, m.steps, strict=True))
+    num_bytes = num_elements * m.element_bits // 8
     if num_bytes > MAX_BOX_BYTES:
         return f"the box has {num_bytes} bytes, at most {MAX_BOX_BYTES} are possible"
     if m.data_type == DataType.U4_ALIGN8B and m.dims[0] % 2:
