@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,3 +54,37 @@ def test_history(setup: Setup) -> None:
     for _ in range(STEPS):
         history.step(5)
     history.commit(list(range(9)))
+
+
+MISUSES = {
+    "more accepted": ((0, 4, 2), 3, False, "num_accepted is not between 0"),
+    "node past the window": ((0, 4, 2), 2, True, "accepted_nodes names a node"),
+    "start out of range": ((16, 0, 0), 0, False, "cursor of a slot"),
+    "window too long": ((0, 12, 5), 0, False, "cursor of a slot"),
+}
+
+
+def misuse(name: str) -> None:
+    """Commit a slot with that misuse in debug mode, which ends the process's use of the GPU."""
+    cursor, accepted, tree, _ = MISUSES[name]
+    setup = Setup(tree=tree)
+    history = History(setup, launch, pool_size=3, device=DEVICE)
+    history.cursor[1, :3] = history.ints(list(cursor))
+    nodes = history.ints([[0, accepted]]) if tree else None
+    numbers = None if tree else history.ints([accepted])
+    config = replace(setup.config("commit", 0, "nodes" if tree else "counts"), debug=True)
+    launch(config, (history.pool, history.indices([1]), *history.cache, numbers, nodes, None))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(not has_kernels(), reason="needs a GPU of SM90 or newer")
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_stops_the_kernel_in_debug_mode(name: str) -> None:
+    code = f"import test_speculative_kernel as t; t.misuse({name!r})"
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert MISUSES[name][-1] in done.stdout + done.stderr
+    assert "device-side assert" in done.stderr

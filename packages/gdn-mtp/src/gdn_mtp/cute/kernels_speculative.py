@@ -12,7 +12,7 @@ from kernel_dispatch import Arch
 from gdn_mtp.speculative.problem import SpeculativeProblem
 
 from .compile import FUNCTION
-from .config import MMA_ROWS, Tactic
+from .config import CHUNK_TOKENS, MMA_ROWS, Tactic
 from .config_speculative import SpeculativeConfig
 
 # `bench_gdn_spec.py --tactics` times them.
@@ -31,9 +31,19 @@ TACTICS = {
     )
 }
 
-# (tiles of 16 rows per SM, at most, tactic)
+# (tiles of 16 rows per SM, at most, tactic) by regime: H100 80GB HBM3, November 2026, 16 key and 32 value
+# heads, batches of 1, 4, 32, 64 and 256
 NO_LIMIT = float("inf")
-HEURISTIC: tuple[tuple[float, str], ...] = ((8, "w4t1s"), (NO_LIMIT, "w4t1e"))
+HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
+    "short": ((NO_LIMIT, "w4t1s"),),
+    "long": ((16, "w4t1s"), (NO_LIMIT, "w4t2s")),
+}
+
+
+def regime(problem: SpeculativeProblem) -> str:
+    """The key of a problem in `HEURISTIC`: "long" where a block does much beside moving the state."""
+    short = problem.state_dtype == torch.float32 and problem.T <= CHUNK_TOKENS // 2
+    return "short" if short or problem.mode != "verify" else "long"
 
 
 class SpeculativeKernels:
@@ -47,7 +57,7 @@ class SpeculativeKernels:
         """The tactics that fit, the heuristic's choice first."""
         fitting = [name for name in TACTICS if self._fits(problem, arch, name)]
         tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
-        preferred = next(name for limit, name in HEURISTIC if tiles_per_sm <= limit)
+        preferred = next(name for limit, name in HEURISTIC[regime(problem)] if tiles_per_sm <= limit)
         if preferred not in fitting:
             preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
         return sorted(fitting, key=lambda name: name != preferred)

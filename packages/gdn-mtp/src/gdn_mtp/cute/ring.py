@@ -15,6 +15,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+from cutlass.cute.testing import assert_
 
 from .chunks import TokenChunks, as_operand
 from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
@@ -55,12 +56,19 @@ class RingTiles(TokenChunks):
         cursor = cache.cursor[slot, None].iterator
         start, length, window = (read_l2(cursor + i, Int32) for i in range(3))
         live = read_l2(cache.live.iterator + slot, Int32)
+        if cutlass.const_expr(self.config.debug):
+            in_range = (start >= 0) & (start < capacity) & (length >= 0) & (window >= 0)
+            in_range = in_range & (length + window <= capacity)
+            assert_(in_range, "gdn_mtp: the cursor of a slot of the speculative cache is out of range")
         start = cutlass.min(cutlass.max(start, 0), capacity - 1)
         length = cutlass.min(cutlass.max(length, 0), capacity)
         window = cutlass.min(cutlass.max(window, 0), capacity - length)
         live = live & bits_below(length)
         if cutlass.const_expr(self.config.accept == "counts"):
             accepted = read_l2(num_accepted.iterator + place.request, Int32)
+            if cutlass.const_expr(self.config.debug):
+                within = (accepted >= 0) & (accepted <= window)
+                assert_(within, "gdn_mtp: num_accepted is not between 0 and the tokens that were verified")
             accepted = cutlass.min(cutlass.max(accepted, 0), window)
             live = live | (bits_below(length + accepted) & ~bits_below(length))
             length = length + accepted
@@ -68,6 +76,8 @@ class RingTiles(TokenChunks):
             node = Int32(-1)
             if place.lane < accepted_nodes.shape[1]:
                 node = read_l2(accepted_nodes[place.request, None].iterator + place.lane, Int32)
+            if cutlass.const_expr(self.config.debug):
+                assert_(node < window, "gdn_mtp: accepted_nodes names a node that was not verified")
             valid = (node >= 0) & (node < window)
             bit = select(valid, Int32(1) << ((length + node) & (WARP_LANES - 1)), Int32(0))
             live = live | cute.arch.warp_redux_sync(bit, "or")

@@ -17,10 +17,14 @@ from .kernel_kmajor import GatedDeltaRuleKMajor
 from .speculative import Verify
 from .speculative_fold import Fold
 
+ASSERTIONS = "--enable-assertions"  # without it the DSL leaves them out
+
 
 def trace(config: Config | SpeculativeConfig, options: str) -> Any:
     """The function compiled by CuTe DSL; it takes the arguments of a launcher."""
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    if isinstance(config, SpeculativeConfig) and config.debug:
+        options = f"{options} {ASSERTIONS}"
     return cute.compile(kernel(config), *arguments(config), stream, options=options)
 
 
