@@ -271,7 +271,7 @@ class FlashInfer:
         from _gdn_gather import gather_accepted
 
         buffer = self.buffers[i % len(self.buffers)]
-        slots, accepted = steps.slots(i), steps.accepted[i]
+        slots, accepted = steps.slots(i).clone(), steps.accepted[i]  # it asks for 16-byte alignment
         arguments = steps.tokens[i % len(steps.tokens)] | steps.weights | self.state
 
         def run() -> None:
