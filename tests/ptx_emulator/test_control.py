@@ -200,12 +200,18 @@ def test_a_lock_by_compare_and_swap_is_passed_on(schedule: str):
 
 
 ENDLESS = """
-import signal, threading
+import signal, threading, time
 import numpy as np
 from harness import run_kernel
 
 counter = np.zeros(1, dtype=np.uint32)
-threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+
+def interrupt():
+    while not counter[0]:
+        time.sleep(0.05)
+    signal.raise_signal(signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
 try:
     run_kernel("L: atom.global.add.u32 %r2, [%rd1], 1; bra L;", counter)
 except KeyboardInterrupt:

@@ -32,6 +32,7 @@ from ptx_emulator.timeline import Row, notable_mask, rows_from_json
 READ_ONLY, UNINITIALISED, CONSTANT = 1, 2, 4  # MemoryMap flags of runtime/memory.h
 _GLOBAL_ALIGNMENT = 256
 _SIGNAL_SECONDS = 0.2  # between looks for signals
+_THREAD_SECONDS = 1.0  # until a thread that was started runs
 
 
 class _Launch(ctypes.Structure):
@@ -335,19 +336,21 @@ class Machine:
 
     def _run(self) -> None:
         """Runs the stream in a thread of its own: Python handles no signals inside the runtime."""
-        finished = threading.Event()
+        begun, finished = threading.Event(), threading.Event()
 
         def work() -> None:
+            begun.set()
             _runtime().ptxe_synchronize(self._pointer())
             finished.set()
 
-        threading.Thread(target=work, name="ptx-emulator", daemon=True).start()
         try:
+            threading.Thread(target=work, name="ptx-emulator", daemon=True).start()
             while not finished.wait(_SIGNAL_SECONDS):
                 pass  # a signal that came to another thread does not end a wait
         except BaseException:
-            _runtime().ptxe_stop(self._pointer())
-            finished.wait()
+            # A stop that comes before the runtime has begun is lost.
+            while begun.wait(_THREAD_SECONDS) and not finished.wait(_SIGNAL_SECONDS):
+                _runtime().ptxe_stop(self._pointer())
             self._new_queue()
             raise
 
