@@ -211,6 +211,7 @@ def interrupt():
         time.sleep(0.05)
     signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 threading.Thread(target=interrupt).start()
 try:
     run_kernel("L: atom.global.add.u32 %r2, [%rd1], 1; bra L;", counter)
