@@ -1,5 +1,6 @@
 """The problem a gated-delta-rule kernel is chosen and compiled for: sizes, dtypes and flags, no tensors."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
@@ -64,34 +65,29 @@ class GatedDeltaRuleProblem:
 
     def __post_init__(self) -> None:
         for name in ("B", "T", "H", "HV", "K", "V"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         if self.HV % self.H:
             raise ArgumentError("HV", f"{self.HV}, expected a multiple of H = {self.H}")
         for name in ("gate_dtype", "out_dtype"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.io_dtype)  # a frozen dataclass has no other way
-        for name, allowed in (
-            ("io_dtype", INPUT_DTYPES),
-            ("gate_dtype", INPUT_DTYPES),
-            ("dt_bias_dtype", BIAS_DTYPES),
-            ("out_dtype", INPUT_DTYPES),
-            ("state_dtype", STATE_DTYPES),
-            ("index_dtype", (None, *INDEX_DTYPES)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ArgumentTypeError(name, f"{value}, expected one of {', '.join(map(str, allowed))}")
-        for name, choices in (
-            ("state_layout", get_args(StateLayout)),
-            ("intermediate", get_args(Intermediate)),
-            ("state_rows", get_args(StateRows)),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ArgumentError(name, f"{value!r}, expected one of {', '.join(map(repr, choices))}")
-        for name in ("use_qk_l2norm", "update_state", "separate_write_indices", "tensor_scale"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentTypeError(name, f"{getattr(self, name)!r}, expected a bool")
+        check_fields(
+            self,
+            dtypes={
+                "io_dtype": INPUT_DTYPES,
+                "gate_dtype": INPUT_DTYPES,
+                "dt_bias_dtype": BIAS_DTYPES,
+                "out_dtype": INPUT_DTYPES,
+                "state_dtype": STATE_DTYPES,
+                "index_dtype": (None, *INDEX_DTYPES),
+            },
+            choices={
+                "state_layout": get_args(StateLayout),
+                "intermediate": get_args(Intermediate),
+                "state_rows": get_args(StateRows),
+            },
+            flags=("use_qk_l2norm", "update_state", "separate_write_indices", "tensor_scale"),
+        )
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -150,8 +146,30 @@ def short_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
-def _check_size(name: str, value: int) -> None:
+def check_size(name: str, value: int) -> None:
+    """Raises unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(name, f"{value!r}, expected an int")
     if value < 1:
         raise ArgumentError(name, f"{value}, expected at least 1")
+
+
+def check_fields(
+    problem: object,
+    *,
+    dtypes: Mapping[str, tuple[torch.dtype | None, ...]],
+    choices: Mapping[str, tuple[str, ...]],
+    flags: Sequence[str],
+) -> None:
+    """Raises unless the fields hold one of the dtypes or words that they may, and the flags are bools."""
+    for name, allowed in dtypes.items():
+        value = getattr(problem, name)
+        if value not in allowed:
+            raise ArgumentTypeError(name, f"{value}, expected one of {', '.join(map(str, allowed))}")
+    for name, words in choices.items():
+        value = getattr(problem, name)
+        if value not in words:
+            raise ArgumentError(name, f"{value!r}, expected one of {', '.join(map(repr, words))}")
+    for name in flags:
+        if not isinstance(getattr(problem, name), bool):
+            raise ArgumentTypeError(name, f"{getattr(problem, name)!r}, expected a bool")

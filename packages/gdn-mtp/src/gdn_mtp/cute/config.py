@@ -172,9 +172,12 @@ class Config(Footprint):
     pdl: bool
 
 
-def common_fields(problem: GatedDeltaRuleProblem, pdl: bool) -> dict[str, Any]:
-    """The fields of `Config` for a problem."""
-    taken = {field.name: getattr(problem, field.name, pdl) for field in fields(Config)}
+def fields_of(config: type[Any], problem: object, **values: Any) -> dict[str, Any]:
+    """The fields of a configuration: `values`, and from the problem what they lack, dtypes by their names."""
+    taken = {
+        field.name: values[field.name] if field.name in values else getattr(problem, field.name)
+        for field in fields(config)
+    }
     return {name: _torch_name(x) if isinstance(x, torch.dtype) else x for name, x in taken.items()}
 
 
@@ -190,7 +193,7 @@ class KernelConfig(TokenTiles, Config):
 
     @classmethod
     def of(cls, problem: GatedDeltaRuleProblem, tactic: Tactic, pdl: bool) -> KernelConfig:
-        return cls(**common_fields(problem, pdl), tactic=tactic)
+        return cls(**fields_of(cls, problem, pdl=pdl, tactic=tactic))
 
     @property
     def stores_every_state(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gdn_mtp.problem import GatedDeltaRuleProblem
 
-from .config import GATE_COLUMNS, WARP_LANES, Config, common_fields
+from .config import GATE_COLUMNS, WARP_LANES, Config, fields_of
 
 THREADS = 128
 
@@ -22,7 +22,7 @@ class KMajorConfig(Config):
 
     @classmethod
     def of(cls, problem: GatedDeltaRuleProblem, columns: int, pdl: bool) -> KMajorConfig:
-        return cls(**common_fields(problem, pdl), columns=columns)
+        return cls(**fields_of(cls, problem, pdl=pdl, columns=columns))
 
     @property
     def groups(self) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from kernel_dispatch import Arch
 
 from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_mtp.speculative.problem import SpeculativeProblem
 
 from .compile import FUNCTION
 from .config import CHUNK_TOKENS, MMA_ROWS, Config, KernelConfig, Tactic
 from .config_kmajor import KMajorConfig
+from .config_speculative import SpeculativeConfig
 
 # Every tactic of the V-major kernel; `bench_gdn_mtp.py --tactics` times them.
 TACTICS = {
@@ -71,12 +73,8 @@ class GatedDeltaRuleKernels:
         """The tactics that fit, the heuristic's choice first."""
         if problem.state_layout == "kv":
             return (KMAJOR_TACTIC,)
-        fitting = [name for name in TACTICS if self._fits(problem, arch, name)]
-        tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
-        preferred = next(name for limit, name in HEURISTIC[regime(problem)] if tiles_per_sm <= limit)
-        if preferred not in fitting:
-            preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
-        return sorted(fitting, key=lambda name: name != preferred)
+        configs = {name: self.config(problem, arch, name) for name in TACTICS}
+        return ranked(problem, arch, configs, HEURISTIC[regime(problem)])
 
     def prepare(
         self, problem: GatedDeltaRuleProblem, arch: Arch, device: torch.device, tactic: str
@@ -90,13 +88,30 @@ class GatedDeltaRuleKernels:
             return KMajorConfig.of(problem, KMAJOR_COLUMNS, arch.supports_pdl)
         return KernelConfig.of(problem, TACTICS[tactic], arch.supports_pdl)
 
-    def _fits(self, problem: GatedDeltaRuleProblem, arch: Arch, name: str) -> bool:
-        config = KernelConfig.of(problem, TACTICS[name], arch.supports_pdl)
-        if config.smem_bytes > arch.smem_optin_bytes:
-            return False
-        if problem.state_rows != "contiguous" and not config.tactic.row_copies:
-            return False
-        return problem.V % config.tactic.rows == 0
+
+def ranked(
+    problem: GatedDeltaRuleProblem | SpeculativeProblem,
+    arch: Arch,
+    configs: Mapping[str, KernelConfig | SpeculativeConfig],
+    heuristic: Sequence[tuple[float, str]],
+) -> Sequence[str]:
+    """The tactics whose configurations fit, the heuristic's choice first."""
+    fitting = [name for name, config in configs.items() if _fits(problem, arch, config)]
+    tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
+    preferred = next(name for limit, name in heuristic if tiles_per_sm <= limit)
+    if preferred not in fitting:
+        preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
+    return sorted(fitting, key=lambda name: name != preferred)
+
+
+def _fits(
+    problem: GatedDeltaRuleProblem | SpeculativeProblem, arch: Arch, config: KernelConfig | SpeculativeConfig
+) -> bool:
+    if config.smem_bytes > arch.smem_optin_bytes:
+        return False
+    if problem.state_rows != "contiguous" and not config.tactic.row_copies:
+        return False
+    return problem.V % config.tactic.rows == 0
 
 
 KERNELS = GatedDeltaRuleKernels()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any
 
 import torch
 from kernel_dispatch import Arch
@@ -12,8 +10,9 @@ from kernel_dispatch import Arch
 from gdn_mtp.speculative.problem import SpeculativeProblem
 
 from .compile import FUNCTION
-from .config import CHUNK_TOKENS, MMA_ROWS, Tactic
+from .config import CHUNK_TOKENS, Tactic, fields_of
 from .config_speculative import SpeculativeConfig
+from .kernels import NO_LIMIT, ranked
 
 # `bench_gdn_spec.py --tactics` times them.
 TACTICS = {
@@ -33,7 +32,6 @@ TACTICS = {
 
 # (tiles of 16 rows per SM, at most, tactic) by regime: H100 80GB HBM3, November 2026, 16 key and 32 value
 # heads, batches of 1, 4, 32, 64 and 256
-NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "short": ((NO_LIMIT, "w4t1s"),),
     "long": ((16, "w4t1s"), (NO_LIMIT, "w4t2s")),
@@ -55,12 +53,8 @@ class SpeculativeKernels:
 
     def tactics(self, problem: SpeculativeProblem, arch: Arch) -> Sequence[str]:
         """The tactics that fit, the heuristic's choice first."""
-        fitting = [name for name in TACTICS if self._fits(problem, arch, name)]
-        tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
-        preferred = next(name for limit, name in HEURISTIC[regime(problem)] if tiles_per_sm <= limit)
-        if preferred not in fitting:
-            preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
-        return sorted(fitting, key=lambda name: name != preferred)
+        configs = {name: self.config(problem, arch, name) for name in TACTICS}
+        return ranked(problem, arch, configs, HEURISTIC[regime(problem)])
 
     def prepare(
         self, problem: SpeculativeProblem, arch: Arch, device: torch.device, tactic: str
@@ -73,25 +67,8 @@ class SpeculativeKernels:
 
     def config(self, problem: SpeculativeProblem, arch: Arch, tactic: str) -> SpeculativeConfig:
         """What the kernel of one tactic is compiled for."""
-        values: dict[str, Any] = {
-            "pdl": arch.supports_pdl,
-            "tactic": TACTICS[tactic],
-            "sm_count": arch.sm_count,
-        }
-        for field in fields(SpeculativeConfig):
-            if field.name not in values:
-                value = getattr(problem, field.name)
-                is_dtype = isinstance(value, torch.dtype)
-                values[field.name] = str(value).removeprefix("torch.") if is_dtype else value
-        return SpeculativeConfig(**values)
-
-    def _fits(self, problem: SpeculativeProblem, arch: Arch, name: str) -> bool:
-        config = self.config(problem, arch, name)
-        if config.smem_bytes > arch.smem_optin_bytes:
-            return False
-        if problem.state_rows != "contiguous" and not config.tactic.row_copies:
-            return False
-        return problem.V % config.tactic.rows == 0
+        values = {"pdl": arch.supports_pdl, "tactic": TACTICS[tactic], "sm_count": arch.sm_count}
+        return SpeculativeConfig(**fields_of(SpeculativeConfig, problem, **values))
 
 
 KERNELS = SpeculativeKernels()

@@ -4,9 +4,18 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
-from kernel_dispatch import ArgumentError, ArgumentTypeError, bucket_batch
+from kernel_dispatch import ArgumentError, bucket_batch
 
-from gdn_mtp.problem import BIAS_DTYPES, INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES, StateRows, short_dtype
+from gdn_mtp.problem import (
+    BIAS_DTYPES,
+    INDEX_DTYPES,
+    INPUT_DTYPES,
+    STATE_DTYPES,
+    StateRows,
+    check_fields,
+    check_size,
+    short_dtype,
+)
 
 Mode = Literal["verify", "commit", "materialize"]
 Accept = Literal["none", "counts", "nodes"]
@@ -66,28 +75,19 @@ class SpeculativeProblem:
         for name in ("gate_dtype", "out_dtype"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.io_dtype)  # a frozen dataclass has no other way
-        for name, allowed in (
-            ("io_dtype", INPUT_DTYPES),
-            ("gate_dtype", INPUT_DTYPES),
-            ("dt_bias_dtype", BIAS_DTYPES),
-            ("out_dtype", INPUT_DTYPES),
-            ("state_dtype", STATE_DTYPES),
-            ("index_dtype", INDEX_DTYPES),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ArgumentTypeError(name, f"{value}, expected one of {', '.join(map(str, allowed))}")
-        for name, choices in (
-            ("mode", get_args(Mode)),
-            ("accept", get_args(Accept)),
-            ("state_rows", get_args(StateRows)),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ArgumentError(name, f"{value!r}, expected one of {', '.join(map(repr, choices))}")
-        for name in ("use_qk_l2norm", "variable_tokens", "tree", "tensor_scale", "debug"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentTypeError(name, f"{getattr(self, name)!r}, expected a bool")
+        check_fields(
+            self,
+            dtypes={
+                "io_dtype": INPUT_DTYPES,
+                "gate_dtype": INPUT_DTYPES,
+                "dt_bias_dtype": BIAS_DTYPES,
+                "out_dtype": INPUT_DTYPES,
+                "state_dtype": STATE_DTYPES,
+                "index_dtype": INDEX_DTYPES,
+            },
+            choices={"mode": get_args(Mode), "accept": get_args(Accept), "state_rows": get_args(StateRows)},
+            flags=("use_qk_l2norm", "variable_tokens", "tree", "tensor_scale", "debug"),
+        )
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -127,11 +127,3 @@ class SpeculativeProblem:
         if self.state_rows != "contiguous":
             parts.append(f"rows.{self.state_rows}")
         return "-".join(parts)
-
-
-def check_size(name: str, value: int) -> None:
-    """Raises unless `value` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(name, f"{value!r}, expected an int")
-    if value < 1:
-        raise ArgumentError(name, f"{value}, expected at least 1")
