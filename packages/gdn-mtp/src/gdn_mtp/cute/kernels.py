@@ -73,7 +73,9 @@ class GatedDeltaRuleKernels:
         """The tactics that fit, the heuristic's choice first."""
         if problem.state_layout == "kv":
             return (KMAJOR_TACTIC,)
-        configs = {name: self.config(problem, arch, name) for name in TACTICS}
+        configs = {
+            name: KernelConfig.of(problem, tactic, arch.supports_pdl) for name, tactic in TACTICS.items()
+        }
         return ranked(problem, arch, configs, HEURISTIC[regime(problem)])
 
     def prepare(

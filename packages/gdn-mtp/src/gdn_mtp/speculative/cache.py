@@ -24,8 +24,8 @@ from kernel_dispatch import (
 from kernel_dispatch.devices import as_device
 from torch import Tensor
 
-from gdn_mtp.problem import INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES
-from gdn_mtp.speculative.problem import MAX_CAPACITY, check_size
+from gdn_mtp.problem import INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES, check_size
+from gdn_mtp.speculative.problem import MAX_CAPACITY
 from gdn_mtp.speculative.values import check_cursor, named_slots, values_are_readable
 from gdn_mtp.torch_kernel import store_slots
 
