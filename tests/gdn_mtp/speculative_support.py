@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import gdn_mtp
 import torch
@@ -292,3 +293,13 @@ def int32(values: object) -> Tensor:
 
 def index_tensor(slots: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(slots, dtype=dtype, device=DEVICE)
+
+
+def arguments(history: History, slots: list[int], T: int, seed: int = 0) -> tuple[Any, ...]:
+    """The positional arguments of verify."""
+    tokens = history.setup.tokens(len(slots), T, seed)
+    heads = history.setup.heads()
+    return (
+        *(tokens[name] for name in ("q", "k", "v", "a", "b")),
+        *(heads["A_log"], heads["dt_bias"], history.pool, index_tensor(slots), history.cache),
+    )

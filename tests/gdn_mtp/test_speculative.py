@@ -1,4 +1,4 @@
-"""verify, commit and materialize: chains, trees, fold policies, plans, compilation, graphs."""
+"""verify, commit and materialize: chains, trees, fold policies, compilation, graphs."""
 
 import random
 from functools import partial
@@ -8,24 +8,11 @@ import pytest
 import torch
 from gdn_mtp.speculative import SpeculativeReference
 from gdn_mtp.speculative.folding import fold_above
-from gdn_mtp.speculative.torch_kernel import KERNEL, requests_per_chunk
 from gdn_support import BF16, DEVICE, FP16, FP32, assert_same_bits
-from kernel_dispatch import Arch, NoKernelError, Provider, autotune, clear_tuning, debug, explain, registered
-from speculative_support import History, Setup, index_tensor, int32, random_tree
+from speculative_support import History, Setup, arguments, index_tensor, int32, random_tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-GROUP = gdn_mtp.SpeculativeProblem.entry_point_group
 SETUP = Setup()
-
-
-def arguments(history, slots, T, seed=0):
-    """The positional arguments of verify."""
-    tokens = history.setup.tokens(len(slots), T, seed)
-    heads = history.setup.heads()
-    return (
-        *(tokens[name] for name in ("q", "k", "v", "a", "b")),
-        *(heads["A_log"], heads["dt_bias"], history.pool, index_tensor(slots), history.cache),
-    )
 
 
 @pytest.mark.parametrize("fold", ["auto", "always", "full"])
@@ -237,175 +224,6 @@ class TestFolding:
             return folds + sizes["token_bytes"] * limit / 2
 
         assert fold_above("auto", 32, 2, **sizes) == min(range(29), key=bytes_per_call)
-
-
-class TestPlans:
-    def problem(self, **changes):
-        fields = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 16, "V": 8, "capacity": 16}
-        return gdn_mtp.SpeculativeProblem(**{**fields, **changes})
-
-    def test_description_tells_problems_apart(self):
-        changes = [
-            {},
-            {"B": 4},
-            {"T": 2},
-            {"capacity": 24},
-            {"mode": "commit", "T": 0},
-            {"mode": "materialize", "T": 0},
-            {"accept": "none"},
-            {"accept": "nodes"},
-            {"io_dtype": FP32},
-            {"gate_dtype": FP32},
-            {"dt_bias_dtype": BF16},
-            {"out_dtype": FP32},
-            {"state_dtype": BF16},
-            {"index_dtype": torch.int64},
-            {"use_qk_l2norm": False},
-            {"variable_tokens": True},
-            {"tree": True},
-            {"tensor_scale": True},
-            {"debug": True},
-            {"state_rows": "any"},
-        ]
-        assert len({self.problem(**change).describe() for change in changes}) == len(changes)
-
-    def test_buckets(self):
-        assert self.problem(B=100).bucketed() == self.problem(B=64)
-
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
-            ("B", 0),
-            ("T", 9),
-            ("H", 3),
-            ("capacity", 33),
-            ("mode", "peek"),
-            ("accept", "all"),
-            ("tree", 1),
-            ("io_dtype", torch.int8),
-            ("state_dtype", FP16),
-        ],
-    )
-    def test_impossible_problems_name_the_field(self, field, value):
-        with pytest.raises(ValueError) as raised:
-            self.problem(**{field: value})
-        assert raised.value.argument in (field, "HV")
-
-    @pytest.mark.parametrize(
-        ("changes", "reason"),
-        [
-            ({}, None),
-            ({"K": 64, "V": 64, "T": 16, "capacity": 32, "tree": True, "state_dtype": BF16}, None),
-            ({"mode": "commit", "T": 0}, None),
-            ({"K": 256}, "K = 256, the kernels have 64, 128"),
-            ({"V": 32}, "V = 32, the kernels have 64, 128"),
-            ({"B": 70_000}, "at most 65535"),
-            ({"state_rows": "any"}, "not 16-byte aligned"),
-        ],
-    )
-    def test_cute_takes_what_its_kernels_do(self, changes, reason):
-        problem = self.problem(**{"K": 128, "V": 128, **changes})
-        rows = {row.name: row for row in explain(problem, "sm_90a").rows}
-        if reason is None:
-            assert rows["cute"].status == "chosen"
-        else:
-            assert (rows["cute"].status, rows["torch"].status) == ("declined", "chosen")
-            assert reason in rows["cute"].reason
-
-    @pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90a", "sm_100a", "sm_121a"])
-    def test_explain_answers_for_any_arch(self, arch):
-        explanation = explain(self.problem(), arch)
-        assert {row.name for row in explanation.rows} >= {"torch", "cute"}
-        assert explain(self.problem(), arch, backend="torch").chosen == "torch"
-        if arch in ("cpu", "sm_80"):
-            assert explanation.chosen == "torch"
-
-    def test_the_second_call_of_a_kind_reuses_the_plan(self):
-        prepared, launched = [], []
-
-        class Spy:
-            workspace_nbytes, tactics = KERNEL.workspace_nbytes, KERNEL.tactics
-
-            def prepare(self, problem, arch, device, tactic):
-                prepared.append(problem)
-                launch = KERNEL.prepare(problem, arch, device, tactic)
-                return lambda *tensors: (launched.append(problem.mode), launch(*tensors))
-
-        provider = Provider("spy", ("any",), lambda problem, arch: None, Spy, 50)
-        history = History(SETUP)
-        with registered(GROUP, provider):
-            for step in range(3):
-                accepted = int32([step, 0])
-                gdn_mtp.verify(*arguments(history, [4, 1], 4, seed=step), accepted)
-            gdn_mtp.commit(history.pool, index_tensor([4, 1]), history.cache, accepted)
-            assert [problem.mode for problem in prepared] == ["verify", "commit"]
-            gdn_mtp.verify(*arguments(history, [4, 1], 3))
-            gdn_mtp.verify(*arguments(history, [4, 1], 3), use_qk_l2norm=False)
-            with debug():
-                gdn_mtp.verify(*arguments(history, [4, 1], 3))
-        assert len(prepared) == 5
-        assert prepared[-1].debug
-        assert launched == ["verify"] * 3 + ["commit"] + ["verify"] * 3
-
-    def test_a_strict_backend_never_falls_back(self):
-        declining = Provider("spy", ("any",), lambda problem, arch: "not today", lambda: KERNEL, 5)
-        history = History(SETUP)
-        everything = history.snapshot([])
-        with registered(GROUP, declining), pytest.raises(NoKernelError, match="not today"):
-            gdn_mtp.verify(*arguments(history, [1], 2), backend="spy")
-        everything()
-
-    def test_a_provider_that_asks_for_a_workspace_is_refused(self):
-        class Greedy:
-            tactics, prepare = KERNEL.tactics, KERNEL.prepare
-
-            def workspace_nbytes(self, problem, arch):
-                return 512
-
-        provider = Provider("greedy", ("any",), lambda problem, arch: None, Greedy, 50)
-        with registered(GROUP, provider), pytest.raises(NoKernelError, match="'greedy' asks for 512 bytes"):
-            gdn_mtp.verify(*arguments(History(SETUP), [1], 2))
-
-    def test_tuning_leaves_the_effect_of_one_call(self):
-        class Two:
-            workspace_nbytes, prepare = KERNEL.workspace_nbytes, KERNEL.prepare
-
-            def tactics(self, problem, arch):
-                return ("first", "second")
-
-        def run():
-            history = History(SETUP)
-            gdn_mtp.verify(*arguments(history, [4, -1, 0], 4))
-            acceptance = int32([3, 0, 1])
-            output = gdn_mtp.verify(*arguments(history, [4, -1, 0], 4), acceptance, fold="always")
-            return output, history.pool, history.cache.state_dict()
-
-        expected = run()
-        clear_tuning()
-        try:
-            provider = Provider("two", ("any",), lambda problem, arch: None, Two, 50)
-            with registered(GROUP, provider), autotune(progress=False):
-                results = run()
-        finally:
-            clear_tuning()
-        assert_same_bits(results[0], expected[0], "output")
-        assert_same_bits(results[1], expected[1], "pool")
-        for name, tensor in results[2].items():
-            assert_same_bits(tensor, expected[2][name], name)
-
-    def test_temporaries_are_bounded(self):
-        big = gdn_mtp.SpeculativeProblem(B=256, T=8, H=16, HV=32, K=128, V=128, capacity=24)
-        assert requests_per_chunk(big) == 7  # 32 MiB for two states of 2 MiB and 576 KiB of tokens each
-        assert KERNEL.workspace_nbytes(big, Arch.from_name("cpu")) == 0
-
-    def test_requests_in_chunks_of_one(self, monkeypatch):
-        monkeypatch.setattr("gdn_mtp.speculative.torch_kernel.CHUNK_BYTES", 1)
-        history = History(SETUP, backend="torch")
-        for step in range(6):
-            accepted = {"num_accepted": int32([4, 0, 3] if step else [0] * 3)}
-            trees = [random_tree(4, random.Random(step))] * 3 if step == 5 else None
-            history.verify([5, -1, 2], 4, step, accepted, parents=trees)
-        history.commit([5, -1, 2], {"accepted_nodes": int32([[0], [-1], [0]])})
 
 
 class Loop(torch.nn.Module):

@@ -12,14 +12,28 @@ from gdn_mtp.api import (
 from gdn_mtp.plans import Plan, plan
 from gdn_mtp.problem import GatedDeltaRuleProblem
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
-from gdn_mtp.speculative import SpeculativeCache, SpeculativeProblem, commit, materialize, verify
+from gdn_mtp.speculative import (
+    CommitPlan,
+    MaterializePlan,
+    SpeculativeCache,
+    SpeculativePlan,
+    SpeculativeProblem,
+    VerifyPlan,
+    commit,
+    materialize,
+    verify,
+)
 
 __all__ = [
+    "CommitPlan",
     "GatedDeltaRuleProblem",
+    "MaterializePlan",
     "Plan",
     "ReferenceResult",
     "SpeculativeCache",
+    "SpeculativePlan",
     "SpeculativeProblem",
+    "VerifyPlan",
     "__version__",
     "commit",
     "gated_delta_rule_decode",

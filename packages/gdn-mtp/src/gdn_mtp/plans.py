@@ -2,25 +2,24 @@
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import get_args
+from typing import overload
 
 import torch
 from kernel_dispatch import (
     ArgumentError,
     ArgumentTypeError,
-    NoKernelError,
     PlanCache,
     Selection,
     as_arch,
     check_scale,
-    choose,
     debug_mode,
     resolve,
 )
 from kernel_dispatch.devices import as_device
 from torch import Tensor
 
-from gdn_mtp.problem import GatedDeltaRuleProblem, StateRows
+from gdn_mtp.planning import PreparedKernel, check_planned, given, saved_slots, select
+from gdn_mtp.problem import GatedDeltaRuleProblem
 from gdn_mtp.specs import (
     CallFlags,
     CallForm,
@@ -32,6 +31,8 @@ from gdn_mtp.specs import (
     misalignment,
     written_slots,
 )
+from gdn_mtp.speculative.plans import SpeculativePlan, make_plan
+from gdn_mtp.speculative.problem import SpeculativeProblem
 
 # The argument of Plan.run that each field of a problem describes.
 _ARGUMENT_OF_FIELD = {
@@ -46,24 +47,11 @@ _ARGUMENT_OF_FIELD = {
 _ARGUMENT_OF_INTERMEDIATE = {"buffer": "intermediate_states_buffer", "scatter": "ssm_state_indices"}
 
 
-class Plan:
+class Plan(PreparedKernel[GatedDeltaRuleProblem]):
     """One problem on one device, its kernel prepared: `run` launches and does nothing else.
 
     problem, device: as given to `plan`. provider, tactic, reason: what was chosen and why.
     """
-
-    def __init__(self, problem: GatedDeltaRuleProblem, device: torch.device, selection: Selection) -> None:
-        self.problem = problem
-        self.device = device
-        self.provider = selection.provider.name
-        self.tactic = selection.tactic
-        self.reason = selection.reason
-        self._launcher = _prepare(problem, device, selection)
-        self._default_scale = problem.K**-0.5
-        self.always_checked = device.type == "cpu"
-
-    def __repr__(self) -> str:
-        return f"Plan({self.problem.describe()} on {self.device}: {self.provider}, tactic {self.tactic})"
 
     def run(
         self,
@@ -107,11 +95,20 @@ class Plan:
         )
         if self.always_checked or debug_mode():
             self._check(CallTensors._make(tensors), scale)
-        _start(self._launcher, self._default_scale if scale is None else scale, tensors, output)
+        self.launch(tensors, scale, output)
 
     def launch(self, tensors: TensorTuple, scale: float | Tensor | None, output: Tensor) -> None:
-        """Launch on checked tensors in the order of `CallTensors`; `output` stands in for the last."""
-        _start(self._launcher, self._default_scale if scale is None else scale, tensors, output)
+        """Launch on checked tensors in the order of `CallTensors`; `output` stands in for the last.
+
+        Index tensors reach the launcher with the dtype of the first.
+        """
+        q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, _ = tensors
+        if writes is not None and reads is not None:
+            writes = writes.to(reads.dtype)
+        if scatter is not None and reads is not None:
+            scatter = scatter.to(reads.dtype)
+        scale = self._launch_scale(scale)
+        self._launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
 
     def _check(self, tensors: CallTensors, scale: float | Tensor | None) -> None:
         """Raises, naming the argument, unless the tensors pose exactly the plan's problem."""
@@ -135,32 +132,44 @@ class Plan:
             asked, given = problem.intermediate, posed.intermediate
             argument = _ARGUMENT_OF_INTERMEDIATE[asked if given == "none" else given]
             raise ArgumentError(argument, f"intermediate = {given!r}, expected {asked!r} from the plan")
-        ranks = get_args(StateRows)
-        if ranks.index(posed.state_rows) > ranks.index(problem.state_rows):
-            raise ArgumentError(
-                "state", f"state_rows = {posed.state_rows!r}, expected {problem.state_rows!r} from the plan"
-            )
-        for field, argument in _ARGUMENT_OF_FIELD.items():
-            came, planned = getattr(posed, field), getattr(problem, field)
-            if came != planned:
-                raise ArgumentTypeError(argument, f"{field} = {came}, expected {planned} from the plan")
+        check_planned(posed, problem, "state", _ARGUMENT_OF_FIELD)
+
+
+@overload
+def plan(
+    problem: GatedDeltaRuleProblem, device: torch.device | str | None = None, backend: str = "auto"
+) -> Plan: ...
+
+
+@overload
+def plan(
+    problem: SpeculativeProblem, device: torch.device | str | None = None, backend: str = "auto"
+) -> SpeculativePlan: ...
 
 
 def plan(
-    problem: GatedDeltaRuleProblem, device: torch.device | str | None = None, backend: str = "auto"
-) -> Plan:
+    problem: GatedDeltaRuleProblem | SpeculativeProblem,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> Plan | SpeculativePlan:
     """Resolve `problem` and compile or load its kernel.
 
+    A `GatedDeltaRuleProblem` gives a `Plan`, a `SpeculativeProblem` a `VerifyPlan`, `CommitPlan` or
+    `MaterializePlan`, by its mode.
     device: None for the current CUDA device, or the CPU where there is none. backend: a provider's name, or
     "auto" for the tuned or else the preferred one. Raises NoKernelError with every provider's reason, or if
-    the chosen one asks for a workspace, which this operation does not have.
+    the chosen one asks for a workspace, which these operations do not have.
     `kernel_dispatch.explain(problem)` shows the same choice without loading anything.
     """
-    if not isinstance(problem, GatedDeltaRuleProblem):
-        raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected a GatedDeltaRuleProblem")
+    if not isinstance(problem, GatedDeltaRuleProblem | SpeculativeProblem):
+        expected = "a GatedDeltaRuleProblem or a SpeculativeProblem"
+        raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected {expected}")
     check_backend(backend)
     device = as_device(device)
-    return Plan(problem, device, resolve(problem, as_arch(device), backend))
+    selection = resolve(problem, as_arch(device), backend)
+    if isinstance(problem, SpeculativeProblem):
+        return make_plan(problem, device, selection)
+    return Plan(problem, device, selection)
 
 
 _PLANS: PlanCache[Plan] = PlanCache()
@@ -178,7 +187,7 @@ def run_known(
     checked again; on the CPU and in debug mode the whole call, memory overlap and values included.
     """
     try:
-        known = _PLANS.get(_key(form, tensors, scale, flags), _given(tensors))
+        known = _PLANS.get(_key(form, tensors, scale, flags), given(tensors))
     except (AttributeError, TypeError):  # an argument is no tensor, or no flag; check_call says which
         return None
     if known is None:
@@ -198,9 +207,14 @@ def run_new(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, 
     output = _output_of(tensors)
     if problem is None:  # no requests
         return output
-    selection = _select(problem, tensors, problem.K**-0.5 if scale is None else scale, output, flags)
-    plan = Plan(problem, tensors.q.device, selection)
-    _PLANS.put(_key(form, tensors, scale, flags), plan, _given(tensors))
+    device = tensors.q.device
+
+    def make_run(selection: Selection) -> Callable[[], None]:
+        return partial(Plan(problem, device, selection).launch, tensors, scale, output)
+
+    selection = select(problem, device, flags.backend, make_run, partial(_snapshot, problem, tensors))
+    plan = Plan(problem, device, selection)
+    _PLANS.put(_key(form, tensors, scale, flags), plan, given(tensors))
     plan.launch(tensors, scale, output)
     return output
 
@@ -225,10 +239,6 @@ def _key(
     )
 
 
-def _given(tensors: TensorTuple) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
-
-
 def _output_of(tensors: TensorTuple) -> Tensor:
     """The output that the caller gave, or a new one like v."""
     v: Tensor = tensors[2]
@@ -236,66 +246,12 @@ def _output_of(tensors: TensorTuple) -> Tensor:
     return v.new_empty(v.shape) if output is None else output
 
 
-def _select(
-    problem: GatedDeltaRuleProblem,
-    tensors: CallTensors,
-    scale: float | Tensor,
-    output: Tensor,
-    flags: CallFlags,
-) -> Selection:
-    """The kernel and tactic for a call; inside `kernel_dispatch.autotune()` they are timed on its tensors."""
-    device = tensors.q.device
-    arch = as_arch(device)
-    if flags.backend != "auto":
-        return resolve(problem, arch, flags.backend)
-
-    def make_run(selection: Selection) -> Callable[[], None]:
-        return partial(_start, _prepare(problem, device, selection), scale, tensors, output)
-
-    return choose(problem, arch, device, make_run, partial(_snapshot, problem, tensors))
-
-
-def _prepare(
-    problem: GatedDeltaRuleProblem, device: torch.device, selection: Selection
-) -> Callable[..., None]:
-    """The launcher of a chosen tactic. Raises NoKernelError for one that needs what launchers do not get."""
-    arch = as_arch(device)
-    workspace_nbytes = selection.kernel.workspace_nbytes(problem, arch)
-    if workspace_nbytes:
-        raise NoKernelError(
-            f"provider {selection.provider.name!r} asks for {workspace_nbytes} bytes of workspace for "
-            f"{problem.describe()}; launchers of {problem.entry_point_group} get none"
-        )
-    return selection.kernel.prepare(problem, arch, device, selection.tactic)
-
-
-def _start(
-    launcher: Callable[..., None], scale: float | Tensor, tensors: TensorTuple, output: Tensor
-) -> None:
-    """Call a launcher; index tensors reach it with the dtype of the first, the scale as a float or [1]."""
-    q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, _ = tensors
-    if not isinstance(scale, Tensor):
-        scale = float(scale)
-    elif scale.dim() != 1:
-        scale = scale.view(1)
-    if writes is not None and reads is not None:
-        writes = writes.to(reads.dtype)
-    if scatter is not None and reads is not None:
-        scatter = scatter.to(reads.dtype)
-    launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
-
-
 def _snapshot(problem: GatedDeltaRuleProblem, tensors: CallTensors) -> Callable[[], None]:
     """Save the slots that the call writes; the result puts them back."""
     if not problem.update_state:
         return lambda: None
-    state = tensors.state
     _, slots = written_slots(tensors)
-    slots = torch.arange(problem.B, device=state.device) if slots is None else slots.flatten().long()
-    named = slots[slots >= 0]
-    saved = state.index_select(0, named)
-
-    def restore() -> None:
-        state.index_copy_(0, named, saved)
-
-    return restore
+    if slots is None:
+        slots = torch.arange(problem.B, device=tensors.state.device)
+    slots = slots.flatten().long()
+    return saved_slots((tensors.state,), slots[slots >= 0])

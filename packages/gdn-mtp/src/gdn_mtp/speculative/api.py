@@ -24,14 +24,14 @@ Shared rules, where they differ from those in `gdn_mtp.api`:
   parent that does not come before its token for -1; a cursor out of range spoils its own slot, never another.
 """
 
-from kernel_dispatch import ArgumentTypeError, is_watched, needs_op
+from kernel_dispatch import is_watched, needs_op
 from torch import Tensor
 
-from gdn_mtp.speculative.cache import SpeculativeCache
+from gdn_mtp.speculative.cache import SpeculativeCache, tensors_of
 from gdn_mtp.speculative.folding import FoldPolicy
-from gdn_mtp.speculative.ops import trace_call, without_tokens
+from gdn_mtp.speculative.ops import trace_call
 from gdn_mtp.speculative.plans import run_known, run_new
-from gdn_mtp.speculative.specs import CallFlags, CallTensors
+from gdn_mtp.speculative.specs import CallFlags, CallTensors, without_tokens
 
 
 def verify(
@@ -72,7 +72,7 @@ def verify(
     """
     tokens = (q, k, v, a, b, A_log, dt_bias, state_pool, state_indices)
     options = (num_accepted, accepted_nodes, num_tokens, parent_indices, output, None)
-    tensors = CallTensors._make((*tokens, *_tensors_of(cache), *options))
+    tensors = CallTensors._make((*tokens, *tensors_of(cache), *options))
     return _call(tensors, scale, CallFlags("verify", cache.max_tokens, use_qk_l2norm, fold, backend), cache)
 
 
@@ -91,9 +91,7 @@ def commit(
 
     Returns state_pool. Writes its slots where there was something to fold, and the cache's.
     """
-    tensors = without_tokens(
-        state_pool, state_indices, _tensors_of(cache), num_accepted, accepted_nodes, None
-    )
+    tensors = without_tokens(state_pool, state_indices, tensors_of(cache), num_accepted, accepted_nodes, None)
     return _call(tensors, None, CallFlags("commit", cache.max_tokens, True, "always", backend), cache)
 
 
@@ -112,23 +110,17 @@ def materialize(
     states: [B, HV, V, K] in the pool's dtype, to write into; None for a new tensor. Padding gives zeros.
     """
     tensors = without_tokens(
-        state_pool, state_indices, _tensors_of(cache), num_accepted, accepted_nodes, states
+        state_pool, state_indices, tensors_of(cache), num_accepted, accepted_nodes, states
     )
     return _call(tensors, None, CallFlags("materialize", cache.max_tokens, True, "always", backend), cache)
-
-
-def _tensors_of(cache: SpeculativeCache) -> tuple[Tensor, ...]:
-    if not isinstance(cache, SpeculativeCache):
-        raise ArgumentTypeError("cache", f"{type(cache).__name__}, expected a SpeculativeCache")
-    return cache.tensors
 
 
 def _call(
     tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags, cache: SpeculativeCache
 ) -> Tensor:
     pool = tensors.state_pool
-    if not is_watched():
-        known = run_known(tensors, scale, flags) if cache.is_bound_to(pool) else None
+    if not is_watched() and cache.is_bound_to(pool):
+        known = run_known(tensors, scale, flags)
         if known is not None:
             return known
     if needs_op(*tensors):
@@ -136,4 +128,7 @@ def _call(
     if isinstance(pool, Tensor):
         cache.check_pool(pool)
     result = run_known(tensors, scale, flags)
-    return run_new(tensors, scale, flags) if result is None else result
+    if result is None:
+        result = run_new(tensors, scale, flags)
+    cache.adopt(pool)
+    return result

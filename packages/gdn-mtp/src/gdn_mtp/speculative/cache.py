@@ -77,8 +77,8 @@ class SpeculativeCache:
     io_dtype: of q, k and v. device: None for the current CUDA device, or the CPU where there is none.
     Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read, move and keep.
 
-    A cache belongs to one pool: the first call binds it to the pool's address, and another pool is refused
-    from then on. `bind` says that the pool has moved.
+    A cache belongs to one pool: the first call that succeeds binds it to the pool's address, and another pool
+    is refused from then on. `bind` says that the pool has moved.
 
     A slot that gets a new request has to be reset. While tokens are pending, the pool's state alone is not
     the slot's state: `gdn_mtp.commit` folds them before anything else reads it.
@@ -158,21 +158,24 @@ class SpeculativeCache:
         return type(state_pool) is Tensor and state_pool.data_ptr() == self._pool_address
 
     def check_pool(self, state_pool: Tensor) -> None:
-        """Raises ArgumentError naming `cache` if it is bound to another pool; binds one that is not bound.
+        """Raises ArgumentError naming `cache` if it is bound to another pool.
 
         A pool without an address, as tracing sees it, is not looked at.
         """
-        if needs_op(state_pool):
+        if needs_op(state_pool) or self._pool_address is None:
             return
         address = state_pool.data_ptr()
-        if self._pool_address is None:
-            self._pool_address = address
-        elif address != self._pool_address:
+        if address != self._pool_address:
             raise ArgumentError(
                 "cache",
                 f"is of the state pool at {self._pool_address:#x}, not of this one at {address:#x}; "
                 "cache.bind(state_pool) says that the pool has moved",
             )
+
+    def adopt(self, state_pool: Tensor) -> None:
+        """Bind a cache that is not bound yet to the pool of a call that succeeded, if it has an address."""
+        if self._pool_address is None and not needs_op(state_pool):
+            self._pool_address = state_pool.data_ptr()
 
     def reset_slots(self, slots: Tensor) -> None:
         """Forget all tokens of `slots` [n], int32 or int64; a negative one is skipped.
@@ -206,6 +209,8 @@ class SpeculativeCache:
         targets = targets.masked_fill(sources < 0, -1)
         for tensor in moved:
             store_slots(tensor, targets, tensor.index_select(0, sources.clamp_min(0)))
+        if state_pool is not None:
+            self.adopt(state_pool)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, not copied; together with the pool they are the states."""
@@ -238,3 +243,10 @@ class SpeculativeCache:
             if unique:
                 named_slots(name, slots, self.pool_size)
         return slots.long().masked_fill(slots >= self.pool_size, -1)
+
+
+def tensors_of(cache: SpeculativeCache) -> CacheTensors:
+    """`cache.tensors`; raises ArgumentTypeError naming `cache` for anything else."""
+    if not isinstance(cache, SpeculativeCache):
+        raise ArgumentTypeError("cache", f"{type(cache).__name__}, expected a SpeculativeCache")
+    return cache.tensors

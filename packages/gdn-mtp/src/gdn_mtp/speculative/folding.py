@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from kernel_dispatch import ArgumentError
 
+from gdn_mtp.speculative.problem import SpeculativeProblem
+
 FoldPolicy = Literal["auto", "always", "full"]
 FLOAT_BYTES = 4
 
@@ -14,6 +16,23 @@ def check_policy(fold: str) -> None:
     choices = get_args(FoldPolicy)
     if fold not in choices:
         raise ArgumentError("fold", f"{fold!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def fold_limit(problem: SpeculativeProblem, max_tokens: int, fold: str) -> int:
+    """`fold_above` for a verify of `problem` on a cache for `max_tokens`, if half of the drafts are accepted.
+
+    Raises ArgumentError unless `fold` is a policy.
+    """
+    check_policy(fold)
+    key_bytes = problem.H * (problem.K * problem.io_dtype.itemsize + FLOAT_BYTES)
+    return fold_above(
+        fold,
+        problem.capacity,
+        max_tokens,
+        accepted=(problem.T + 1) / 2,
+        token_bytes=key_bytes + problem.HV * (problem.V + 1) * FLOAT_BYTES,
+        state_bytes=problem.HV * problem.V * problem.K * problem.state_dtype.itemsize,
+    )
 
 
 def fold_above(

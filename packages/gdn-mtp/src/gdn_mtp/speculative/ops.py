@@ -8,7 +8,7 @@ from kernel_dispatch import ArgumentTypeError, register_op
 from torch import Tensor
 
 from gdn_mtp.speculative.plans import run_known, run_new
-from gdn_mtp.speculative.specs import CallFlags, CallTensors, check_flags
+from gdn_mtp.speculative.specs import CallFlags, CallTensors, check_flags, without_tokens
 
 
 def _run(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> None:
@@ -93,19 +93,6 @@ def speculative_materialize(
     cache = (keys, updates, gates, k_scale, cursor, live)
     tensors = without_tokens(state_pool, state_indices, cache, num_accepted, accepted_nodes, states)
     _run(tensors, None, CallFlags("materialize", max_tokens, True, "always", backend))
-
-
-def without_tokens(
-    state_pool: Tensor,
-    state_indices: Tensor,
-    cache: tuple[Tensor, ...],
-    num_accepted: Tensor | None,
-    accepted_nodes: Tensor | None,
-    states: Tensor | None,
-) -> CallTensors:
-    """The tensors of a commit or of a materialize."""
-    shared = (state_pool, state_indices, *cache, num_accepted, accepted_nodes)
-    return CallTensors._make((*[None] * 7, *shared, None, None, None, states))
 
 
 _VERIFY = register_op(

@@ -1,78 +1,209 @@
-"""The functions' cache of plans: a problem resolved to a prepared kernel, and the threshold of its folds."""
+"""Plans of speculative calls: a problem resolved to a prepared kernel, and the functions' cache of them."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
-from kernel_dispatch import (
-    NoKernelError,
-    PlanCache,
-    Selection,
-    as_arch,
-    check_scale,
-    choose,
-    debug_mode,
-    resolve,
-)
+from kernel_dispatch import ArgumentError, ArgumentTypeError, PlanCache, Selection, check_scale, debug_mode
 from torch import Tensor
 
+from gdn_mtp.planning import PreparedKernel, check_planned, given, saved_slots, select
 from gdn_mtp.specs import misalignment
-from gdn_mtp.speculative.folding import FLOAT_BYTES, fold_above
-from gdn_mtp.speculative.problem import SpeculativeProblem
-from gdn_mtp.speculative.specs import CallFlags, CallTensors, FlagTuple, TensorTuple, check_call
+from gdn_mtp.speculative.cache import SpeculativeCache, tensors_of
+from gdn_mtp.speculative.folding import FoldPolicy, fold_limit
+from gdn_mtp.speculative.problem import Mode, SpeculativeProblem
+from gdn_mtp.speculative.specs import (
+    CallFlags,
+    CallTensors,
+    FlagTuple,
+    TensorTuple,
+    check_call,
+    without_tokens,
+)
 
 SHARED = slice(7, 17)  # of CallTensors: what a launcher takes in every mode, pool to accepted nodes
+DIMENSIONS = ("B", "H", "HV", "K", "V")
+
+# The argument of `run` that each field of a problem describes.
+_ARGUMENT_OF_FIELD = {
+    "io_dtype": "cache",
+    "state_dtype": "state_pool",
+    "index_dtype": "state_indices",
+}
+_ARGUMENT_OF_TOKEN_FIELD = {
+    "gate_dtype": "a",
+    "dt_bias_dtype": "dt_bias",
+    "out_dtype": "output",
+    "variable_tokens": "num_tokens",
+    "tree": "parent_indices",
+    "tensor_scale": "scale",
+}
+_ARGUMENT_OF_ACCEPT = {"counts": "num_accepted", "nodes": "accepted_nodes"}
 
 
-class SpeculativePlan:
-    """One problem on one device, its kernel prepared: `launch` does nothing else.
+class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
+    """One speculative problem on one device, its kernel prepared: `run` launches and does nothing else.
 
-    problem, device: what it is for. provider, tactic, reason: what was chosen and why. fold_above: pending
-    tokens that a verify leaves pending at most.
+    problem, device: as given to `gdn_mtp.plan`. provider, tactic, reason: what was chosen and why.
+    The problem's mode makes it a `VerifyPlan`, a `CommitPlan` or a `MaterializePlan`; `run` takes the
+    arguments of the function of that name, short of what the problem says, and writes into what it is given.
+
+    On a GPU `run` allocates nothing, waits for nothing and checks only that the cache is of this pool and has
+    room for T tokens, besides what the launcher checks itself; it can be captured in a CUDA graph. On the CPU
+    and in debug mode the arguments are checked as the function's are, and against the problem.
     """
 
-    def __init__(
-        self, problem: SpeculativeProblem, device: torch.device, flags: CallFlags, selection: Selection
-    ) -> None:
-        self.problem = problem
-        self.device = device
-        self.provider = selection.provider.name
-        self.tactic = selection.tactic
-        self.reason = selection.reason
-        self.fold_above = fold_limit(problem, flags)
-        self.always_checked = device.type == "cpu"
-        self._launcher = _prepare(problem, device, selection)
-        self._default_scale = problem.K**-0.5
+    run: Callable[..., None]
 
-    def launch(self, tensors: TensorTuple, scale: float | Tensor | None) -> None:
-        """Launch on checked tensors in the order of `CallTensors`, outputs included."""
+    def __init__(self, problem: SpeculativeProblem, device: torch.device, selection: Selection) -> None:
+        super().__init__(problem, device, selection)
+        self._fold_limits: dict[tuple[int, str], int] = {}
+
+    def launch(self, tensors: TensorTuple, scale: float | Tensor | None, max_tokens: int, fold: str) -> None:
+        """Launch on checked tensors in the order of `CallTensors`, outputs included.
+
+        max_tokens: of the cache. scale and fold matter to a verify alone.
+        """
         mode = self.problem.mode
         if mode == "commit":
             self._launcher(*tensors[SHARED])
         elif mode == "materialize":
             self._launcher(*tensors[SHARED], tensors[20])
         else:
-            if scale is None:
-                scale = self._default_scale
-            elif not isinstance(scale, Tensor):
-                scale = float(scale)
-            elif scale.dim() != 1:
-                scale = scale.view(1)
-            self._launcher(*tensors[:7], scale, *tensors[7:19], self.fold_above, tensors[19])
+            scale, limit = self._launch_scale(scale), self.fold_limit(max_tokens, fold)
+            self._launcher(*tensors[:7], scale, *tensors[7:19], limit, tensors[19])
+
+    def fold_limit(self, max_tokens: int, fold: str) -> int:
+        """Pending tokens that a verify leaves pending at most, with a cache for `max_tokens`."""
+        limit = self._fold_limits.get((max_tokens, fold)) if isinstance(fold, str) else None
+        if limit is None:
+            if max_tokens < self.problem.T:
+                expected = f"at least T = {self.problem.T} of the plan"
+                raise ArgumentError("cache", f"max_tokens = {max_tokens}, expected {expected}")
+            limit = self._fold_limits[max_tokens, fold] = fold_limit(self.problem, max_tokens, fold)
+        return limit
+
+    def _run(
+        self,
+        tensors: TensorTuple,
+        cache: SpeculativeCache,
+        scale: float | Tensor | None = None,
+        fold: FoldPolicy = "always",
+    ) -> None:
+        if self.always_checked or debug_mode():
+            self._check(CallTensors._make(tensors), cache.max_tokens, scale, fold)
+        pool = tensors[7]
+        bound = cache.is_bound_to(pool)
+        if not bound:
+            cache.check_pool(pool)
+        self.launch(tensors, scale, cache.max_tokens, fold)
+        if not bound:
+            cache.adopt(pool)
+
+    def _check(
+        self, tensors: CallTensors, max_tokens: int, scale: float | Tensor | None, fold: FoldPolicy
+    ) -> None:
+        """Raises, naming the argument, unless the tensors pose exactly the plan's problem."""
+        problem = self.problem
+        verifies = problem.mode == "verify"
+        for name, result in (("output", tensors.output), ("states", tensors.states)):
+            if result is None and verifies == (name == "output") and problem.mode != "commit":
+                raise ArgumentTypeError(name, "None, expected a tensor to write into")
+        flags = CallFlags(problem.mode, max_tokens, problem.use_qk_l2norm, fold, self.provider)
+        dims = {name: getattr(problem, name) for name in DIMENSIONS} | {"R": problem.capacity}
+        if verifies:
+            dims["T"] = problem.T
+        posed = check_call(tensors, 1.0 if scale is None else scale, flags, dims=dims, device=self.device)
+        assert posed is not None, "B is at least 1 in every problem"
+        if posed.accept != problem.accept:
+            asked, came = problem.accept, posed.accept
+            argument = _ARGUMENT_OF_ACCEPT[asked if came == "none" else came]
+            raise ArgumentError(argument, f"accept = {came!r}, expected {asked!r} from the plan")
+        fields = _ARGUMENT_OF_FIELD | (_ARGUMENT_OF_TOKEN_FIELD if verifies else {})
+        check_planned(posed, problem, "state_pool", fields)
 
 
-def fold_limit(problem: SpeculativeProblem, flags: CallFlags) -> int:
-    """The threshold of a verify's folds; see `gdn_mtp.speculative.folding`."""
-    heads, value_heads = problem.H, problem.HV
-    key_bytes = heads * (problem.K * problem.io_dtype.itemsize + FLOAT_BYTES)
-    return fold_above(
-        flags.fold,
-        problem.capacity,
-        flags.max_tokens,
-        accepted=(problem.T + 1) / 2,
-        token_bytes=key_bytes + value_heads * (problem.V + 1) * FLOAT_BYTES,
-        state_bytes=value_heads * problem.V * problem.K * problem.state_dtype.itemsize,
-    )
+class VerifyPlan(SpeculativePlan):
+    """The plan of a problem of mode "verify"."""
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        state_pool: Tensor,
+        state_indices: Tensor,
+        cache: SpeculativeCache,
+        num_accepted: Tensor | None = None,
+        accepted_nodes: Tensor | None = None,
+        *,
+        num_tokens: Tensor | None = None,
+        parent_indices: Tensor | None = None,
+        scale: float | Tensor | None = None,
+        fold: FoldPolicy = "auto",
+        output: Tensor,
+    ) -> None:
+        """`gdn_mtp.verify` on tensors that fit the problem; writes `output` [B, T, HV, V], cache and pool."""
+        tensors = (
+            *(q, k, v, a, b, A_log, dt_bias, state_pool, state_indices),
+            *tensors_of(cache),
+            *(num_accepted, accepted_nodes, num_tokens, parent_indices, output, None),
+        )
+        self._run(tensors, cache, scale, fold)
+
+
+class CommitPlan(SpeculativePlan):
+    """The plan of a problem of mode "commit"."""
+
+    def run(
+        self,
+        state_pool: Tensor,
+        state_indices: Tensor,
+        cache: SpeculativeCache,
+        num_accepted: Tensor | None = None,
+        accepted_nodes: Tensor | None = None,
+    ) -> None:
+        """`gdn_mtp.commit` on tensors that fit the problem; writes pool and cache."""
+        tensors = tensors_of(cache)
+        self._run(
+            without_tokens(state_pool, state_indices, tensors, num_accepted, accepted_nodes, None), cache
+        )
+
+
+class MaterializePlan(SpeculativePlan):
+    """The plan of a problem of mode "materialize"."""
+
+    def run(
+        self,
+        state_pool: Tensor,
+        state_indices: Tensor,
+        cache: SpeculativeCache,
+        num_accepted: Tensor | None = None,
+        accepted_nodes: Tensor | None = None,
+        *,
+        states: Tensor,
+    ) -> None:
+        """`gdn_mtp.materialize` on tensors that fit the problem; writes `states` [B, HV, V, K]."""
+        tensors = tensors_of(cache)
+        self._run(
+            without_tokens(state_pool, state_indices, tensors, num_accepted, accepted_nodes, states), cache
+        )
+
+
+_PLAN_OF_MODE: dict[Mode, type[SpeculativePlan]] = {
+    "verify": VerifyPlan,
+    "commit": CommitPlan,
+    "materialize": MaterializePlan,
+}
+
+
+def make_plan(problem: SpeculativeProblem, device: torch.device, selection: Selection) -> SpeculativePlan:
+    """The plan of the problem's mode, its kernel prepared."""
+    return _PLAN_OF_MODE[problem.mode](problem, device, selection)
 
 
 _PLANS: PlanCache[SpeculativePlan] = PlanCache()
@@ -85,17 +216,18 @@ def run_known(tensors: TensorTuple, scale: float | Tensor | None, flags: FlagTup
     checked again; on the CPU and in debug mode the whole call, memory overlap and values included.
     """
     try:
-        known = _PLANS.get(_key(tensors, scale, flags), _given(tensors))
+        known = _PLANS.get(_key(tensors, scale, flags), given(tensors))
     except (AttributeError, TypeError):  # an argument is no tensor, or no flag; check_call says which
         return None
     if known is None:
         return None
+    mode, max_tokens, _, fold, _ = flags
     if known.always_checked or known.problem.debug:
         check_call(CallTensors._make(tensors), 1.0 if scale is None else scale, CallFlags._make(flags))
     elif scale is not None:
         check_scale("scale", scale, known.device)
-    filled, result = _with_output(tensors, flags[0])
-    known.launch(filled, scale)
+    filled, result = _with_output(tensors, mode)
+    known.launch(filled, scale, max_tokens, fold)
     return result
 
 
@@ -106,33 +238,28 @@ def run_new(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags
     if problem is None:  # no requests
         return result
     device = tensors.state_pool.device
-    plan = SpeculativePlan(problem, device, flags, _select(problem, filled, scale, flags))
-    _PLANS.put(_key(tensors, scale, flags), plan, _given(tensors))
-    plan.launch(filled, scale)
+    call = (filled, scale, flags.max_tokens, flags.fold)
+
+    def make_run(selection: Selection) -> Callable[[], None]:
+        return partial(make_plan(problem, device, selection).launch, *call)
+
+    selection = select(problem, device, flags.backend, make_run, partial(_snapshot, tensors))
+    plan = make_plan(problem, device, selection)
+    _PLANS.put(_key(tensors, scale, flags), plan, given(tensors))
+    plan.launch(*call)
     return result
 
 
-def new_output(tensors: TensorTuple, mode: str) -> Tensor:
-    """What a call returns: what the caller gave to write into, or a new tensor; the pool for commit."""
+def _with_output(tensors: TensorTuple, mode: Mode) -> tuple[TensorTuple, Tensor]:
+    """The tensors with what the call writes into among them, new where the caller gave nothing; and that."""
     v, pool, output, states = tensors[2], tensors[7], tensors[19], tensors[20]
-    result: Tensor
-    if mode == "commit":
-        result = pool
-    elif mode == "verify":
-        result = v.new_empty(v.shape) if output is None else output
-    else:
-        result = pool.new_empty((len(tensors[8]), *pool.shape[1:])) if states is None else states
-    return result
-
-
-def _with_output(tensors: TensorTuple, mode: str) -> tuple[TensorTuple, Tensor]:
-    """The tensors with what the call writes into among them, and that."""
-    result = new_output(tensors, mode)
     if mode == "verify":
-        return (*tensors[:19], result, None), result
+        output = v.new_empty(v.shape) if output is None else output
+        return (*tensors[:19], output, None), output
     if mode == "materialize":
-        return (*tensors[:20], result), result
-    return tensors, result
+        states = pool.new_empty((len(tensors[8]), *pool.shape[1:])) if states is None else states
+        return (*tensors[:20], states), states
+    return tensors, pool
 
 
 def _key(tensors: TensorTuple, scale: float | Tensor | None, flags: FlagTuple) -> Hashable:
@@ -150,54 +277,9 @@ def _key(tensors: TensorTuple, scale: float | Tensor | None, flags: FlagTuple) -
     )
 
 
-def _given(tensors: TensorTuple) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _select(
-    problem: SpeculativeProblem, tensors: TensorTuple, scale: float | Tensor | None, flags: CallFlags
-) -> Selection:
-    """The kernel and tactic for a call; inside `kernel_dispatch.autotune()` they are timed on its tensors."""
-    device = tensors[7].device
-    arch = as_arch(device)
-    if flags.backend != "auto":
-        return resolve(problem, arch, flags.backend)
-
-    def make_run(selection: Selection) -> Callable[[], None]:
-        return partial(SpeculativePlan(problem, device, flags, selection).launch, tensors, scale)
-
-    return choose(problem, arch, device, make_run, partial(_snapshot, CallTensors._make(tensors)))
-
-
-def _prepare(problem: SpeculativeProblem, device: torch.device, selection: Selection) -> Callable[..., None]:
-    """The launcher of a chosen tactic. Raises NoKernelError for one that needs what launchers do not get."""
-    arch = as_arch(device)
-    workspace_nbytes = selection.kernel.workspace_nbytes(problem, arch)
-    if workspace_nbytes:
-        raise NoKernelError(
-            f"provider {selection.provider.name!r} asks for {workspace_nbytes} bytes of workspace for "
-            f"{problem.describe()}; launchers of {problem.entry_point_group} get none"
-        )
-    return selection.kernel.prepare(problem, arch, device, selection.tactic)
-
-
 def _snapshot(tensors: CallTensors) -> Callable[[], None]:
     """Save the slots that the call writes, of the pool and of the cache; the result puts them back."""
     slots = tensors.state_indices.long()
     named = slots[(slots >= 0) & (slots < tensors.state_pool.shape[0])]
-    written = (
-        tensors.state_pool,
-        tensors.keys,
-        tensors.updates,
-        tensors.gates,
-        tensors.k_scale,
-        tensors.cursor,
-        tensors.live,
-    )
-    saved = [tensor.index_select(0, named) for tensor in written]
-
-    def restore() -> None:
-        for tensor, rows in zip(written, saved, strict=True):
-            tensor.index_copy_(0, named, rows)
-
-    return restore
+    cache = (tensors.keys, tensors.updates, tensors.gates, tensors.k_scale, tensors.cursor, tensors.live)
+    return saved_slots((tensors.state_pool, *cache), named)

@@ -29,10 +29,11 @@ class SpeculativeProblem:
 
     A violated rule raises `ArgumentError` (`ArgumentTypeError` for a wrong type or dtype) naming the field.
 
-    B: requests. T: tokens per request that a verify takes, 0 in the other modes. H: query and key heads.
-    HV: value heads, a multiple of H. K, V: elements of a key and of a value head. capacity: tokens of a ring.
-    mode: the function called. accept: what says which tokens of the last window are accepted: nothing, their
-    number, or their nodes.
+    B: requests. T: tokens per request that a verify takes. H: query and key heads. HV: value heads, a
+    multiple of H. K, V: elements of a key and of a value head. capacity: tokens of a ring.
+    mode: the function called. "verify" alone takes tokens: in other modes T is 0 and every field about tokens
+    has its default. accept: what says which tokens of the last window are accepted: nothing, their number, or
+    their nodes.
     io_dtype: of q, k, v and the keys of the cache. gate_dtype: of a and b. out_dtype: of the output. None at
     construction stands for io_dtype in both. state_dtype: of the pool and of materialized states.
     variable_tokens: requests have a number of tokens each. tree: tokens name their parents.
@@ -96,11 +97,20 @@ class SpeculativeProblem:
             if self.capacity < 2 * self.T:
                 raise ArgumentError("T", f"{self.T}, expected at most half of capacity = {self.capacity}")
             return
-        if self.T != 0:
-            raise ArgumentError("T", f"{self.T}, expected 0, for {self.mode} takes no tokens")
-        for name in ("variable_tokens", "tree", "tensor_scale"):
-            if getattr(self, name):
-                raise ArgumentError(name, f"True, expected False, for {self.mode} takes no tokens")
+        without_tokens = {
+            "T": 0,
+            "gate_dtype": self.io_dtype,
+            "dt_bias_dtype": torch.float32,
+            "out_dtype": self.io_dtype,
+            "use_qk_l2norm": True,
+            "variable_tokens": False,
+            "tree": False,
+            "tensor_scale": False,
+        }
+        for name, expected in without_tokens.items():
+            came = getattr(self, name)
+            if came != expected:
+                raise ArgumentError(name, f"{came}, expected {expected}, for {self.mode} takes no tokens")
 
     @property
     def heads_per_group(self) -> int:

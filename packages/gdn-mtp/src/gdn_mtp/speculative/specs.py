@@ -66,6 +66,19 @@ class CallTensors(NamedTuple):
 _ARGUMENT = {name: f"cache.{name}" for name in CacheTensors._fields}
 
 
+def without_tokens(
+    state_pool: Tensor,
+    state_indices: Tensor,
+    cache: tuple[Tensor, ...],
+    num_accepted: Tensor | None,
+    accepted_nodes: Tensor | None,
+    states: Tensor | None,
+) -> CallTensors:
+    """The tensors of a commit or of a materialize."""
+    shared = (state_pool, state_indices, *cache, num_accepted, accepted_nodes)
+    return CallTensors._make((*[None] * 7, *shared, None, None, None, states))
+
+
 class CallFlags(NamedTuple):
     """The arguments of a call that are not tensors and that its plan depends on."""
 
@@ -124,9 +137,17 @@ def check_flags(tensors: CallTensors, flags: CallFlags) -> None:
         raise ArgumentError("accepted_nodes", "given besides num_accepted, expected one of the two")
 
 
-def check_call(tensors: CallTensors, scale: float | Tensor, flags: CallFlags) -> SpeculativeProblem | None:
+def check_call(
+    tensors: CallTensors,
+    scale: float | Tensor,
+    flags: CallFlags,
+    *,
+    dims: dict[str, int] | None = None,
+    device: torch.device | None = None,
+) -> SpeculativeProblem | None:
     """Checks a whole call and returns its problem, None if there are no requests; mutates nothing.
 
+    dims, device: what the tensors have to agree with, where that is known beforehand.
     Raises ArgumentError or ArgumentTypeError naming the argument. Values of tensors are read only on the CPU
     and in debug mode.
     """
@@ -134,7 +155,7 @@ def check_call(tensors: CallTensors, scale: float | Tensor, flags: CallFlags) ->
     specs = tensor_specs(flags.mode)
     names = {spec.name for spec in specs}
     named = {name: tensor for name, tensor in tensors.named().items() if name in names}
-    dims = bind(specs, named)
+    dims = bind(specs, named, dims, device)
     _check_same_dtypes(tensors)
     _check_sizes(dims, flags)
     if flags.mode == "verify":
