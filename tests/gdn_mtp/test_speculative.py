@@ -6,8 +6,9 @@ from functools import partial
 import gdn_mtp
 import pytest
 import torch
-from gdn_mtp.speculative import SpeculativeReference
+from gdn_mtp.speculative import SpeculativeReference, folding
 from gdn_mtp.speculative.folding import fold_above
+from gdn_mtp.speculative.torch_kernel import KERNEL
 from gdn_support import BF16, DEVICE, FP16, FP32, assert_same_bits
 from speculative_support import History, Setup, arguments, index_tensor, int32, random_tree
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -207,6 +208,34 @@ class TestFolding:
     def test_nothing_accepted_folds_nothing(self):
         assert self.pool_writes("always", accepted=0) == []
 
+    @pytest.mark.parametrize("fold", range(9))
+    def test_an_int_is_the_number_that_stays_pending(self, fold):
+        written = self.pool_writes(fold, steps=40)
+        period = fold // 2 + 1  # two tokens a step
+        assert written == list(range(period, 40, period))
+
+    @pytest.mark.parametrize("tree", [False, True])
+    @pytest.mark.parametrize("fold", [0, 3, 8])
+    def test_ints_give_what_sequential_decoding_gives(self, fold, tree):
+        rng, history = random.Random(fold), History(SETUP)
+        for step in range(16):
+            slots = rng.sample(range(SETUP.pool_size), 3)
+            parents = [random_tree(4, rng) for _ in slots] if tree else None
+            acceptance = history.random_acceptance(slots, rng)
+            history.verify(slots, 4, step, acceptance, parents=parents, fold=fold)
+            assert (history.cache.cursor[:, 1] <= fold).all()
+        history.check_against_sequential_decoding()
+
+    def test_one_plan_folds_in_every_way(self, monkeypatch):
+        history, prepared = History(SETUP), []
+        prepare = type(KERNEL).prepare
+        monkeypatch.setattr(type(KERNEL), "prepare", lambda *args: prepared.append(args) or prepare(*args))
+        for step, fold in enumerate(("auto", 2, "full", 3, "always")):
+            inputs = arguments(history, [4, 1], 4, seed=step)
+            gdn_mtp.verify(*inputs, int32([2 if step else 0] * 2), fold=fold, backend="torch", scale=0.31)
+        assert len(prepared) == 1
+        assert history.cache.cursor[[4, 1], 1].tolist() == [0, 0]
+
     def test_thresholds(self):
         sizes = {"accepted": 4.5, "token_bytes": 20_672, "state_bytes": 2 << 20}
         assert fold_above("always", 24, 8, **sizes) == 0
@@ -215,15 +244,28 @@ class TestFolding:
         assert fold_above("auto", 32, 4, **sizes) == 24
         assert fold_above("auto", 32, 4, accepted=2.5, token_bytes=20_672, state_bytes=1 << 20) == 13
         assert fold_above("auto", 32, 1, accepted=1, token_bytes=100, state_bytes=50) == 0
+        assert fold_above(5, 32, 4, **sizes) == 5
 
-    def test_auto_moves_the_fewest_bytes(self):
+    @pytest.mark.parametrize("pending_cost", [0.5, 1.0, 1.7, 4.0])
+    def test_auto_costs_least(self, pending_cost):
         sizes = {"accepted": 2.5, "token_bytes": 20_672, "state_bytes": 1 << 20}
 
-        def bytes_per_call(limit):
+        def cost_per_call(limit):
             folds = sizes["state_bytes"] * sizes["accepted"] / (limit + sizes["accepted"])
-            return folds + sizes["token_bytes"] * limit / 2
+            return folds + pending_cost * sizes["token_bytes"] * limit / 2
 
-        assert fold_above("auto", 32, 2, **sizes) == min(range(29), key=bytes_per_call)
+        cheapest = fold_above("auto", 32, 2, **sizes, pending_cost=pending_cost)
+        assert cheapest == min(range(29), key=cost_per_call)
+
+    def test_auto_asks_the_table(self, monkeypatch):
+        problem = gdn_mtp.SpeculativeProblem(64, 4, 16, 32, 128, 128, 32)
+        limits = []
+        for cost in (1.0, 4.0):
+            monkeypatch.setitem(folding.PENDING_COST, FP32, cost)
+            limits.append(folding.fold_limit(problem, 4, "auto"))
+        sizes = {"accepted": 2.5, "token_bytes": 16 * (256 + 4) + 32 * 4 * 129, "state_bytes": 2 << 20}
+        assert limits == [fold_above("auto", 32, 4, **sizes, pending_cost=cost) for cost in (1.0, 4.0)]
+        assert limits[0] > limits[1] > 0
 
 
 class Loop(torch.nn.Module):
@@ -237,9 +279,10 @@ class Loop(torch.nn.Module):
         call = partial(gdn_mtp.verify, **inputs, state_pool=pool, state_indices=indices, cache=self.cache)
         first = call(scale=self.scale)
         second = call(num_accepted=accepted, fold="always")
+        third = call(num_accepted=accepted, fold=3)
         states = gdn_mtp.materialize(pool, indices, self.cache, accepted)
         pool = gdn_mtp.commit(pool, indices, self.cache, accepted_nodes=accepted[:, None] - 1)
-        return first + second, states.sum(), pool.sum()
+        return first + second + third, states.sum(), pool.sum()
 
 
 class TestCompilation:
@@ -305,7 +348,7 @@ class TestCompilation:
         output = torch.zeros_like(tokens[2])
         states = torch.zeros_like(pool[:2])
         ops = torch.ops.gdn_mtp
-        options = (None, None, 4, True, "auto", "auto")
+        options = (None, None, 4, True, "auto", 3, "auto")
         opcheck = torch.library.opcheck
         opcheck(ops.speculative_verify.default, (*tokens, *tensors, None, None, output, *options))
         opcheck(ops.speculative_commit.default, (*tensors, 4, "auto"))

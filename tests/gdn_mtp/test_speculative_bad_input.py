@@ -101,7 +101,7 @@ def tensor_perturbations(name, tensor):
 VALUES = {
     "scale": {"nan": NAN, "inf": -float("inf"), "str": "1", "bool": True, "half": torch.ones((), dtype=FP16)},
     "use_qk_l2norm": {"none": None, "int": 1},
-    "fold": {"none": None, "word": "never", "list": ["auto"]},
+    "fold": {"none": None, "word": "never", "list": ["auto"], "bool": False, "float": 2.0, "large": 9},
     "backend": {"int": 3, "list": ["torch"]},
     "cache": {"dict": {}},
 }

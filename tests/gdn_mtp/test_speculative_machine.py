@@ -30,6 +30,7 @@ class SpeculativeMachine(RuleBasedStateMachine):
         torch.set_num_threads(1)
         self.steps = 0
         max_tokens, capacity = tokens_and_capacity
+        self.room = capacity - 2 * max_tokens
         self.history = History(
             Setup(
                 *(POOL_SIZE, 1, 2, *((64, 64) if ON_GPU else (8, 4)), max_tokens, capacity),
@@ -66,7 +67,7 @@ class SpeculativeMachine(RuleBasedStateMachine):
             self.history.random_acceptance(slots, rng) if rng.random() < 0.9 else None,
             num_tokens=[rng.randint(0, T) for _ in slots] if rng.random() < 0.3 else None,
             parents=[random_tree(T, rng) for _ in slots] if tree else None,
-            fold=rng.choice(["auto", "full", "always"]),
+            fold=rng.choice(["auto", "full", "always", rng.randint(0, self.room)]),
         )
 
     def slots(self, rng):

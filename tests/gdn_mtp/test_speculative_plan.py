@@ -306,7 +306,7 @@ def test_a_plan_says_what_it_is():
         gdn_mtp.plan(problem(), "cpu", backend="nonesuch")
 
 
-@pytest.mark.parametrize("fold", ["auto", "always", "full"])
+@pytest.mark.parametrize("fold", ["auto", "always", "full", 5])
 def test_a_plan_folds_when_it_is_told_to(fold):
     plan = gdn_mtp.plan(problem(B=1), DEVICE)
     planned, called = History(SETUP), History(SETUP)
@@ -362,7 +362,7 @@ class TestUncheckedRuns:
             self.unchecked().run(*inputs, int32([0, 0, 0]), output=torch.empty_like(inputs[2]))
         everything()
 
-    @pytest.mark.parametrize("fold", ["never", ["auto"], None])
+    @pytest.mark.parametrize("fold", ["never", ["auto"], None, True, 9, -1, 2.0])
     def test_fold_is_a_policy(self, fold):
         inputs = arguments(History(SETUP), [4, -1, 0], 4)
         with pytest.raises(ArgumentError, match="fold: "):

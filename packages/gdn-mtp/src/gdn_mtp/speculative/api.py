@@ -52,7 +52,7 @@ def verify(
     parent_indices: Tensor | None = None,
     scale: float | Tensor | None = None,
     use_qk_l2norm: bool = True,
-    fold: FoldPolicy = "auto",
+    fold: FoldPolicy | int = "auto",
     output: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -66,7 +66,9 @@ def verify(
     parent_indices: [B, T] int32, the token that each follows, -1 for the state itself, always an earlier one;
     None for a chain.
     fold: when accepted tokens are folded into the pool, so that it is written: "always" when there are any,
-    "full" when the cache has no room for the window after this one, "auto" so that the fewest bytes move.
+    "full" when the cache has no room for the window after this one, "auto" so that steps cost least, or when
+    there are more than an int of 0 to cache.capacity - 2 * cache.max_tokens. A token counts as long as it is
+    in the ring: so do dropped nodes of a tree that lie between accepted ones.
 
     Returns the output [B, T, HV, V]. Writes it, the cache's slots and, where it folds, the pool's.
     """

@@ -3,27 +3,43 @@
 import math
 from typing import Literal, get_args
 
-from kernel_dispatch import ArgumentError
+import torch
+from kernel_dispatch import ArgumentError, ArgumentTypeError
 
 from gdn_mtp.speculative.problem import SpeculativeProblem
 
 FoldPolicy = Literal["auto", "always", "full"]
 FLOAT_BYTES = 4
 
-
-def check_policy(fold: str) -> None:
-    """Raises ArgumentError unless `fold` is a policy."""
-    choices = get_args(FoldPolicy)
-    if fold not in choices:
-        raise ArgumentError("fold", f"{fold!r}, expected one of {', '.join(map(repr, choices))}")
+# What reading a byte of a pending token costs, its products included, in bytes of a state that a fold writes;
+# by the dtype of the states. 1 counts bytes alone, for want of a measurement.
+PENDING_COST = {torch.float32: 1.0, torch.bfloat16: 1.0}
 
 
-def fold_limit(problem: SpeculativeProblem, max_tokens: int, fold: str) -> int:
+def check_policy(fold: object) -> None:
+    """Raises, naming `fold`, unless it is a policy's name or an int; `check_threshold` says which ints."""
+    words = ", ".join(map(repr, get_args(FoldPolicy)))
+    if isinstance(fold, bool) or not isinstance(fold, str | int):
+        raise ArgumentTypeError("fold", f"{fold!r}, expected one of {words} or an int")
+    if isinstance(fold, str) and fold not in get_args(FoldPolicy):
+        raise ArgumentError("fold", f"{fold!r}, expected one of {words} or an int")
+
+
+def check_threshold(fold: str | int, capacity: int, max_tokens: int) -> None:
+    """Raises ArgumentError for an int that leaves no room for two windows in the ring."""
+    room = capacity - 2 * max_tokens
+    if not isinstance(fold, str) and not 0 <= fold <= room:
+        expected = f"0 to capacity - 2 * max_tokens = {room}"
+        raise ArgumentError("fold", f"{fold}, expected {expected}")
+
+
+def fold_limit(problem: SpeculativeProblem, max_tokens: int, fold: str | int) -> int:
     """`fold_above` for a verify of `problem` on a cache for `max_tokens`, if half of the drafts are accepted.
 
-    Raises ArgumentError unless `fold` is a policy.
+    Raises ArgumentError or ArgumentTypeError naming `fold`.
     """
     check_policy(fold)
+    check_threshold(fold, problem.capacity, max_tokens)
     key_bytes = problem.H * (problem.K * problem.io_dtype.itemsize + FLOAT_BYTES)
     return fold_above(
         fold,
@@ -32,26 +48,38 @@ def fold_limit(problem: SpeculativeProblem, max_tokens: int, fold: str) -> int:
         accepted=(problem.T + 1) / 2,
         token_bytes=key_bytes + problem.HV * (problem.V + 1) * FLOAT_BYTES,
         state_bytes=problem.HV * problem.V * problem.K * problem.state_dtype.itemsize,
+        pending_cost=PENDING_COST[problem.state_dtype],
     )
 
 
 def fold_above(
-    fold: str, capacity: int, max_tokens: int, *, accepted: float, token_bytes: int, state_bytes: int
+    fold: str | int,
+    capacity: int,
+    max_tokens: int,
+    *,
+    accepted: float,
+    token_bytes: int,
+    state_bytes: int,
+    pending_cost: float = 1.0,
 ) -> int:
-    """The largest number of pending tokens that a verify leaves pending.
+    """The largest number of pending tokens that a verify leaves pending; `fold` is checked.
 
     At most capacity - 2 * max_tokens: the next verify accepts up to max_tokens more, and records as many
-    without touching what it reads. "always" leaves none, "full" as many as there is room for.
+    without touching what it reads. "always" leaves none, "full" as many as there is room for, an int as many
+    as it says.
 
-    "auto" moves the fewest bytes if every verify has `accepted` tokens accepted. With a threshold f, a state
-    is written every (f + accepted) / accepted calls, and a call reads f / 2 pending tokens on average:
-    state_bytes * accepted / (f + accepted) + token_bytes * f / 2 is smallest at
-    f = sqrt(2 * accepted * state_bytes / token_bytes) - accepted.
+    "auto" costs least if every verify has `accepted` tokens accepted. With a threshold f, a state is written
+    every (f + accepted) / accepted calls, and a call reads (f + accepted) / 2 pending tokens on average, a
+    byte of which costs as much as `pending_cost` bytes of that state:
+    state_bytes * accepted / (f + accepted) + pending_cost * token_bytes * (f + accepted) / 2 is smallest at
+    f = sqrt(2 * accepted * state_bytes / (pending_cost * token_bytes)) - accepted.
     """
     room = capacity - 2 * max_tokens
+    if not isinstance(fold, str):
+        return fold
     if fold == "always":
         return 0
     if fold == "full":
         return room
-    cheapest = math.sqrt(2 * accepted * state_bytes / token_bytes) - accepted
+    cheapest = math.sqrt(2 * accepted * state_bytes / (pending_cost * token_bytes)) - accepted
     return min(room, max(0, round(cheapest)))

@@ -42,15 +42,20 @@ def speculative_verify(
     max_tokens: int,
     use_qk_l2norm: bool,
     fold: str,
+    fold_above: int | None,
     backend: str,
 ) -> None:
-    """`gdn_mtp.verify` on the tensors of a cache; arguments as in `CallTensors` and `CallFlags`."""
+    """`gdn_mtp.verify` on the tensors of a cache; arguments as in `CallTensors` and `CallFlags`.
+
+    scale or scale_tensor, and fold or else fold_above, are one argument of verify each.
+    """
     tensors = CallTensors(
         *(q, k, v, a, b, A_log, dt_bias, state_pool, state_indices),
         *(keys, updates, gates, k_scale, cursor, live),
         *(num_accepted, accepted_nodes, num_tokens, parent_indices, output, None),
     )
-    flags = CallFlags("verify", max_tokens, use_qk_l2norm, fold, backend)
+    chosen_fold = fold if fold_above is None else fold_above
+    flags = CallFlags("verify", max_tokens, use_qk_l2norm, chosen_fold, backend)
     _run(tensors, scale if scale_tensor is None else scale_tensor, flags)
 
 
@@ -130,6 +135,7 @@ def trace_call(tensors: CallTensors, scale: float | Tensor | None, flags: CallFl
         output = torch.empty_like(tensors.v, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
     scale_tensor = scale if isinstance(scale, Tensor) else None
     number = None if scale is None or isinstance(scale, Tensor) else float(scale)
-    options = (flags.max_tokens, flags.use_qk_l2norm, flags.fold, flags.backend)
+    fold = (flags.fold, None) if isinstance(flags.fold, str) else ("auto", flags.fold)
+    options = (flags.max_tokens, flags.use_qk_l2norm, *fold, flags.backend)
     _VERIFY(*tensors[:19], output, number, scale_tensor, *options)
     return output

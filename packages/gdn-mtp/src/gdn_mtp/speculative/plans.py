@@ -59,7 +59,9 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
         super().__init__(problem, device, selection)
         self._fold_limits: dict[tuple[int, str], int] = {}
 
-    def launch(self, tensors: TensorTuple, scale: float | Tensor | None, max_tokens: int, fold: str) -> None:
+    def launch(
+        self, tensors: TensorTuple, scale: float | Tensor | None, max_tokens: int, fold: str | int
+    ) -> None:
         """Launch on checked tensors in the order of `CallTensors`, outputs included.
 
         max_tokens: of the cache. scale and fold matter to a verify alone.
@@ -73,14 +75,16 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
             scale, limit = self._launch_scale(scale), self.fold_limit(max_tokens, fold)
             self._launcher(*tensors[:7], scale, *tensors[7:19], limit, tensors[19])
 
-    def fold_limit(self, max_tokens: int, fold: str) -> int:
+    def fold_limit(self, max_tokens: int, fold: str | int) -> int:
         """Pending tokens that a verify leaves pending at most, with a cache for `max_tokens`."""
         limit = self._fold_limits.get((max_tokens, fold)) if isinstance(fold, str) else None
         if limit is None:
             if max_tokens < self.problem.T:
                 expected = f"at least T = {self.problem.T} of the plan"
                 raise ArgumentError("cache", f"max_tokens = {max_tokens}, expected {expected}")
-            limit = self._fold_limits[max_tokens, fold] = fold_limit(self.problem, max_tokens, fold)
+            limit = fold_limit(self.problem, max_tokens, fold)
+            if isinstance(fold, str):
+                self._fold_limits[max_tokens, fold] = limit
         return limit
 
     def _run(
@@ -88,7 +92,7 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
         tensors: TensorTuple,
         cache: SpeculativeCache,
         scale: float | Tensor | None = None,
-        fold: FoldPolicy = "always",
+        fold: FoldPolicy | int = "always",
     ) -> None:
         if self.always_checked or debug_mode():
             self._check(CallTensors._make(tensors), cache.max_tokens, scale, fold)
@@ -101,7 +105,7 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
             cache.adopt(pool)
 
     def _check(
-        self, tensors: CallTensors, max_tokens: int, scale: float | Tensor | None, fold: FoldPolicy
+        self, tensors: CallTensors, max_tokens: int, scale: float | Tensor | None, fold: FoldPolicy | int
     ) -> None:
         """Raises, naming the argument, unless the tensors pose exactly the plan's problem."""
         problem = self.problem
@@ -144,7 +148,7 @@ class VerifyPlan(SpeculativePlan):
         num_tokens: Tensor | None = None,
         parent_indices: Tensor | None = None,
         scale: float | Tensor | None = None,
-        fold: FoldPolicy = "auto",
+        fold: FoldPolicy | int = "auto",
         output: Tensor,
     ) -> None:
         """`gdn_mtp.verify` on tensors that fit the problem; writes `output` [B, T, HV, V], cache and pool."""
@@ -265,8 +269,9 @@ def _with_output(tensors: TensorTuple, mode: Mode) -> tuple[TensorTuple, Tensor]
 def _key(tensors: TensorTuple, scale: float | Tensor | None, flags: FlagTuple) -> Hashable:
     """What the plan of a call depends on, short of what the cache compares itself: how its tensors look."""
     pool = tensors[7]
+    mode, max_tokens, use_qk_l2norm, _, backend = flags  # a plan folds as each launch says
     return (
-        flags,
+        (mode, max_tokens, use_qk_l2norm, backend),
         pool.shape,
         misalignment(pool),
         misalignment(tensors[20]),

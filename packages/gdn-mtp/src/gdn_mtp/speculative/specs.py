@@ -17,7 +17,7 @@ from torch import Tensor
 from gdn_mtp.problem import BIAS_DTYPES, INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES
 from gdn_mtp.specs import check_backend, state_rows
 from gdn_mtp.speculative.cache import CACHE_SPECS, CacheTensors
-from gdn_mtp.speculative.folding import check_policy
+from gdn_mtp.speculative.folding import check_policy, check_threshold
 from gdn_mtp.speculative.problem import Accept, Mode, SpeculativeProblem
 from gdn_mtp.speculative.values import (
     check_accepted,
@@ -85,7 +85,7 @@ class CallFlags(NamedTuple):
     mode: Mode
     max_tokens: int
     use_qk_l2norm: bool
-    fold: str
+    fold: str | int
     backend: str
 
 
@@ -158,6 +158,7 @@ def check_call(
     dims = bind(specs, named, dims, device)
     _check_same_dtypes(tensors)
     _check_sizes(dims, flags)
+    check_threshold(flags.fold, dims["R"], flags.max_tokens)
     if flags.mode == "verify":
         check_scale("scale", scale, tensors.state_pool.device)
         if isinstance(scale, Tensor):
