@@ -102,18 +102,11 @@ class History:
         self.accepted = [Accepted(state.clone()) for state in self.oracle.states]
         self.windows: list[tuple[dict[str, Tensor], list[int]]] = [({}, [])] * setup.pool_size
         self.row_norm = float(self.oracle.states.norm(dim=-1).max())
-        self.largest_error = 0.0
-
-    @property
-    def state_error(self) -> float:
-        """A bound on errors of float32 states that no history exceeds.
-
-        Each token adds ROUNDINGS * u of the longest row, each fold a rounding to the pool's dtype, and what
-        was there shrinks by a decay of at most LARGEST_DECAY before the next is added: a geometric series.
-        """
-        fold = UNIT_ROUNDOFF[self.setup.state] if self.setup.state != FP32 else 0.0
-        added = (ROUNDINGS * UNIT_ROUNDOFF[FP32] + fold) * self.row_norm
-        return added / (1 - LARGEST_DECAY)
+        # By slot, a bound on the error of the state that it stands for, before that is rounded again. A token
+        # adds ROUNDINGS * u of the longest row, a fold a rounding to the pool's dtype, and before a token
+        # comes on top what was there shrinks by a decay of at most LARGEST_DECAY: no history exceeds
+        # 1 / (1 - LARGEST_DECAY) = 10 times what a token and a fold add.
+        self.errors = [0.0] * setup.pool_size
 
     def window_sizes(self, slots: list[int]) -> list[int]:
         return [len(self.windows[slot][1]) if slot >= 0 else 0 for slot in slots]
@@ -153,7 +146,7 @@ class History:
             "parent_indices": None if parents is None else int32(parents),
         }
         output = torch.full(tokens["v"].shape, NAN, dtype=out, device=DEVICE)
-        unchanged = self.snapshot(slots)
+        unchanged, pool = self.snapshot(slots), self.pool.clone()
         returned = gdn_mtp.verify(
             *(tokens[name] for name in ("q", "k", "v", "a", "b")),
             **setup.heads(),
@@ -170,6 +163,8 @@ class History:
         unchanged()
         assert returned is output
         self._note_acceptance(slots, acceptance)
+        carried = self.largest_error(slots)
+        self._note_folds(slots, pool)
         expected = self.oracle.verify(
             **tokens, **setup.heads(), state_indices=indices, **acceptance, **window, **setup.options
         )
@@ -184,7 +179,7 @@ class History:
         self.row_norm = max([self.row_norm, *(float(state.norm(dim=-1).max()) for state in nodes)])
         scale = setup.K**-0.5 if setup.scale is None else abs(setup.scale)
         q_norm = 1.0 if setup.l2norm else float(tokens["q"].double().norm(dim=-1).max())
-        arithmetic = self.state_error + T * ROUNDINGS * UNIT_ROUNDOFF[FP32] * self.row_norm
+        arithmetic = carried + T * ROUNDINGS * UNIT_ROUNDOFF[FP32] * self.row_norm
         assert_close(output, expected, scale * q_norm * arithmetic, "output")
         for request, slot in enumerate(slots):
             count = T if num_tokens is None else num_tokens[request]
@@ -198,14 +193,14 @@ class History:
         everything = self.snapshot([])
         states = gdn_mtp.materialize(*named, **acceptance, backend=self.backend)
         everything()
-        unchanged = self.snapshot(slots)
+        unchanged, pool = self.snapshot(slots), self.pool.clone()
         returned = gdn_mtp.commit(*named, **acceptance, backend=self.backend)
         unchanged()
         assert returned is self.pool
         self._note_acceptance(slots, acceptance)
         expected = self.oracle.commit(indices, **acceptance)
-        assert_close(states, expected, self.state_error, "states")
-        self.largest_error = max(self.largest_error, float((states.double() - expected).abs().max()))
+        assert_close(states, expected, self.largest_error(slots), "states")
+        self._note_folds(slots, pool)
         for request, slot in enumerate(slots):
             if slot >= 0:
                 self.windows[slot] = ({}, [])
@@ -221,8 +216,9 @@ class History:
         unchanged()
         self.oracle.copy_slots(index_tensor(src), index_tensor(dst))
         pairs = [(s, d) for s, d in zip(src, dst, strict=True) if s >= 0 and d >= 0]
-        accepted, windows = list(self.accepted), list(self.windows)
+        accepted, windows, errors = list(self.accepted), list(self.windows), list(self.errors)
         for s, d in pairs:
+            self.errors[d] = errors[s]
             self.accepted[d] = Accepted(accepted[s].base, list(accepted[s].tokens))
             self.windows[d] = windows[s]
 
@@ -236,6 +232,7 @@ class History:
         for slot in slots:
             self.accepted[slot] = Accepted(self.oracle.states[slot].clone())
             self.windows[slot] = ({}, [])
+            self.errors[slot] = 0.0
         self.row_norm = max(self.row_norm, float(self.oracle.states.norm(dim=-1).max()))
 
     def check_against_sequential_decoding(self) -> None:
@@ -252,7 +249,7 @@ class History:
                     **tokens, **self.setup.heads(), state=accepted.base[None], **self.setup.options
                 )
                 expected = reference.state[0]
-            assert_close(self.pool[slot], expected, self.state_error, f"slot {slot}")
+            assert_close(self.pool[slot], expected, self.errors[slot], f"slot {slot}")
 
     def snapshot(self, named: list[int]) -> object:
         """A function that asserts that pool and cache changed in the named slots only."""
@@ -266,6 +263,16 @@ class History:
 
         return check
 
+    def largest_error(self, slots: list[int]) -> float:
+        """The largest bound among named slots."""
+        return max((self.errors[slot] for slot in slots if slot >= 0), default=0.0)
+
+    def _note_folds(self, slots: list[int], before: Tensor) -> None:
+        """A state of the pool that is another than `before` was rounded, but for a float32 one."""
+        for slot in slots:
+            if slot >= 0 and self.setup.state != FP32 and not torch.equal(self.pool[slot], before[slot]):
+                self.errors[slot] += UNIT_ROUNDOFF[self.setup.state] * self.row_norm
+
     def _note_acceptance(self, slots: list[int], acceptance: dict[str, Tensor]) -> None:
         for request, slot in enumerate(slots):
             if slot < 0:
@@ -276,6 +283,9 @@ class History:
             elif "accepted_nodes" in acceptance:
                 path = [node for node in acceptance["accepted_nodes"][request].tolist() if node >= 0]
             row = self.windows[slot][0]
+            for _ in path:
+                added = ROUNDINGS * UNIT_ROUNDOFF[FP32] * self.row_norm
+                self.errors[slot] = LARGEST_DECAY * self.errors[slot] + added
             self.accepted[slot].tokens += [
                 {name: x[:, node : node + 1] for name, x in row.items()} for node in path
             ]

@@ -1,44 +1,40 @@
-"""Random histories of 1,000 steps: verify, accept, fold, commit, copy and reset, held against the oracle."""
+"""Random histories of 1,000 steps: verify, accept, fold, commit, copy and reset, held against the oracle.
+
+The bound of `History` does not grow with the steps.
+"""
 
 import random
 
+import pytest
 import torch
 from gdn_support import BF16, DEVICE, FP16, FP32
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from speculative_support import History, Setup, random_tree
 
+STEPS = 1000
 SEEDS = st.integers(0, 255)  # few bits: hypothesis bounds what an example of 1,000 steps may draw
-POOL_SIZE = 5
-ON_GPU = DEVICE.type == "cuda"  # fewer kinds of calls there, each of which compiles a kernel
+SIZES = {"pool_size": 5, "H": 1, "HV": 2}
 KINDS = [*["chain"] * 8, *["tree"] * 8, "commit", "commit", "copy", "reset"]
+SETUPS = [
+    Setup(**SIZES, K=8, V=4, max_tokens=4, capacity=16),
+    Setup(**SIZES, K=8, V=4, max_tokens=3, capacity=7, io=FP16, l2norm=False),
+    Setup(**SIZES, K=8, V=4, max_tokens=1, capacity=2, io=FP32),
+    Setup(**SIZES, K=8, V=4, max_tokens=2, capacity=8, state=BF16),
+    Setup(**SIZES, K=8, V=4, max_tokens=5, capacity=32, state=BF16, io=FP32, l2norm=False),
+]
+if DEVICE.type == "cuda":  # fewer kinds of calls there, each of which compiles a kernel
+    SETUPS = [Setup(**SIZES, K=64, V=64, max_tokens=2, capacity=8, state=state) for state in (FP32, BF16)]
 
 
 class SpeculativeMachine(RuleBasedStateMachine):
     """One pool and its cache; each rule makes its choices from a seed, and `History` compares."""
 
-    @initialize(
-        state=st.sampled_from([FP32, BF16]),
-        io=st.sampled_from([BF16] if ON_GPU else [BF16, FP16, FP32]),
-        tokens_and_capacity=st.sampled_from(
-            [(2, 8)] if ON_GPU else [(1, 2), (2, 8), (3, 7), (4, 8), (4, 16), (5, 32)]
-        ),
-        l2norm=st.just(True) if ON_GPU else st.booleans(),
-    )
-    def start(self, state, io, tokens_and_capacity, l2norm):
+    def __init__(self, setup):
+        super().__init__()
         torch.set_num_threads(1)
-        self.steps = 0
-        max_tokens, capacity = tokens_and_capacity
-        self.room = capacity - 2 * max_tokens
-        self.history = History(
-            Setup(
-                *(POOL_SIZE, 1, 2, *((64, 64) if ON_GPU else (8, 4)), max_tokens, capacity),
-                io=io,
-                state=state,
-                l2norm=l2norm,
-            )
-        )
+        self.steps, self.history = 0, History(setup)
 
     # One rule: of several, the machine would leave some out of an example.
     @rule(kind=st.sampled_from(KINDS), seed=SEEDS)
@@ -53,13 +49,16 @@ class SpeculativeMachine(RuleBasedStateMachine):
             self.history.commit(slots, self.history.random_acceptance(slots, rng))
         elif kind == "copy":
             count = rng.randint(1, 3)
-            src = [rng.randrange(-1, POOL_SIZE) for _ in range(count)]
-            self.history.copy(src, rng.sample(range(POOL_SIZE), count))
+            pool_size = self.history.setup.pool_size
+            src = [rng.randrange(-1, pool_size) for _ in range(count)]
+            self.history.copy(src, rng.sample(range(pool_size), count))
         else:
-            self.history.reset([rng.randrange(POOL_SIZE)], seed)
+            self.history.reset([rng.randrange(self.history.setup.pool_size)], seed)
 
     def verify(self, rng, seed, tree):
-        slots, T = self.slots(rng), rng.randint(1, self.history.setup.max_tokens)
+        setup = self.history.setup
+        slots, T = self.slots(rng), rng.randint(1, setup.max_tokens)
+        room = self.history.cache.capacity - 2 * setup.max_tokens
         self.history.verify(
             slots,
             T,
@@ -67,22 +66,37 @@ class SpeculativeMachine(RuleBasedStateMachine):
             self.history.random_acceptance(slots, rng) if rng.random() < 0.9 else None,
             num_tokens=[rng.randint(0, T) for _ in slots] if rng.random() < 0.3 else None,
             parents=[random_tree(T, rng) for _ in slots] if tree else None,
-            fold=rng.choice(["auto", "full", "always", rng.randint(0, self.room)]),
+            fold=rng.choice(["auto", "full", "always", rng.randint(0, room)]),
         )
 
     def slots(self, rng):
         """Some slots in any order, and padding."""
-        drawn = rng.sample(range(POOL_SIZE), rng.randint(1, POOL_SIZE))
+        pool_size = self.history.setup.pool_size
+        drawn = rng.sample(range(pool_size), rng.randint(1, pool_size))
         return [-1 if rng.random() < 0.15 else slot for slot in drawn]
 
     def teardown(self):
         self.history.check_against_sequential_decoding()
 
 
-SpeculativeMachine.TestCase.settings = settings(
-    max_examples=3,
-    stateful_step_count=1001,  # the first is `start`
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+@pytest.mark.parametrize(
+    "setup", SETUPS, ids=lambda setup: f"T{setup.max_tokens}-R{setup.capacity}-{setup.io}-{setup.state}"
 )
-TestSpeculativeMachine = SpeculativeMachine.TestCase
+def test_random_histories(setup):
+    steps = []
+
+    class Counted(SpeculativeMachine):
+        def teardown(self):
+            super().teardown()
+            steps.append(self.steps)
+
+    run_state_machine_as_test(
+        lambda: Counted(setup),
+        settings=settings(
+            max_examples=2,  # the first is simple: chains
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert set(steps) == {STEPS}

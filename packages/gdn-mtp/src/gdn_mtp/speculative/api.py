@@ -15,6 +15,12 @@ Shared rules, where they differ from those in `gdn_mtp.api`:
   accepted_nodes [B, n] int32, n at most the capacity, padded with -1: the accepted nodes of a tree,
   ascending, a path from a root. With neither, nothing of the last window is accepted. A slot that has been
   reset, committed, or never verified has a window of 0 tokens.
+- States are carried in float32. What a slot stands for is the pool's state with the pending tokens applied to
+  it; a bf16 pool is rounded, to nearest, when a fold or a commit writes it and at no other time, and
+  `materialize` rounds once what it returns. The window of a verify that folds is that of the state before the
+  rounding: its outputs, and the updates that its tokens leave, do not depend on whether it folds. So those
+  tokens do not correct that one rounding as the tokens of later windows do, and the error of a state stays
+  that of rounding it after every accepted window, however many folds there were.
 - Everything that changes from call to call is on the device, nothing waits for it, and a call can be captured
   in a CUDA graph; the first call of a kind has to come before the capture.
 - On the CPU, and in debug mode (`kernel_dispatch.debug()`) outside a capture, values are checked before
