@@ -13,7 +13,8 @@ Shared rules, where they differ from those in `gdn_mtp.api`:
   slot. q, k and v have the io_dtype of the cache.
 - num_accepted [B] int32: of the last window of request i, the first 0 to window tokens are accepted. Or
   accepted_nodes [B, n] int32, n at most the capacity, padded with -1: the accepted nodes of a tree,
-  ascending, a path from a root. With neither, nothing of the last window is accepted. A slot that has been
+  ascending, a path from a root: the cache does not keep parents, so that each follows the one before is up to
+  the caller. With neither, nothing of the last window is accepted. A slot that has been
   reset, committed, or never verified has a window of 0 tokens.
 - States are carried in float32. What a slot stands for is the pool's state with the pending tokens applied to
   it; a bf16 pool is rounded, to nearest, when a fold or a commit writes it and at no other time, and
