@@ -5,7 +5,7 @@ import pytest
 import torch
 from gdn_mtp.speculative import CacheTensors
 from gdn_support import BF16, DEVICE, FP16, FP32, assert_same_bits
-from kernel_dispatch import ArgumentError, bind, debug
+from kernel_dispatch import ArgumentError, ArgumentTypeError, bind, debug
 from speculative_support import History, Setup, index_tensor, int32
 
 SETUP = Setup()
@@ -165,8 +165,9 @@ def test_saved_and_loaded_states_go_on():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda saved: saved.pop("live"), KeyError, "expected"),
-        (lambda saved: saved.update(more=saved["live"]), KeyError, "more"),
+        (lambda saved: saved.pop("live"), ArgumentError, "state_dict: entries .*expected .*'live'"),
+        (lambda saved: saved.update(more=saved["live"]), ArgumentError, "state_dict: entries .*'more'"),
+        (lambda saved: saved.update(live=[0] * 6), ArgumentTypeError, "live: list, expected a tensor"),
         (lambda saved: saved.update(gates=saved["gates"][:, 1:]), ArgumentError, "gates: "),
         (lambda saved: saved.update(keys=saved["keys"].float()), ArgumentError, "keys: "),
         (
@@ -185,6 +186,39 @@ def test_what_does_not_fit_is_not_loaded(change, error, match):
     with pytest.raises(error, match=match):
         cache.load_state_dict(saved)
     assert cache.updates.isnan().all()
+
+
+def test_a_state_dict_is_a_mapping():
+    with pytest.raises(ArgumentTypeError, match="state_dict: list, expected a mapping"):
+        make().load_state_dict([])
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        (None, "state_pool: None, expected a tensor"),
+        (torch.zeros(5, 4, 8), "state_pool: shape"),
+        (torch.zeros(6, 4, 8, 16), "state_pool: pool = 6, expected 5"),
+        (torch.zeros(5, 4, 8, 16, dtype=FP16), "state_pool: dtype"),
+        (torch.zeros(5, 4, 8, 16, device="meta"), "state_pool: on meta"),
+    ],
+)
+def test_what_is_no_pool_is_not_bound(pool, message):
+    cache = make(device="cpu")
+    with pytest.raises(ArgumentError, match=message):
+        cache.bind(pool)
+    cache.bind(torch.zeros(5, 4, 8, 16))
+
+
+def test_no_slots_and_slots_named_twice():
+    history = History(SETUP)
+    history.verify([1, 2], 4, 0)
+    everything, none = history.snapshot([]), index_tensor([])
+    history.cache.reset_slots(none)
+    history.cache.copy_slots(none, none, history.pool)
+    everything()
+    history.cache.reset_slots(index_tensor([1, -1, 1]))  # forgetting twice is forgetting
+    assert history.cache.cursor[[1, 2], 2].tolist() == [0, 4]
 
 
 def test_a_cache_is_of_one_pool():

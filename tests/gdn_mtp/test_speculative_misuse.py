@@ -124,6 +124,16 @@ def test_a_foreign_cache_of_the_same_sizes_is_seen_by_its_pool():
     assert_refused(first, "cache", "is of the state pool at", cache=second.cache)
 
 
+def test_a_foreign_cache_is_seen_where_autograd_looks_on():
+    """Weights that ask for gradients send a call through its operation, which knows tensors but no cache."""
+    first, second = prepared(), prepared()
+    heads = {name: x.requires_grad_() for name, x in SETUP.heads().items()}
+    assert_refused(first, "cache", "is of the state pool at", cache=second.cache, **heads)
+    fresh, history = SETUP.cache(), prepared()
+    gdn_mtp.verify(**arguments(history, cache=fresh, **heads))
+    assert fresh.is_bound_to(history.pool)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [

@@ -9,21 +9,22 @@ every state.
 Shared rules, where they differ from those in `gdn_mtp.api`:
 
 - state_pool [pool, HV, V, K], fp32 or bf16, and state_indices [B], int32 or int64; a request with a negative
-  index is padding, nothing of it is read or written, and its outputs are zero. No two requests may name one
+  index is padding: nothing of it is read or written, and its outputs are zero. No two requests may name one
   slot. q, k and v have the io_dtype of the cache.
 - num_accepted [B] int32: of the last window of request i, the first 0 to window tokens are accepted. Or
-  accepted_nodes [B, n] int32, n at most the capacity, padded with -1: the accepted nodes of a tree,
-  ascending, a path from a root: the cache does not keep parents, so that each follows the one before is up to
-  the caller. With neither, nothing of the last window is accepted. A slot that has been
-  reset, committed, or never verified has a window of 0 tokens.
+  accepted_nodes [B, n] int32, n at most the capacity, -1 where there is none: the accepted nodes of a tree,
+  ascending, a path from a root. The cache does not keep parents, so a path is what the caller says it is.
+  With neither, nothing of the last window is accepted. A slot that has been reset, committed, or never
+  verified has a window of 0 tokens.
 - States are carried in float32. What a slot stands for is the pool's state with the pending tokens applied to
-  it; a bf16 pool is rounded, to nearest, when a fold or a commit writes it and at no other time, and
-  `materialize` rounds once what it returns. The window of a verify that folds is that of the state before the
+  it. A bf16 pool is rounded, to nearest, when a fold or a commit writes it and at no other time;
+  `materialize` rounds what it returns. The window of a verify that folds is that of the state before the
   rounding: its outputs, and the updates that its tokens leave, do not depend on whether it folds. So those
   tokens do not correct that one rounding as the tokens of later windows do, and the error of a state stays
   that of rounding it after every accepted window, however many folds there were.
 - Everything that changes from call to call is on the device, nothing waits for it, and a call can be captured
   in a CUDA graph; the first call of a kind has to come before the capture.
+- A cache that is bound to another pool raises `ArgumentError`, but in code that `torch.compile` traces.
 - On the CPU, and in debug mode (`kernel_dispatch.debug()`) outside a capture, values are checked before
   anything is written: slots, more accepted than verified, a cursor out of range raise `ArgumentError`. In
   debug mode the kernels also stop with a message. Otherwise a kernel takes num_accepted and num_tokens as the
@@ -77,6 +78,8 @@ def verify(
     there are more than an int of 0 to cache.capacity - 2 * cache.max_tokens. A token counts as long as it is
     in the ring: so do dropped nodes of a tree that lie between accepted ones.
 
+    scale, use_qk_l2norm, output, backend: as in `gated_delta_rule_mtp`.
+
     Returns the output [B, T, HV, V]. Writes it, the cache's slots and, where it folds, the pool's.
     """
     tokens = (q, k, v, a, b, A_log, dt_bias, state_pool, state_indices)
@@ -127,17 +130,18 @@ def materialize(
 def _call(
     tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags, cache: SpeculativeCache
 ) -> Tensor:
-    pool = tensors.state_pool
-    if not is_watched() and cache.is_bound_to(pool):
+    pool, watched = tensors.state_pool, is_watched()
+    if not watched and cache.is_bound_to(pool):
         known = run_known(tensors, scale, flags)
         if known is not None:
             return known
-    if needs_op(*tensors):
-        return trace_call(tensors, scale, flags)
-    if isinstance(pool, Tensor):
+    checked = not watched and isinstance(pool, Tensor)
+    if checked:
         cache.check_pool(pool)
-    result = run_known(tensors, scale, flags)
+    traced = needs_op(*tensors)
+    result = None if traced else run_known(tensors, scale, flags)
     if result is None:
-        result = run_new(tensors, scale, flags)
-    cache.adopt(pool)
+        result = (trace_call if traced else run_new)(tensors, scale, flags)
+    if checked:
+        cache.adopt(pool)
     return result

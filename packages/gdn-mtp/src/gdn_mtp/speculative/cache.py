@@ -75,6 +75,7 @@ class SpeculativeCache:
     3 * max_tokens rounded up to a multiple of 8. What exceeds 2 * max_tokens is room for accepted tokens that
     wait to be folded into the pool, so that it is written the more seldom.
     io_dtype: of q, k and v. device: None for the current CUDA device, or the CPU where there is none.
+    Raises ArgumentError or ArgumentTypeError naming the argument.
     Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read, move and keep.
 
     A cache belongs to one pool: the first call that succeeds binds it to the pool's address, and another pool
@@ -150,7 +151,11 @@ class SpeculativeCache:
         return f"SpeculativeCache({sizes}, {room}, {self.io_dtype} on {self.device}, {self.nbytes} bytes)"
 
     def bind(self, state_pool: Tensor) -> None:
-        """Say that `state_pool` holds this cache's states from now on."""
+        """Say that `state_pool` [pool_size, HV, V, K] holds this cache's states from now on.
+
+        Raises ArgumentError or ArgumentTypeError naming `state_pool` if it cannot.
+        """
+        self._check_sizes(state_pool)
         self._pool_address = state_pool.data_ptr()
 
     def is_bound_to(self, state_pool: Tensor) -> bool:
@@ -180,9 +185,13 @@ class SpeculativeCache:
     def reset_slots(self, slots: Tensor) -> None:
         """Forget all tokens of `slots` [n], int32 or int64; a negative one is skipped.
 
-        The pool keeps what it holds. Waits for no device, so it can be captured in a CUDA graph.
+        The pool keeps what it holds. Waits for no device, so it can be captured in a CUDA graph. Raises
+        ArgumentError or ArgumentTypeError naming `slots`; their values are read on the CPU and in debug mode,
+        and one beyond the pool is skipped where they are not.
         """
-        chosen = self._checked("slots", slots)
+        chosen = self._checked("slots", slots, unique=False)
+        if len(chosen) == 0:
+            return
         for tensor in (self.cursor, self.live):
             store_slots(tensor, chosen, tensor.new_zeros(len(chosen), *tensor.shape[1:]))
 
@@ -191,21 +200,19 @@ class SpeculativeCache:
 
         A pair with a negative slot is skipped. No slot may be named twice in dst; one may be in both, and its
         old content moves on. state_pool: also copies the states, which else is up to the caller. Waits for no
-        device, so it can be captured in a CUDA graph.
+        device, so it can be captured in a CUDA graph. Raises as `reset_slots` does, naming the argument, and
+        naming `cache` for another pool than the cache's own.
         """
         sources, targets = self._checked("src", src, unique=False), self._checked("dst", dst)
         if len(sources) != len(targets):
             raise ArgumentError("dst", f"{len(targets)} slots, expected {len(sources)} as src has")
         moved: tuple[Tensor, ...] = self.tensors
         if state_pool is not None:
-            bind(
-                (TensorSpec("state_pool", ("pool", "HV", "V", "K"), STATE_DTYPES, written=True),),
-                {"state_pool": state_pool},
-                {"pool": self.pool_size, "HV": self.HV, "V": self.V, "K": self.K},
-                self.device,
-            )
+            self._check_sizes(state_pool)
             self.check_pool(state_pool)
             moved = (*moved, state_pool)
+        if len(sources) == 0:
+            return
         targets = targets.masked_fill(sources < 0, -1)
         for tensor in moved:
             store_slots(tensor, targets, tensor.index_select(0, sources.clamp_min(0)))
@@ -219,21 +226,38 @@ class SpeculativeCache:
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a cache of the same sizes into this one, from any device.
 
-        Raises before any change: KeyError for names other than `state_dict` has, ArgumentError naming the
-        entry for other shapes, `cache` for a cursor out of range.
+        Raises ArgumentError or ArgumentTypeError before any change: naming `state_dict` for other entries
+        than `state_dict()` has, the entry for another shape or dtype, `cache` for a cursor out of range.
+        Waits for the device.
         """
-        if state_dict.keys() != set(CacheTensors._fields):
-            raise KeyError(f"entries {sorted(state_dict)}, expected {sorted(CacheTensors._fields)}")
+        expected = sorted(CacheTensors._fields)
+        if not isinstance(state_dict, Mapping):
+            raise ArgumentTypeError(
+                "state_dict", f"{type(state_dict).__name__}, expected a mapping of {expected}"
+            )
+        if state_dict.keys() != set(expected):
+            raise ArgumentError("state_dict", f"entries {sorted(state_dict)}, expected {expected}")
         for name, own in self.tensors._asdict().items():
             given = state_dict[name]
+            if not isinstance(given, Tensor):
+                raise ArgumentTypeError(name, f"{type(given).__name__}, expected a tensor")
             if (given.shape, given.dtype) != (own.shape, own.dtype):
-                came, expected = (f"{list(x.shape)} {x.dtype}" for x in (given, own))
-                raise ArgumentError(name, f"{came}, expected {expected}")
+                came, fitting = (f"{list(x.shape)} {x.dtype}" for x in (given, own))
+                raise ArgumentError(name, f"{came}, expected {fitting}")
         cursors, lives = state_dict["cursor"].tolist(), state_dict["live"].tolist()
         for slot, (cursor, live) in enumerate(zip(cursors, lives, strict=True)):
             check_cursor(slot, cursor, live, self.capacity, self.max_tokens)
         for name, own in self.tensors._asdict().items():
             own.copy_(state_dict[name])
+
+    def _check_sizes(self, state_pool: Tensor) -> None:
+        """Raises, naming `state_pool`, unless it is a pool of the cache's sizes on its device."""
+        bind(
+            (TensorSpec("state_pool", ("pool", "HV", "V", "K"), STATE_DTYPES, written=True),),
+            {"state_pool": state_pool},
+            {"pool": self.pool_size, "HV": self.HV, "V": self.V, "K": self.K},
+            self.device,
+        )
 
     def _checked(self, name: str, slots: Tensor, unique: bool = True) -> Tensor:
         """`slots` as int64, checked; one out of range becomes -1 where values cannot be read."""

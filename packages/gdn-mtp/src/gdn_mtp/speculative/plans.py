@@ -110,9 +110,9 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
         """Raises, naming the argument, unless the tensors pose exactly the plan's problem."""
         problem = self.problem
         verifies = problem.mode == "verify"
-        for name, result in (("output", tensors.output), ("states", tensors.states)):
-            if result is None and verifies == (name == "output") and problem.mode != "commit":
-                raise ArgumentTypeError(name, "None, expected a tensor to write into")
+        result = {"verify": "output", "commit": "state_pool", "materialize": "states"}[problem.mode]
+        if getattr(tensors, result) is None:
+            raise ArgumentTypeError(result, "None, expected a tensor to write into")
         flags = CallFlags(problem.mode, max_tokens, problem.use_qk_l2norm, fold, self.provider)
         dims = {name: getattr(problem, name) for name in DIMENSIONS} | {"R": problem.capacity}
         if verifies:

@@ -22,10 +22,9 @@ from torch.nn.functional import softplus
 
 from gdn_mtp.problem import L2NORM_EPSILON
 from gdn_mtp.speculative.cache import CacheTensors
+from gdn_mtp.speculative.folding import FLOAT_BYTES
 from gdn_mtp.speculative.problem import SpeculativeProblem
 from gdn_mtp.torch_kernel import CHUNK_BYTES, TACTIC, load_states, store_slots
-
-FLOAT_BYTES = 4
 
 
 class TorchKernel:
