@@ -76,7 +76,7 @@ class SpeculativeCache:
     wait to be folded into the pool, so that it is written the more seldom.
     io_dtype: of q, k and v. device: None for the current CUDA device, or the CPU where there is none.
     Raises ArgumentError or ArgumentTypeError naming the argument.
-    Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read, move and keep.
+    Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read and copy.
 
     A cache belongs to one pool: the first call that succeeds binds it to the pool's address, and another pool
     is refused from then on. `bind` says that the pool has moved.

@@ -35,7 +35,8 @@ class SpeculativeProblem:
     has its default. accept: what says which tokens of the last window are accepted: nothing, their number, or
     their nodes.
     io_dtype: of q, k, v and the keys of the cache. gate_dtype: of a and b. out_dtype: of the output. None at
-    construction stands for io_dtype in both. state_dtype: of the pool and of materialized states.
+    construction stands for io_dtype in both. dt_bias_dtype: of dt_bias. state_dtype: of the pool and of
+    materialized states. index_dtype: of state_indices. use_qk_l2norm: q and k are normalised first.
     variable_tokens: requests have a number of tokens each. tree: tokens name their parents.
     tensor_scale: the scale is a one-element tensor on the device.
     debug: the kernel stops with a message where the cache or what is accepted is out of range.
