@@ -319,6 +319,24 @@ class TestFolding:
         cheapest = fold_above("auto", 32, 2, **sizes, pending_cost=pending_cost)
         assert cheapest == min(range(29), key=cost_per_call)
 
+    @pytest.mark.parametrize("T", [2, 4, 8])
+    @pytest.mark.parametrize("pending_cost", [1.0, 2.5, 5.0])
+    def test_auto_is_near_the_best_where_acceptance_is_random(self, T, pending_cost):
+        """A ring simulated under every threshold, 1 to T tokens accepted at each step."""
+        sizes = {"token_bytes": 20_672, "state_bytes": 1 << 20}
+
+        def cost_per_call(limit, steps=5000):
+            rng, length, cost = random.Random(0), 0, 0.0
+            for _ in range(steps):
+                length += rng.randint(1, T)
+                cost += pending_cost * sizes["token_bytes"] * length
+                if length > limit:
+                    length, cost = 0, cost + sizes["state_bytes"]
+            return cost / steps
+
+        chosen = fold_above("auto", 32, T, accepted=(T + 1) / 2, **sizes, pending_cost=pending_cost)
+        assert cost_per_call(chosen) < 1.02 * min(cost_per_call(limit) for limit in range(33 - 2 * T))
+
     def test_auto_asks_the_table(self, monkeypatch):
         problem = gdn_mtp.SpeculativeProblem(64, 4, 16, 32, 128, 128, 32)
         limits = []

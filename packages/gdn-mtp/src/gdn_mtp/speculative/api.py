@@ -13,9 +13,9 @@ Shared rules, where they differ from those in `gdn_mtp.api`:
   slot. q, k and v have the io_dtype of the cache.
 - num_accepted [B] int32: of the last window of request i, the first 0 to window tokens are accepted. Or
   accepted_nodes [B, n] int32, n at most the capacity, -1 where there is none: the accepted nodes of a tree,
-  ascending, a path from a root. The cache does not keep parents, so a path is what the caller says it is.
-  With neither, nothing of the last window is accepted. A slot that has been reset, committed, or never
-  verified has a window of 0 tokens.
+  ascending. Either way they are a path from a root, which is for the caller to see to: the cache does not
+  keep parents. With neither, nothing of the last window is accepted. A slot that has been reset, committed,
+  or never verified has a window of 0 tokens.
 - States are carried in float32. What a slot stands for is the pool's state with the pending tokens applied to
   it. A bf16 pool is rounded, to nearest, when a fold or a commit writes it and at no other time;
   `materialize` rounds what it returns. The window of a verify that folds is that of the state before the

@@ -69,9 +69,9 @@ def fold_above(
     as it says.
 
     "auto" costs least if every verify has `accepted` tokens accepted. With a threshold f, a state is written
-    every (f + accepted) / accepted calls, and a call reads (f + accepted) / 2 pending tokens on average, a
-    byte of which costs as much as `pending_cost` bytes of that state:
-    state_bytes * accepted / (f + accepted) + pending_cost * token_bytes * (f + accepted) / 2 is smallest at
+    every (f + accepted) / accepted calls, and a call reads f / 2 + accepted pending tokens on average, a byte
+    of which costs as much as `pending_cost` bytes of that state: of what depends on f,
+    state_bytes * accepted / (f + accepted) + pending_cost * token_bytes * f / 2, the least is at
     f = sqrt(2 * accepted * state_bytes / (pending_cost * token_bytes)) - accepted.
     """
     room = capacity - 2 * max_tokens
