@@ -47,7 +47,7 @@ struct Block {
   }
 };
 
-// A compute warp's place: its row group, its part of S = Q K^T, and the octet of rows it takes the softmax of.
+// A compute warp's place: its row group, and its part of S = Q K^T.
 template <class C>
 struct Role {
   int row_group;
@@ -57,21 +57,12 @@ struct Role {
       : row_group(C::kRowGroups == 1 ? 0 : warp / kGroupWarps),
         member(C::kRowGroups == 1 ? warp : warp % kGroupWarps) {}
   __device__ __forceinline__ int k_split() const { return member % C::kKSplits; }
-  __device__ __forceinline__ int key_group() const { return C::kKeyGroups == 1 ? 0 : member / C::kKSplits; }
-  __device__ __forceinline__ bool has_octet() const {
-    return C::kGroupOctets == kGroupWarps || member < C::kGroupOctets;
-  }
-  // Which octet of the tile is the warp's i-th: the first is its own, if it has one.
-  __device__ __forceinline__ int octet(int i = 0) const {
-    return row_group * C::kGroupOctets + ((member & (C::kGroupOctets - 1)) ^ i);
-  }
-  __device__ __forceinline__ void group_barrier() const { named_barrier(kGroupBarriers + row_group, kGroupThreads); }
+  __device__ __forceinline__ int step_box() const { return C::kStepBoxes == 1 ? 0 : member / C::kKSplits; }
 };
 
 // 16 bytes from memory that may start at any element.
 template <int kBytes>
-__device__ __forceinline__ uint4 load_16_bytes(const unsigned char* from, bool aligned) {
-  if (aligned) return __ldg(reinterpret_cast<const uint4*>(from));
+__device__ __forceinline__ uint4 gather_16_bytes(const unsigned char* from) {
   uint32 words[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < 16; i += kBytes) {
@@ -81,7 +72,7 @@ __device__ __forceinline__ uint4 load_16_bytes(const unsigned char* from, bool a
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The query of a warp as mma operands: its rows by Role::octet, and its k step of every chunk. Passes through the
+// The query of a warp as mma operands: the rows of its group, and its k step of every chunk. Passes through the
 // memory of partial logits; all compute warps call it, and none may touch that memory until the barrier at its end.
 template <class C>
 __device__ __forceinline__ void load_query(const DecodeParams& p, const Block& block, uint32 staging,
@@ -92,20 +83,24 @@ __device__ __forceinline__ void load_query(const DecodeParams& p, const Block& b
   using Place = Swizzle<C::kChunkBytes>;
   const int lane = threadIdx.x % 32;
   const int unit = threadIdx.x % kUnits;
-  uint4 raw[kChunks][kRowsPerThread];
+  uint4 raw[kChunks][kRowsPerThread] = {};
+  const auto read = [&](const auto& load) {
 #pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
-    const int tile_row = threadIdx.x / kUnits + i * kRowsAtOnce;
-    const int row = block.first_row + tile_row;
-    const bool present = tile_row < C::kTileM && row < block.num_rows;
-    const int64 offset = block.offset(row, p.num_heads, p.query_stride[0], p.query_stride[1], p.query_stride[2],
-                                      p.cum_seq_lens_q != nullptr);
-    const unsigned char* from = static_cast<const unsigned char*>(p.query) + offset * C::kBytes + unit * 16;
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int tile_row = threadIdx.x / kUnits + i * kRowsAtOnce;
+      const int row = block.first_row + tile_row;
+      if (tile_row >= C::kTileM || row >= block.num_rows) continue;
+      const int64 offset = block.offset(row, p.num_heads, p.query_stride[0], p.query_stride[1], p.query_stride[2],
+                                        p.cum_seq_lens_q != nullptr);
+      const unsigned char* from = static_cast<const unsigned char*>(p.query) + offset * C::kBytes + unit * 16;
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      raw[chunk][i] = make_uint4(0, 0, 0, 0);
-      if (present) raw[chunk][i] = load_16_bytes<C::kBytes>(from + chunk * C::kChunkBytes, p.query_aligned);
+      for (int chunk = 0; chunk < kChunks; ++chunk) raw[chunk][i] = load(from + chunk * C::kChunkBytes);
     }
+  };
+  if (p.query_aligned) {
+    read([](const unsigned char* from) { return __ldg(reinterpret_cast<const uint4*>(from)); });
+  } else {
+    read([](const unsigned char* from) { return gather_16_bytes<C::kBytes>(from); });
   }
 #pragma unroll
   for (int pass = 0; pass < C::kPasses; ++pass) {
@@ -128,7 +123,7 @@ __device__ __forceinline__ void load_query(const DecodeParams& p, const Block& b
     for (int chunk = pass * kPerPass; chunk < (pass + 1) * kPerPass && chunk < kChunks; ++chunk) {
 #pragma unroll
       for (int m = 0; m < C::kMTiles; ++m) {
-        const int row = role.octet(m * 2 + lane / 8 % 2) * kOctetRows + lane % 8;
+        const int row = role.row_group * C::kGroupRows + m * 16 + lane % 16;
         ldmatrix4(query[chunk][m], place(chunk, row, role.k_split() * 2 + lane / 16));
       }
     }
@@ -172,34 +167,59 @@ __device__ __forceinline__ void zero_keys_from(uint32 box, int num_keys) {
   }
 }
 
-// Owns: the TMA copies of the split's keys. Run by one warp.
-// Waits on: empty. Signals: full, of every box of every tile.
+// Owns: the TMA copies of the split's keys. Run by one warp, a box at a time.
+// Waits on: empty. Signals: full, of every box of every step.
 template <class C>
-__device__ __forceinline__ void load_keys(const DecodeParams& p, uint32 smem, int first_key, int end_key) {
-  const int lane = threadIdx.x % 32;
-  const int32* table = p.block_tables + blockIdx.z * p.table_stride;
-  const int in_page = (1 << p.page_size_log2) - 1;
-  const int end_tile = (end_key + kTileKeys - 1) / kTileKeys * kTileKeys;
-  const auto page_of = [&](int key) { return key < end_key ? __ldg(table + (key >> p.page_size_log2)) : -1; };
-  Ring<C> ring(smem);
-  bool reused = false;
-  int pages = page_of(first_key + lane * kBoxKeys);  // of 32 boxes, and of the next 32
-  int next_pages = page_of(first_key + (lane + 32) * kBoxKeys);
-  for (int key = first_key, box = 0; key < end_tile; key += kBoxKeys, ++box) {
-    if (box == 32) {
-      box = 0;
+struct Loader {
+  static constexpr int kPagesKeys = 32 * kBoxKeys;
+
+  Ring<C> ring;
+  const DecodeParams& p;
+  int key;  // of the next box
+  int end_key;
+  int pages;  // of the 32 boxes that begin at a multiple of kPagesKeys, and of the next 32
+  int next_pages;
+
+  __device__ __forceinline__ Loader(const DecodeParams& p_, uint32 smem, int first_key, int end_key_)
+      : ring(smem),
+        p(p_),
+        key(first_key),
+        end_key(end_key_) {
+    const int first = first_key / kPagesKeys * kPagesKeys + static_cast<int>(threadIdx.x) % 32 * kBoxKeys;
+    pages = page_of(first);
+    next_pages = page_of(first + kPagesKeys);
+  }
+
+  __device__ __forceinline__ int page_of(int of_key) const {
+    const int32* table = p.block_tables + blockIdx.z * p.table_stride;
+    return of_key < end_key ? __ldg(table + (of_key >> p.page_size_log2)) : -1;
+  }
+
+  // Whether the next box is of a step that has keys.
+  __device__ __forceinline__ bool more() const { return key / C::kStepKeys * C::kStepKeys < end_key; }
+
+  // On to the next box.
+  __device__ __forceinline__ void skip() {
+    key += kBoxKeys;
+    ring.advance();
+    if (key % kPagesKeys == 0) {
       pages = next_pages;
-      next_pages = page_of(key + (lane + 32) * kBoxKeys);
+      next_pages = page_of(key + kPagesKeys + static_cast<int>(threadIdx.x) % 32 * kBoxKeys);
     }
-    const int page = __shfl_sync(0xffffffffu, pages, box);
+  }
+
+  __device__ __forceinline__ void load() {
+    const int lane = threadIdx.x % 32;
+    const int page = __shfl_sync(0xffffffffu, pages, key % kPagesKeys / kBoxKeys);
     const bool whole = key + kBoxKeys <= end_key;
-    const uint32 arrived = whole ? ring.full() : smem + C::kLastOffset;
-    if (reused) mbar_wait(ring.empty(), ring.phase ^ 1);
+    const uint32 arrived = whole ? ring.full() : ring.smem + C::kLastOffset;
+    mbar_wait(ring.empty(), ring.phase ^ 1);  // at once where nothing was there yet
     if (lane == 0) {
       st_shared(ring.absent(), page < 0 ? 1u : 0u);
       if (key < end_key) {
+        const int in_page = key & ((1 << p.page_size_log2) - 1);
         mbar_arrive_expect_tx(arrived, C::kBoxBytes);
-        tma_load_box(ring.box(), &p.kv_map, arrived, key & in_page, max(page, -1));
+        tma_load_box(ring.box(), &p.kv_map, arrived, in_page, max(page, -1));
       }
     }
     __syncwarp();
@@ -209,9 +229,8 @@ __device__ __forceinline__ void load_keys(const DecodeParams& p, uint32 smem, in
       __syncwarp();
       if (lane == 0) mbar_arrive(ring.full());
     }
-    ring.advance();
-    reused |= ring.slot == 0;
+    skip();
   }
-}
+};
 
 }  // namespace mla

@@ -8,7 +8,7 @@
 namespace mla {
 
 constexpr int kCombineWarps = 16;  // of a block, over all its items
-constexpr int kBatch = 8;
+constexpr int kBatch = 6;
 constexpr int kQuarters = 4;
 constexpr int kQuarterColumns = kLatentDim / kQuarters;
 
@@ -22,47 +22,40 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
   __shared__ float4 sums[kCombineWarps][32];
   const int lane = threadIdx.x;
   const int warp = threadIdx.y;
-  const int64 rows_per_request = static_cast<int64>(p.q_len) * p.num_heads;
-  const int64 total_rows = rows_per_request * p.batch;
-  const int64 item = static_cast<int64>(blockIdx.x) * blockDim.z + threadIdx.z;
-  const int64 partial_row = min(item / kQuarters, total_rows - 1);
-  const int quarter = static_cast<int>(item % kQuarters);
-  Block block;
-  block.request = static_cast<int>(partial_row / rows_per_request);
-  const int row = static_cast<int>(partial_row - block.request * rows_per_request);
-  const bool ragged = p.cum_seq_lens_q != nullptr;
+  const int stride = blockDim.y;
+  const int rows_per_request = p.q_len * p.num_heads;
+  const int total_rows = rows_per_request * p.batch;
+  const int item = static_cast<int>(blockIdx.x * blockDim.z + threadIdx.z);
+  const int partial_row = min(item / kQuarters, total_rows - 1);
+  const int column = item % kQuarters * kQuarterColumns + lane * 4;
   launch_dependents();  // they wait for the end of this grid
   wait_for_previous_grid();
-  block.first_token = ragged ? p.cum_seq_lens_q[block.request] : 0;
-  const int q_len = ragged ? p.cum_seq_lens_q[block.request + 1] - block.first_token : p.q_len;
 
   const float* lse_partial = p.lse_partial + partial_row;
-  const int column = quarter * kQuarterColumns + lane * 4;
-  const float* o_partial = p.o_partial + partial_row * kLatentDim + column;
-  const int stride = blockDim.y;
+  const float* o_partial = p.o_partial + static_cast<int64>(partial_row) * kLatentDim + column;
   float4 o[kBatch];
   float lse[kBatch];
   const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int split = first + i * stride;
-      lse[i] = split < p.num_splits ? lse_partial[split * total_rows] : -infinity();
+      const int64 at = static_cast<int64>(split) * total_rows;
+      lse[i] = split < p.num_splits ? lse_partial[at] : -infinity();
       o[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (split < p.num_splits)
-        o[i] = *reinterpret_cast<const float4*>(o_partial + split * total_rows * kLatentDim);
+      if (split < p.num_splits) o[i] = *reinterpret_cast<const float4*>(o_partial + at * kLatentDim);
     }
   };
   load(warp);
   float lse_max = -infinity();
   for (int split = lane; split < p.num_splits; split += 32)
-    lse_max = fmaxf(lse_max, lse_partial[split * total_rows]);
+    lse_max = fmaxf(lse_max, lse_partial[static_cast<int64>(split) * total_rows]);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, lanes));
   if (lse_max == -infinity()) lse_max = 0.0f;  // no split has a key
   float total = 0.0f;
   for (int split = lane; split < p.num_splits; split += 32)
-    total += exp2_approx(lse_partial[split * total_rows] - lse_max);
+    total += exp2_approx(lse_partial[static_cast<int64>(split) * total_rows] - lse_max);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
 
@@ -81,7 +74,14 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
   const int first = threadIdx.z * stride;
   sums[first + warp][lane] = sum;
   __syncthreads();
-  if (warp > 0 || item >= total_rows * kQuarters || row >= q_len * p.num_heads) return;
+  if (warp > 0 || item >= total_rows * kQuarters) return;
+  Block block;
+  block.request = partial_row / rows_per_request;
+  const int row = partial_row - block.request * rows_per_request;
+  const bool ragged = p.cum_seq_lens_q != nullptr;
+  block.first_token = ragged ? p.cum_seq_lens_q[block.request] : 0;
+  const int q_len = ragged ? p.cum_seq_lens_q[block.request + 1] - block.first_token : p.q_len;
+  if (row >= q_len * p.num_heads) return;
   for (int other = 1; other < stride; ++other) {
     const float4 more = sums[first + other][lane];
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
   if (p.out_type == kOutBf16) store_four<Bf16>(out + offset * 2, column, sum, p.out_aligned);
   if (p.out_type == kOutFp16) store_four<Fp16>(out + offset * 2, column, sum, p.out_aligned);
   if (p.out_type == kOutE4m3) store_four<E4m3>(out + offset, column, sum, p.out_aligned);
-  if (p.lse != nullptr && quarter == 0 && lane == 0) {
+  if (p.lse != nullptr && column == 0) {
     const float lse_log2 = total == 0.0f ? -infinity() : lse_max + log2_approx(total);
     p.lse[block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, ragged)] =
         lse_log2 * 0.69314718055994531f;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
 
 }  // namespace mla
 
-extern "C" __global__ void __launch_bounds__(32 * mla::kCombineWarps, 1)
+extern "C" __global__ void __launch_bounds__(32 * mla::kCombineWarps, 2)
     mla_combine(const __grid_constant__ mla::DecodeParams params) {
   mla::combine(params);
 }

@@ -9,24 +9,22 @@ constexpr int kHeadDim = 576;   // of a query head and of a key: latent, then ro
 constexpr int kLatentDim = 512;  // of a value, which is the first part of its key
 constexpr int kMaxSmemBytes = 101376;  // dynamic shared memory of a block on compute capability 12.x
 
-constexpr int kGroupWarps = 4;  // compute warps of a row group; one more group of warps copies keys
+constexpr int kGroupWarps = 4;  // compute warps of a row group; one more group of warps copies keys and takes softmaxes
 constexpr int kGroupThreads = kGroupWarps * 32;
-constexpr int kComputeRegisters = 240;  // of a thread, where a block has 64 rows
-constexpr int kLoaderRegisters = 24;
+constexpr int kComputeRegisters = 232;  // of a thread, where a block has 64 rows
+constexpr int kOtherRegisters = 40;
 constexpr int kLaunchRegisters = 65536 / (3 * kGroupThreads) / 8 * 8;  // what such a block starts with
-static_assert(2 * kComputeRegisters + kLoaderRegisters <= 3 * kLaunchRegisters, "a block has no others to share out");
-// Named barriers; 0 is __syncthreads.
-constexpr int kGroupBarriers = 1;   // one of each row group
-constexpr int kComputeBarrier = 3;  // of all compute warps
+static_assert(2 * kComputeRegisters + kOtherRegisters <= 3 * kLaunchRegisters, "a block has no others to share out");
+constexpr int kComputeBarrier = 1;  // named barrier of all compute warps; 0 is __syncthreads
 
-constexpr int kTileKeys = 32;  // keys of one step of the online softmax
+constexpr int kTileKeys = 32;  // splits begin at multiples of this
 constexpr int kBoxKeys = 16;  // keys of one TMA copy; divides every page size, a power of two: a box lies in one page
-constexpr int kBoxesPerTile = kTileKeys / kBoxKeys;
 constexpr int kChunkElements = 64;  // columns that lie together in shared memory; one swizzle span per key
 constexpr int kChunks = kHeadDim / kChunkElements;
 
 constexpr int kKStepBytes = 32;  // reduced per mma: 16 elements of two bytes or 32 of one
-constexpr int kOctetRows = 8;    // rows of a half of an mma accumulator: what one warp takes the softmax of
+constexpr int kOctetRows = 8;    // rows of a half of an mma accumulator
+constexpr int kFragmentBytes = 32 * 16;  // 16 bytes of every lane: an accumulator of mma, or its first operand
 
 struct Bf16 {
   static constexpr int kBytes = 2;
@@ -54,14 +52,7 @@ struct Swizzle {
   }
 };
 
-// Rows of weights, 64 bytes of two-byte elements or 32 of one: without bank conflicts for ldmatrix.
-template <int kRowBytes>
-struct WeightSwizzle {
-  static_assert(kRowBytes == 64 || kRowBytes == 32, "32 keys of two bytes or of one");
-  static __device__ __forceinline__ int place(int unit, int row) {
-    return kRowBytes == 64 ? unit ^ ((row >> 1) & 3) : unit ^ ((row >> 2) & 1);
-  }
-};
+constexpr int kSoftmaxRows = 16;  // of a warp that takes the softmax
 
 template <typename Element_, int kTileM_>
 struct Config {
@@ -75,57 +66,56 @@ struct Config {
   static constexpr int kBoxBytes = kChunks * kChunkStride;
   static_assert(kBoxBytes % 1024 == 0, "a swizzle pattern repeats every 1024 bytes");
 
-  // Row groups of four warps work on their own, with their own rows and all keys.
+  // Row groups of four warps work on their own, with their own rows and all keys; one or two more take their softmax.
   static constexpr int kRowGroups = kTileM == 16 ? 1 : 2;
   static constexpr int kGroupRows = kTileM / kRowGroups;
   static constexpr int kMTiles = kGroupRows / 16;
   static constexpr int kGroupOctets = kGroupRows / kOctetRows;
-  static constexpr int kOctets = kTileM / kOctetRows;
-  static_assert(kGroupOctets <= kGroupWarps, "a warp takes the softmax of one octet at most");
-  static constexpr int kComputeThreads = kRowGroups * kGroupThreads;
+  static constexpr int kComputeWarps = kRowGroups * kGroupWarps;
+  static constexpr int kComputeThreads = kComputeWarps * 32;
   static constexpr int kThreads = kComputeThreads + kGroupThreads;
+  static constexpr int kSoftmaxWarps = kTileM / kSoftmaxRows;
+  static constexpr bool kOwnLoader = kSoftmaxWarps < kGroupWarps;  // else they copy the keys too
 
-  // S = Q K^T: warps are [key group][k split]; a split takes one k step of every chunk.
+  // S = Q K^T: warps are [box of the step][k split]; a split takes one k step of every chunk.
   static constexpr int kKSplits = kChunkBytes / kKStepBytes;
-  static constexpr int kKeyGroups = kGroupWarps / kKSplits;
-  static constexpr int kWarpBoxes = kBoxesPerTile / kKeyGroups;
-  // A warp that has all keys of its rows keeps its own part of the octet that it takes the softmax of.
-  static constexpr bool kKeepsOwn = kKeyGroups == 1;
-  static constexpr int kSlots = kKeepsOwn ? kKSplits - 1 : kKSplits;
+  static constexpr int kStepBoxes = kGroupWarps / kKSplits;
+  static constexpr int kStepKeys = kStepBoxes * kBoxKeys;  // of one step of the online softmax
+  static_assert(kTileKeys % kStepKeys == 0, "a split has whole steps, but for the last keys");
 
   // O = P V: a warp has the rows of its group and two latent chunks.
   static constexpr int kWarpChunks = 2;
   static_assert(kGroupWarps * kWarpChunks * kChunkElements == kLatentDim, "the chunks of a group are all there are");
   static constexpr int kColumnTiles = kWarpChunks * kChunkElements / 8;
-  static constexpr int kWeightRowBytes = kTileKeys * kBytes;
-  static constexpr int kWeightKSteps = kWeightRowBytes / kKStepBytes;
-  static constexpr int kBoxesPerKStep = kBoxesPerTile / kWeightKSteps;
+  static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
+  static constexpr int kAhead = 1;  // loads of keys or values that are under way while one is multiplied
 
-  // Shared memory: ring of boxes | partial logits, and then weights | state. Partial logits are
-  // [row group][slot][octet][key / 8][row][key % 8].
-  static constexpr int kBlockBytes = kOctetRows * 8 * 4;
-  static constexpr int kOctetBytes = kTileKeys / 8 * kBlockBytes;
-  static_assert(kOctetRows * kWeightRowBytes <= kOctetBytes, "weights take the place of a slot's logits");
-  static constexpr int kSlotBytes = kGroupOctets * kOctetBytes;
-  static constexpr int kGroupBytes = kSlots * kSlotBytes;
+  // Shared memory: ring of boxes | partial logits | weights | state. Partial logits are fragments
+  // [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
+  static constexpr int kPartBytes = 2 * kMTiles * kFragmentBytes;  // of a warp
+  static constexpr int kGroupBytes = kGroupWarps * kPartBytes;
   static constexpr int kPartialBytes = kRowGroups * kGroupBytes;
+  static constexpr int kGroupWeightBytes = kMTiles * kFragmentBytes;
+  static constexpr int kStepWeightBytes = kRowGroups * kGroupWeightBytes;
   static constexpr int kMaxBoxes = 10;
   static constexpr int kStateBytes =
-      kMaxBoxes * (8 + 8) + 3 * 8 + kTileM * (4 + 4) + kMaxBoxes * 4 + kRowGroups * 4 + 8;
-  static constexpr int kFittingBoxes = (kMaxSmemBytes - kPartialBytes - kStateBytes) / kBoxBytes;
+      kMaxBoxes * (8 + 8) + 5 * 8 + 2 * kTileM * 4 + kTileM * 4 + kMaxBoxes * 4 + 2 * kRowGroups * 4;
+  static constexpr int kFittingBoxes =
+      (kMaxSmemBytes - kPartialBytes - 2 * kStepWeightBytes - kStateBytes) / kBoxBytes;
   static constexpr int kNumBoxes = kFittingBoxes < kMaxBoxes ? kFittingBoxes : kMaxBoxes;
-  static_assert(kNumBoxes >= 2 * kBoxesPerTile, "a tile in use and a tile in flight");
+  static_assert(kNumBoxes >= 4 * kStepBoxes, "keys of one step, values of the step before, and as many in flight");
   static constexpr int kPartialOffset = kNumBoxes * kBoxBytes;
-  static constexpr int kFullOffset = kPartialOffset + kPartialBytes;  // uint64 [kMaxBoxes]
-  static constexpr int kEmptyOffset = kFullOffset + kMaxBoxes * 8;    // uint64 [kMaxBoxes]
-  static constexpr int kWeightsReadOffset = kEmptyOffset + kMaxBoxes * 8;  // uint64 [2 row groups]
-  static constexpr int kLastOffset = kWeightsReadOffset + 2 * 8;           // uint64: the last keys are there
-  static constexpr int kDecayOffset = kLastOffset + 8;                     // float [kTileM]
-  static constexpr int kLimitOffset = kDecayOffset + kTileM * 4;           // int32 [kTileM]
-  static constexpr int kAbsentOffset = kLimitOffset + kTileM * 4;          // int32 [kMaxBoxes]
-  static constexpr int kGrownOffset = kAbsentOffset + kMaxBoxes * 4;       // uint8 [kRowGroups][4]
-  static constexpr int kLogitScaleOffset = kGrownOffset + kRowGroups * 4;  // float, log2
-  static constexpr int kSmemBytes = kLogitScaleOffset + 8;
+  static constexpr int kWeightOffset = kPartialOffset + kPartialBytes;
+  static constexpr int kFullOffset = kWeightOffset + 2 * kStepWeightBytes;  // uint64 [kMaxBoxes]
+  static constexpr int kEmptyOffset = kFullOffset + kMaxBoxes * 8;          // uint64 [kMaxBoxes]
+  static constexpr int kLogitsOffset = kEmptyOffset + kMaxBoxes * 8;  // uint64 [2 row groups]: logits are there
+  static constexpr int kWeightsOffset = kLogitsOffset + 2 * 8;        // uint64 [2 row groups]: weights are there
+  static constexpr int kLastOffset = kWeightsOffset + 2 * 8;          // uint64: the last keys are there
+  static constexpr int kDecayOffset = kLastOffset + 8;                // float [parity of the step][kTileM]
+  static constexpr int kScaleOffset = kDecayOffset + 2 * kTileM * 4;  // float [kTileM], of the outputs
+  static constexpr int kAbsentOffset = kScaleOffset + kTileM * 4;     // int32 [kMaxBoxes]
+  static constexpr int kGrownOffset = kAbsentOffset + kMaxBoxes * 4;  // uint8 [parity of the step][kRowGroups][4]
+  static constexpr int kSmemBytes = kGrownOffset + 2 * kRowGroups * 4;
   static_assert(kSmemBytes == kFullOffset + kStateBytes, "the state is what it says");
   static_assert(kSmemBytes <= kMaxSmemBytes, "shared memory of a block");
 

@@ -1,38 +1,17 @@
 // MLA decode for one tile of (token, head) rows and the keys of one split:
 //   S = softmax_scale * Q K^T, masked;  P = 2^(S log2 e - max);  O = P V / sum P;  lse = max + log sum P
-// with K [keys, 576] and V its first 512 columns. Keys come by TMA, 16 at a time, into a ring, from one warp for all
-// others. The rows are one or two groups, each with four warps that go through the tiles on their own, so that the
-// mmas of one group run during the softmax of the other. Each warp of a group reduces its part of the head dimension
-// of S, octets of rows are summed and exponentiated by one warp each, and each warp has 128 columns of O.
+// with K [keys, 576] and V its first 512 columns. Keys come by TMA, 16 at a time, into a ring. The rows are one or two
+// groups that go through the keys on their own, each with four warps that multiply, and one for every sixteen rows that
+// takes the softmax. Each of the four reduces its part of the head dimension of S and has 128 columns of O. They
+// compute S of a step before O of the step before it, so that its softmax is taken meanwhile.
 // Not supported: other head dimensions; pages that are no multiple of 16 keys.
 #pragma once
 
 #include "kernel.h"
 #include "math.cuh"
-#include "store.cuh"
+#include "softmax.cuh"
 
 namespace mla {
-
-__device__ __forceinline__ float scale_value(const float* on_device, float value) {
-  return on_device != nullptr ? *on_device : value;
-}
-
-// Rows of a request in o_partial and lse_partial, where every request has as many as the longest may have.
-__device__ __forceinline__ int64 partial_row(const DecodeParams& p, int split, int request, int row) {
-  const int64 rows_per_request = static_cast<int64>(p.q_len) * p.num_heads;
-  return (split * static_cast<int64>(p.batch) + request) * rows_per_request + row;
-}
-
-// LSE of a row: log2 for the combine kernel, natural for the caller.
-__device__ __forceinline__ void store_lse(const DecodeParams& p, const Block& block, int row, float lse_log2) {
-  if (p.num_splits > 1) {
-    p.lse_partial[partial_row(p, blockIdx.y, block.request, row)] = lse_log2;
-  } else if (p.lse != nullptr) {
-    const int64 at =
-        block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, p.cum_seq_lens_q != nullptr);
-    p.lse[at] = lse_log2 * 0.69314718055994531f;
-  }
-}
 
 // Calls `store` with the function that gives a row's place in what this block writes.
 template <class Store>
@@ -98,103 +77,103 @@ __device__ __forceinline__ void store_outputs(const DecodeParams& p, const Block
   });
 }
 
-// What a compute warp does with the tiles of its split.
-// Waits on: full, and the warps of its group. Signals: empty.
+// What a compute warp does with the keys of its split.
+// Waits on: full, weights. Signals: logits, empty.
 template <class C>
 struct Warp {
   Role<C> role;
-  Ring<C> ring;
-  LaneOffsets<C> offsets;
+  Ring<C> ahead;   // where the keys of the next S are
+  Ring<C> behind;  // where the values of the next O are
+  uint32 lane_;
+  uint32 key;      // what the lane adds to the address of a box
   uint32 query[kChunks][C::kMTiles][4];
   Outputs<C> out;
-  Softmax<C> softmax;
 
   __device__ __forceinline__ Warp(uint32 smem, int warp, int lane)
-      : role(warp), ring(smem), offsets(role, lane), out{} {}
+      : role(warp), ahead(smem), behind(smem), lane_(lane), key(key_offset(role, lane)), out{} {}
 
-  // Recomputed wherever it is needed, since registers are scarce.
-  __device__ __forceinline__ int lane() const { return recomputed(offsets.part) / 8 % 32; }
+  // Keeps what depends on it from being held in registers, which are scarce.
+  __device__ __forceinline__ uint32 lane() const { return recomputed(lane_) % 32; }
 
-  __device__ __forceinline__ uint32 weights_read() const {
-    return ring.smem + C::kWeightsReadOffset + role.row_group * 8;
-  }
-
-  __device__ __forceinline__ uint32 parts() const {
-    return group_address<C>(ring.smem, role) + recomputed(offsets.part);
-  }
-
-  // S of a tile, shared with the group; `own` is this warp's part of its own octet.
-  __device__ __forceinline__ void logits(int tile, float (&own)[kTileKeys / 8][2]) const {
+  // The warp's part of S of a step.
+  __device__ __forceinline__ void logits(float (&s)[C::kMTiles][2][4]) {
+    const Ring<C> at = ahead.after(role.step_box());
+    const uint32 keys = at.box() + key;
+    uint32 b[C::kAhead + 1][4];
+    mbar_wait(at.full(), at.phase);
 #pragma unroll
-    for (int i = 0; i < C::kWarpBoxes; ++i) {
-      const int box = C::kKeyGroups == 1 ? i : role.key_group();
-      const Ring<C> at = ring.after(box);
-      mbar_wait(at.full(), at.phase);
-      float s[C::kMTiles][2][4] = {};
-      partial_logits<C>(at.box() + offsets.key, query, s);
-      if (i == 0) mbar_wait(weights_read(), (tile & 1) ^ 1);
-      share_partial_logits<C>(group_address<C>(ring.smem, role), recomputed(offsets.part), role, box, s);
-      if constexpr (C::kKeepsOwn) {
-        own[2 * i][0] = s[0][0][0], own[2 * i][1] = s[0][0][1];
-        own[2 * i + 1][0] = s[0][1][0], own[2 * i + 1][1] = s[0][1][1];
+    for (int chunk = 0; chunk < C::kAhead; ++chunk) ldmatrix4(b[chunk], keys + chunk * C::kChunkStride);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int next = chunk + C::kAhead;
+      if (next < kChunks) ldmatrix4(b[next % (C::kAhead + 1)], keys + next * C::kChunkStride);
+      const uint32 (&now)[4] = b[chunk % (C::kAhead + 1)];
+#pragma unroll
+      for (int m = 0; m < C::kMTiles; ++m) {
+        mma(typename C::Element{}, s[m][0], query[chunk][m], now[0], now[1]);
+        mma(typename C::Element{}, s[m][1], query[chunk][m], now[2], now[3]);
       }
     }
+    ahead = ahead.after(C::kStepBoxes);
   }
 
-  // O += P V of a tile, with what its softmax made of the sums so far.
-  __device__ __forceinline__ void weigh(int lane) {
-    role.group_barrier();  // weights and decays are there
-    const uint32 grown = ld_shared(Softmax<C>::grown(ring.smem, role));
+  __device__ __forceinline__ void share(const float (&s)[C::kMTiles][2][4]) const {
+    share_partial_logits<C>(ahead.smem, role, lane(), s);
+    __syncwarp();
+    if (lane() == 0) mbar_arrive(ahead.smem + C::kLogitsOffset + role.row_group * 8);
+  }
+
+  // After this the weights of a step are there, and the memory of its logits is free.
+  __device__ __forceinline__ void wait_for_weights(int index) const {
+    mbar_wait(ahead.smem + C::kWeightsOffset + role.row_group * 8, index & 1);
+  }
+
+  // O += P V of a step, with what its softmax made of the sums so far.
+  __device__ __forceinline__ void weigh(int index) {
+    constexpr int kPairs = C::kColumnTiles / 2;  // of column tiles: what one load brings
+    const uint32 smem = behind.smem;
+    const uint32 grown = ld_shared(Softmax<C>::grown(smem, role.row_group, index));
     uint32 a[C::kMTiles][4];
-    load_weights<C>(ring.smem, role, 0, lane, a);
-    if (grown != 0) out.shrink(ring.smem, role, grown, lane);
+    load_weights<C>(smem, role, index, lane(), a);
+    const Values<C> values(behind, role, lane());
+    uint32 b[C::kAhead + 1][4];
 #pragma unroll
-    for (int k_step = 0; k_step < C::kWeightKSteps; ++k_step) {
-      if (k_step > 0) load_weights<C>(ring.smem, role, k_step, lane, a);
-      if (k_step == C::kWeightKSteps - 1) {
-        __syncwarp();
-        if (lane == 0) mbar_arrive(weights_read());
-      }
-      out.add(a, Values<C>(ring, role, k_step, lane));
-      __syncwarp();
-      if (lane == 0) {
+    for (int pair = 0; pair < C::kAhead; ++pair) values.load(b[pair], pair);
+    if (grown != 0) out.shrink(smem, role, grown, index, lane());
 #pragma unroll
-        for (int box = 0; box < C::kBoxesPerKStep; ++box)
-          mbar_arrive(ring.after(k_step * C::kBoxesPerKStep + box).empty());
-      }
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int next = pair + C::kAhead;
+      if (next < kPairs) values.load(b[next % (C::kAhead + 1)], next);
+      out.add(a, b[pair % (C::kAhead + 1)], pair);
     }
+    __syncwarp();
+    if (lane() == 0) {
+#pragma unroll
+      for (int box = 0; box < C::kStepBoxes; ++box) mbar_arrive(behind.after(box).empty());
+    }
+    behind = behind.after(C::kStepBoxes);
   }
 
-  __device__ __forceinline__ void run(int first_key, int end_key) {
-    int tile = 0;
-    for (int key = first_key; key < end_key; key += kTileKeys, ++tile) {
-      float s[kTileKeys / 8][2] = {};
-      logits(tile, s);
-      role.group_barrier();  // the parts of the logits are there
-      if (role.has_octet()) softmax.tile(ring, role, parts(), lane(), key, s);
-      weigh(lane());
-      ring = ring.after(kBoxesPerTile);
+  __device__ __forceinline__ void run(int num_steps) {
+    {
+      float s[C::kMTiles][2][4] = {};
+      logits(s);
+      share(s);
     }
+    int index = 0;
+    for (; index + 1 < num_steps; ++index) {
+      float s[C::kMTiles][2][4] = {};
+      logits(s);
+      wait_for_weights(index);
+      share(s);
+      weigh(index);
+    }
+    wait_for_weights(index);
+    weigh(index);
   }
 
   __device__ __forceinline__ void store(const DecodeParams& p, const Block& block) const {
-    const uint32 scales = ring.smem + C::kDecayOffset;
-    const int lane = this->lane();
-    role.group_barrier();  // the last decays have been read
-    if (role.has_octet()) {
-      const int tile_row = role.octet() * kOctetRows + lane / 4;
-      const float sum = softmax.row_sum();
-      const float output_scale = p.num_splits > 1 ? 1.0f : scale_value(p.output_scale_device, p.output_scale);
-      const float unit = output_scale / C::Element::kWeightScale;
-      const int row = block.first_row + tile_row;
-      if (lane % 4 == 0) {
-        st_shared(scales + tile_row * 4, sum == 0.0f ? 0.0f : unit / sum);
-        if (row < block.num_rows)
-          store_lse(p, block, row, sum == 0.0f ? -infinity() : softmax.max + log2_approx(sum));
-      }
-    }
-    role.group_barrier();
-    store_outputs<C>(p, block, scales, out, role, lane);
+    store_outputs<C>(p, block, behind.smem + C::kScaleOffset, out, role, lane());
   }
 };
 
@@ -203,13 +182,14 @@ __device__ __forceinline__ void init_state(const DecodeParams& p, uint32 smem) {
   tma_prefetch_map(&p.kv_map);
   for (int slot = 0; slot < C::kNumBoxes; ++slot) {
     mbar_init(smem + C::kFullOffset + slot * 8, 1);
-    mbar_init(smem + C::kEmptyOffset + slot * 8, C::kRowGroups * kGroupWarps);
+    mbar_init(smem + C::kEmptyOffset + slot * 8, C::kComputeWarps);
     st_shared(smem + C::kAbsentOffset + slot * 4, 0u);
   }
+  for (int word = 0; word < 2 * C::kRowGroups; ++word) st_shared(smem + C::kGrownOffset + word * 4, 0u);
   mbar_init(smem + C::kLastOffset, 1);
   for (int group = 0; group < C::kRowGroups; ++group) {
-    mbar_init(smem + C::kWeightsReadOffset + group * 8, kGroupWarps);
-    st_shared(smem + C::kGrownOffset + group * 4, 0u);
+    mbar_init(smem + C::kLogitsOffset + group * 8, kGroupWarps);
+    mbar_init(smem + C::kWeightsOffset + group * 8, C::kMTiles);
   }
   fence_mbar_init();
 }
@@ -230,23 +210,23 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   if (block.first_row >= block.num_rows) return;
   if (block.first_key >= block.end_key) return store_nothing<C>(p, block);
 
-  if (warp >= C::kRowGroups * kGroupWarps) {
-    if constexpr (C::kTileM == 64) give_registers_back<kLoaderRegisters>();
-    if (warp == C::kRowGroups * kGroupWarps) load_keys<C>(p, smem, block.first_key, block.end_key);
+  const int first_key = uniform(block.first_key), end_key = uniform(block.end_key);
+  if (warp >= C::kComputeWarps) {
+    if constexpr (C::kTileM == 64) give_registers_back<kOtherRegisters>();
+    const int index = warp - C::kComputeWarps;
+    if (index > C::kSoftmaxWarps) return;
+    Loader<C> loader(p, smem, first_key, end_key);
+    if (index < C::kSoftmaxWarps) {
+      Softmax<C>(p, block, smem, index).run(p, first_key, end_key, loader);
+    } else {
+      while (loader.more()) loader.load();
+    }
     return;
   }
   if constexpr (C::kTileM == 64) take_registers<kComputeRegisters>();
-  if (threadIdx.x == 0) {
-    const float softmax_scale = scale_value(p.softmax_scale_device, p.softmax_scale);
-    st_shared(smem + C::kLogitScaleOffset, softmax_scale * 1.4426950408889634f);
-  }
-  if (threadIdx.x < C::kTileM) {
-    const int limit = block.key_limit(block.first_row + threadIdx.x, p.num_heads);
-    st_shared(smem + C::kLimitOffset + threadIdx.x * 4, static_cast<uint32>(limit));
-  }
   Warp<C> state(smem, warp, lane);
   load_query<C>(p, block, smem + C::kPartialOffset, state.role, state.query);
-  state.run(uniform(block.first_key), uniform(block.end_key));
+  state.run((end_key - first_key + C::kStepKeys - 1) / C::kStepKeys);
   state.store(p, Block::of(p, C::kTileM));  // read again rather than kept in registers all the while
 }
 

@@ -95,8 +95,10 @@ __device__ __forceinline__ void st_shared(uint32 address, uint4 value) {
 
 __device__ __forceinline__ void st_shared(uint32 address, float value) { st_shared(address, __float_as_uint(value)); }
 
-__device__ __forceinline__ void st_shared(uint32 address, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
+__device__ __forceinline__ void st_shared(uint32 address, float4 value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
 }
 
 __device__ __forceinline__ void st_shared_byte(uint32 address, uint32 value) {
@@ -111,9 +113,21 @@ __device__ __forceinline__ uint32 ld_shared(uint32 address) {
 
 __device__ __forceinline__ float ld_shared_float(uint32 address) { return __uint_as_float(ld_shared(address)); }
 
-__device__ __forceinline__ float2 ld_shared_pair(uint32 address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+__device__ __forceinline__ uint4 ld_shared_fragment(uint32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float4 ld_shared_four(uint32 address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 }
 
@@ -143,7 +157,7 @@ __device__ __forceinline__ void ldmatrix2_trans_bytes(uint32 (&r)[4], uint32 add
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Keeps the compiler from computing what depends on the value ahead of a loop, where it would hold registers.
-__device__ __forceinline__ int recomputed(int value) {
+__device__ __forceinline__ uint32 recomputed(uint32 value) {
   asm volatile("" : "+r"(value));
   return value;
 }

@@ -1,7 +1,7 @@
-// Outputs of any dtype, from float32.
+// Outputs of any dtype, from float32, and the LSE.
 #pragma once
 
-#include "ptx.cuh"
+#include "block.cuh"
 
 namespace mla {
 
@@ -33,6 +33,27 @@ __device__ __forceinline__ void store_pair(OutRow<Element> row, int column, floa
       target[0] = static_cast<unsigned char>(packed);
       target[1] = static_cast<unsigned char>(packed >> 8);
     }
+  }
+}
+
+__device__ __forceinline__ float scale_value(const float* on_device, float value) {
+  return on_device != nullptr ? *on_device : value;
+}
+
+// Rows of a request in o_partial and lse_partial, where every request has as many as the longest may have.
+__device__ __forceinline__ int64 partial_row(const DecodeParams& p, int split, int request, int row) {
+  const int64 rows_per_request = static_cast<int64>(p.q_len) * p.num_heads;
+  return (split * static_cast<int64>(p.batch) + request) * rows_per_request + row;
+}
+
+// LSE of a row: log2 for the combine kernel, natural for the caller.
+__device__ __forceinline__ void store_lse(const DecodeParams& p, const Block& block, int row, float lse_log2) {
+  if (p.num_splits > 1) {
+    p.lse_partial[partial_row(p, blockIdx.y, block.request, row)] = lse_log2;
+  } else if (p.lse != nullptr) {
+    const int64 at =
+        block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, p.cum_seq_lens_q != nullptr);
+    p.lse[at] = lse_log2 * 0.69314718055994531f;
   }
 }
 
