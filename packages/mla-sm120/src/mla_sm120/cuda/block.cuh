@@ -171,46 +171,48 @@ __device__ __forceinline__ void zero_keys_from(uint32 box, int num_keys) {
 // Waits on: empty. Signals: full, of every box of every step.
 template <class C>
 struct Loader {
-  static constexpr int kPagesKeys = 32 * kBoxKeys;
-
   Ring<C> ring;
   const DecodeParams& p;
+  const int32* table;
   int key;  // of the next box
   int end_key;
-  int pages;  // of the 32 boxes that begin at a multiple of kPagesKeys, and of the next 32
+  int end_step;
+  int box = 0;  // of those whose pages the lanes have
+  int pages;  // of 32 boxes, and of the next 32
   int next_pages;
 
   __device__ __forceinline__ Loader(const DecodeParams& p_, uint32 smem, int first_key, int end_key_)
       : ring(smem),
         p(p_),
+        table(p_.block_tables + blockIdx.z * p_.table_stride),
         key(first_key),
-        end_key(end_key_) {
-    const int first = first_key / kPagesKeys * kPagesKeys + static_cast<int>(threadIdx.x) % 32 * kBoxKeys;
-    pages = page_of(first);
-    next_pages = page_of(first + kPagesKeys);
+        end_key(end_key_),
+        end_step((end_key_ + C::kStepKeys - 1) / C::kStepKeys * C::kStepKeys) {
+    const int lane = threadIdx.x % 32;
+    pages = page_of(first_key + lane * kBoxKeys);
+    next_pages = page_of(first_key + (lane + 32) * kBoxKeys);
   }
 
   __device__ __forceinline__ int page_of(int of_key) const {
-    const int32* table = p.block_tables + blockIdx.z * p.table_stride;
     return of_key < end_key ? __ldg(table + (of_key >> p.page_size_log2)) : -1;
   }
 
-  // Whether the next box is of a step that has keys.
-  __device__ __forceinline__ bool more() const { return key / C::kStepKeys * C::kStepKeys < end_key; }
+  __device__ __forceinline__ bool more() const { return key < end_step; }
 
   // On to the next box.
   __device__ __forceinline__ void skip() {
     key += kBoxKeys;
     ring.advance();
-    if (key % kPagesKeys == 0) {
+    if (++box == 32) {
+      box = 0;
       pages = next_pages;
-      next_pages = page_of(key + kPagesKeys + static_cast<int>(threadIdx.x) % 32 * kBoxKeys);
+      next_pages = page_of(key + (static_cast<int>(threadIdx.x) % 32 + 32) * kBoxKeys);
     }
   }
 
   __device__ __forceinline__ void load() {
     const int lane = threadIdx.x % 32;
-    const int page = __shfl_sync(0xffffffffu, pages, key % kPagesKeys / kBoxKeys);
+    const int page = __shfl_sync(0xffffffffu, pages, box);
     const bool whole = key + kBoxKeys <= end_key;
     const uint32 arrived = whole ? ring.full() : ring.smem + C::kLastOffset;
     mbar_wait(ring.empty(), ring.phase ^ 1);  // at once where nothing was there yet
