@@ -35,12 +35,13 @@ struct Softmax {
   __device__ __forceinline__ void logits(const Ring<C>& ring, int first_key, float (&s)[C::kStepBoxes][2][4]) const {
     const uint32 parts = smem + C::kPartialOffset + row_group() * C::kGroupBytes +
                          index % C::kMTiles * 2 * kFragmentBytes + lane * 16;
-    const int least_limit = min(static_cast<int>(recomputed(key_limit[0])), key_limit[1]);
-    bool all_seen = least_limit >= first_key + C::kStepKeys;
+    // Not kept from one step to the next where registers are scarcest.
+    const int limit = C::kBytes == 1 ? static_cast<int>(recomputed(key_limit[0])) : key_limit[0];
+    bool all_seen = true;
 #pragma unroll
     for (int box = 0; box < C::kStepBoxes; ++box) {
       const bool absent = ld_shared(ring.after(box).absent()) != 0;
-      all_seen &= !absent;
+      all_seen &= !absent && min(limit, key_limit[1]) >= first_key + C::kStepKeys;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint32 part = parts + box * C::kKSplits * C::kPartBytes + n * kFragmentBytes;
