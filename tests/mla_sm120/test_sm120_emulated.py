@@ -77,7 +77,8 @@ def launches(inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: t
     ]
     if splits.num_splits > 1:
         grid, block = launch.combine_sizes(problem, splits.num_splits)
-        stream.append(one("combine", "mla_combine", grid=grid, block=block))
+        name = "mla_combine" if tile == 16 else "mla_combine_many"
+        stream.append(one("combine", name, grid=grid, block=block))
     return ptx_emulator.Launches(stream)
 
 

@@ -8,7 +8,6 @@
 namespace mla {
 
 constexpr int kCombineWarps = 16;  // of a block, over all its items
-constexpr int kBatch = 6;
 constexpr int kQuarters = 4;
 constexpr int kQuarterColumns = kLatentDim / kQuarters;
 
@@ -18,6 +17,7 @@ __device__ __forceinline__ void store_four(unsigned char* row, int column, float
   store_pair(OutRow<Element>{row}, column + 2, v.z, v.w, aligned);
 }
 
+template <int kBatch>
 __device__ __forceinline__ void combine(const DecodeParams& p) {
   __shared__ float4 sums[kCombineWarps][32];
   const int lane = threadIdx.x;
@@ -104,7 +104,12 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
 
 }  // namespace mla
 
-extern "C" __global__ void __launch_bounds__(32 * mla::kCombineWarps, 2)
+extern "C" __global__ void __launch_bounds__(32 * mla::kCombineWarps, 1)
     mla_combine(const __grid_constant__ mla::DecodeParams params) {
-  mla::combine(params);
+  mla::combine<8>(params);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * mla::kCombineWarps, 2)
+    mla_combine_many(const __grid_constant__ mla::DecodeParams params) {
+  mla::combine<6>(params);
 }

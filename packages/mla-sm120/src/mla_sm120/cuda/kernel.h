@@ -8,5 +8,7 @@
 #define MLA_DECLARE_DECODE(name) \
   extern "C" __global__ void name(const __grid_constant__ mla::DecodeParams params)
 
-// Combine: (32, warps of an item, items of a block) threads, 16 warps in all; every row has four items.
+// Combine: (32, warps of an item, items of a block) threads, 16 warps in all; every row has four items. The first has
+// more on its way for a block, the second two blocks on an SM.
 extern "C" __global__ void mla_combine(const __grid_constant__ mla::DecodeParams params);
+extern "C" __global__ void mla_combine_many(const __grid_constant__ mla::DecodeParams params);
