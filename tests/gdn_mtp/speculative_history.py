@@ -13,6 +13,8 @@ from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_support import BF16, FP32, NAN, ROUNDINGS, UNIT_ROUNDOFF, assert_close, assert_same_bits
 from torch import Tensor
 
+SMEM_OPTIN_BYTES = 99 * 1024  # of SM120, and less than others have
+
 # (config, launcher's arguments) -> None
 Launch = Callable[[SpeculativeConfig, tuple[Any, ...]], None]
 
@@ -34,7 +36,6 @@ class Setup:
     index: torch.dtype = torch.int32
     tactic: Tactic = field(default_factory=lambda: Tactic(4, 1))
     pdl: bool = True
-    sm_count: int = 1  # few, so that blocks of these small grids prefetch for later ones
 
     def __str__(self) -> str:
         flags = "-tree" * self.tree + "-raw" * (not self.l2norm)
@@ -49,7 +50,7 @@ class Setup:
             dt_bias_dtype="float32", out_dtype=io, state_dtype=state, index_dtype=index,
             use_qk_l2norm=self.l2norm, accept=accept, variable_tokens=self.variable and mode == "verify",
             tree=self.tree and mode == "verify", tensor_scale=False, debug=False, pdl=self.pdl,
-            tactic=self.tactic, sm_count=self.sm_count,
+            smem_optin_bytes=SMEM_OPTIN_BYTES, tactic=self.tactic,
         )  # fmt: skip
 
 

@@ -53,6 +53,10 @@ class TokenChunks(TileCopies):
 
     # Global memory
 
+    def first_later_block(self):
+        """The first block that waits for another one's place on the GPU, which runs so many at a time."""
+        return cute.arch.nsmid() * self.config.blocks_per_sm
+
     # What is prefetched to L2 while the previous grid still runs will be read as that grid leaves it: L2 is
     # coherent.
 
@@ -95,25 +99,31 @@ class TokenChunks(TileCopies):
                         bulk_prefetch_l2(matrix[row, None].iterator, cfg.row_bytes)
 
     def load_tokens(self, tensors, place, head):
-        """This warp's tokens as (k, q) pairs of K / 32 float32 values a lane, clamped where it owns none."""
+        """This warp's tokens as (k, q) pairs of K / 32 values a lane, clamped where it owns none.
+
+        Values are as given: converting them would wait for them.
+        """
         cfg = self.config
         tokens = []
         for i in range(-(-cfg.T // cfg.tactic.warps)):
             t = cutlass.min(place.warp + i * cfg.tactic.warps, cfg.T - 1)
             columns = [place.lane + WARP_LANES * j for j in range(cfg.K // WARP_LANES)]
             tokens.append(
-                tuple(
-                    [x[place.request, t, head, c].to(Float32) for c in columns]
-                    for x in (tensors.k, tensors.q)
-                )
+                tuple([x[place.request, t, head, c] for c in columns] for x in (tensors.k, tensors.q))
             )
         return tokens
 
     def load_v(self, tensors, place, row, c):
-        """v of chunk c as an accumulator: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
+        """v of chunk c, as given: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
         tokens = self.lane_tokens(place, c)
         rows = [row + place.tile_row(half) for half in range(2)]
-        return [tensors.v[place.request, t, place.hv, r].to(Float32) for r in rows for t in tokens]
+        return [tensors.v[place.request, t, place.hv, r] for r in rows for t in tokens]
+
+    def load_values(self, tensors, place, tile):
+        """`load_v` of every chunk for a tile of this warp."""
+        return [
+            self.load_v(tensors, place, self.tile_row(place, tile), c) for c in range(len(self.config.chunks))
+        ]
 
     @cute.jit
     def store_output(self, tensors, o, place, row, c):
@@ -155,8 +165,9 @@ class TokenChunks(TileCopies):
         for i in cutlass.range_constexpr(len(tokens)):
             t = place.warp + i * cfg.tactic.warps
             if t < cfg.T:
+                token = [[value.to(Float32) for value in x] for x in tokens[i]]
                 for is_q in cutlass.range_constexpr(2):
-                    x = tokens[i][is_q]
+                    x = token[is_q]
                     offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t % CHUNK_TOKENS)
                     for j in cutlass.range_constexpr(len(x)):
                         shared.kq[offset + place.lane + WARP_LANES * j] = x[j]
@@ -171,7 +182,7 @@ class TokenChunks(TileCopies):
                     if place.lane == is_q:
                         shared.gate[t * GATE_COLUMNS + K_SCALE + is_q] = factor
                 if cutlass.const_expr(cfg.T == 1):
-                    qk = cute.arch.warp_reduction_sum(dot(*tokens[i]))
+                    qk = cute.arch.warp_reduction_sum(dot(*token))
                     if place.lane == 0:
                         shared.gate[QK] = qk
 
@@ -283,7 +294,7 @@ class TokenChunks(TileCopies):
                 self.gate(shared, tokens[e], x) for x in (BETA, CHUNK_DECAY, K_SCALE, Q_SCALE)
             )
             for x in (e, 2 + e):
-                w[x] = beta * (v[x] - decay * k_scale * products[0][x])
+                w[x] = beta * (v[x].to(Float32) - decay * k_scale * products[0][x])
                 o[x] = decay * q_scale * products[-1][x]
         if self.packed(c):
             return [[select(place.t < 2, w[x], o[x]) for x in range(4)]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from kernel_dispatch import Arch
 
 from gdn_mtp.problem import GatedDeltaRuleProblem
 
@@ -16,7 +17,6 @@ MMA_ROWS = 16
 PART_ROWS = 8
 PART_SKEW_BYTES = 64  # between the two parts of a tile in shared memory: 16 of the 32 banks
 CHUNK_TOKENS = 8
-SMEM_PER_SM_BYTES = 228 * 1024
 SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
 GATE_COLUMNS = 8
 MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
@@ -61,6 +61,7 @@ class Footprint:
     """What a block of a kernel takes of a multiprocessor."""
 
     state_dtype: str
+    smem_optin_bytes: int
 
     @property
     def state_bytes(self) -> int:
@@ -83,15 +84,20 @@ class Footprint:
         raise NotImplementedError
 
     @property
+    def smem_per_sm_bytes(self) -> int:
+        """Shared memory of a multiprocessor: what one block may ask for, and what the driver keeps of it."""
+        return self.smem_optin_bytes + SMEM_RESERVED_BYTES
+
+    @property
     def blocks_per_sm(self) -> int:
-        by_smem = SMEM_PER_SM_BYTES // (self.smem_bytes + SMEM_RESERVED_BYTES)
+        by_smem = self.smem_per_sm_bytes // (self.smem_bytes + SMEM_RESERVED_BYTES)
         return max(1, min(self.warps_per_sm // self.warps, by_smem))
 
     @property
     def smem_carveout_percent(self) -> int:
         """Share of the L1 memory to reserve as shared memory."""
         wanted = self.blocks_per_sm * (self.smem_bytes + SMEM_RESERVED_BYTES)
-        return min(100, -(-100 * wanted // SMEM_PER_SM_BYTES))
+        return min(100, -(-100 * wanted // self.smem_per_sm_bytes))
 
 
 class TokenTiles(Footprint):
@@ -152,7 +158,11 @@ class TokenTiles(Footprint):
 
 @dataclass(frozen=True)
 class Config(Footprint):
-    """What changes the code of either kernel, dtypes by their torch names (`bfloat16`)."""
+    """What changes the code of either kernel, dtypes by their torch names (`bfloat16`).
+
+    pdl, smem_optin_bytes: of the architecture, whether it has programmatic dependent launch and the most
+    shared memory of a block.
+    """
 
     T: int
     K: int
@@ -170,10 +180,12 @@ class Config(Footprint):
     separate_write_indices: bool
     tensor_scale: bool
     pdl: bool
+    smem_optin_bytes: int
 
 
-def fields_of(config: type[Any], problem: object, **values: Any) -> dict[str, Any]:
-    """The fields of a configuration: `values`, and from the problem what they lack, dtypes by their names."""
+def fields_of(config: type[Any], problem: object, arch: Arch, **values: Any) -> dict[str, Any]:
+    """The fields of a configuration: `values`, the architecture's, the problem's; dtypes by their names."""
+    values |= {"pdl": arch.supports_pdl, "smem_optin_bytes": arch.smem_optin_bytes}
     taken = {
         field.name: values[field.name] if field.name in values else getattr(problem, field.name)
         for field in fields(config)
@@ -192,8 +204,8 @@ class KernelConfig(TokenTiles, Config):
     tactic: Tactic
 
     @classmethod
-    def of(cls, problem: GatedDeltaRuleProblem, tactic: Tactic, pdl: bool) -> KernelConfig:
-        return cls(**fields_of(cls, problem, pdl=pdl, tactic=tactic))
+    def of(cls, problem: GatedDeltaRuleProblem, tactic: Tactic, arch: Arch) -> KernelConfig:
+        return cls(**fields_of(cls, problem, arch, tactic=tactic))
 
     @property
     def stores_every_state(self) -> bool:
@@ -234,5 +246,5 @@ class KernelConfig(TokenTiles, Config):
         """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
         if self.K > 128 or len(self.chunks) > 1:
             return 8
-        few = self.T <= CHUNK_TOKENS // 2 or (self.state_bytes == 2 and self.tactic.tiles_per_warp == 1)
-        return 16 if few and not self.stores_every_state else 12
+        many = self.io_dtype == "float32" and self.tactic.tiles_per_warp > 1
+        return 12 if self.stores_every_state or many else 16

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernel_dispatch import Arch
+
 from gdn_mtp.problem import GatedDeltaRuleProblem
 
 from .config import GATE_COLUMNS, WARP_LANES, Config, fields_of
@@ -21,8 +23,8 @@ class KMajorConfig(Config):
     columns: int
 
     @classmethod
-    def of(cls, problem: GatedDeltaRuleProblem, columns: int, pdl: bool) -> KMajorConfig:
-        return cls(**fields_of(cls, problem, pdl=pdl, columns=columns))
+    def of(cls, problem: GatedDeltaRuleProblem, columns: int, arch: Arch) -> KMajorConfig:
+        return cls(**fields_of(cls, problem, arch, columns=columns))
 
     @property
     def groups(self) -> int:

@@ -29,7 +29,6 @@ class SpeculativeConfig(TokenTiles):
     capacity: tokens of a ring. accept: what says which tokens of the last window are accepted, their count,
     the indices of the nodes, or nothing (the window is dropped).
     variable_tokens: requests have a number of tokens each. tree: tokens have parents. debug: misuse traps.
-    sm_count: multiprocessors of the GPU, for `resident_blocks`.
     """
 
     mode: Mode
@@ -50,8 +49,8 @@ class SpeculativeConfig(TokenTiles):
     tensor_scale: bool
     debug: bool
     pdl: bool
+    smem_optin_bytes: int
     tactic: Tactic
-    sm_count: int
 
     @property
     def pending_chunks(self) -> int:
@@ -62,11 +61,6 @@ class SpeculativeConfig(TokenTiles):
     def buffers_per_warp(self) -> int:
         """Tile buffers of a warp, one per tile."""
         return self.tactic.tiles_per_warp
-
-    @property
-    def resident_blocks(self) -> int:
-        """Blocks that the GPU runs at a time."""
-        return self.sm_count * self.blocks_per_sm
 
     @property
     def ring_rows(self) -> int:
@@ -128,6 +122,4 @@ class SpeculativeConfig(TokenTiles):
         """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
         if len(self.chunks) > 1:
             return 8
-        plain = self.state_bytes == 4 and not (self.tree or self.variable_tokens)
-        few = self.mode != "verify" or (plain and self.T <= CHUNK_TOKENS // 2)
-        return 16 if few and self.tactic.tiles_per_warp == 1 else 12
+        return 12 if self.tree and self.tactic.tiles_per_warp > 1 else 16

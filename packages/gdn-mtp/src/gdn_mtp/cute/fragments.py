@@ -109,8 +109,13 @@ def read_index(indices, i):
 
 
 def read_l2(pointer, dtype):
-    """The value at `pointer` past L1, for what the previous grid may have written while this one ran."""
-    return dtype(cute.arch.load(pointer, dtype, cop="cg"))
+    """The value at `pointer` past L1, for what other blocks or the previous grid may write meanwhile."""
+    return dtype(cute.arch.load(pointer, dtype, sem="relaxed", scope="gpu"))
+
+
+def write_l2(pointer, value) -> None:
+    """Write a value that other blocks read by `read_l2`."""
+    cute.arch.store(pointer, value, sem="relaxed", scope="gpu")
 
 
 def load_values(pointer, dtype, count: int) -> list:
@@ -121,9 +126,9 @@ def load_values(pointer, dtype, count: int) -> list:
 
 
 def increment(counter, last: int):
-    """Add one to the int32 at `counter`, from `last` back to 0; the old value. Orders across the GPU."""
+    """Add one to the int32 at `counter`, from `last` back to 0; the old value. Orders no other access."""
     return cute.arch.inline_ptx(
-        "atom.acq_rel.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
+        "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
         write_only_types=[Int32],
         read_only_args=[counter, Int32(last)],
     )

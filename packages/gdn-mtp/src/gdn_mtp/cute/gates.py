@@ -20,7 +20,7 @@ SOFTPLUS_LINEAR_ABOVE = 20.0
 
 
 class GateInputs(NamedTuple):
-    """float32 values of one token and value head."""
+    """Values of one token and value head, as given: converting them would wait for them."""
 
     a: Any
     b: Any
@@ -30,9 +30,7 @@ class GateInputs(NamedTuple):
 
 def load_gates(a, b, A_log, dt_bias, request, hv, t) -> GateInputs:
     """a, b [B, T, HV] of token t; A_log, dt_bias [HV]."""
-    return GateInputs(
-        *(x.to(Float32) for x in (a[request, t, hv], b[request, t, hv], A_log[hv], dt_bias[hv]))
-    )
+    return GateInputs(a[request, t, hv], b[request, t, hv], A_log[hv], dt_bias[hv])
 
 
 @cute.jit
@@ -87,11 +85,11 @@ def stage_path_gates(gates, parent, table, lane, num_tokens):
 
 def token_log_decay(gates):
     """g = -exp(A_log) softplus(a + dt_bias)."""
-    x = gates.a + gates.dt_bias
+    x = gates.a.to(Float32) + gates.dt_bias.to(Float32)
     softplus = select(x > SOFTPLUS_LINEAR_ABOVE, x, cute.math.log(1.0 + cute.math.exp(x)))
-    return -cute.math.exp(gates.a_log) * softplus
+    return -cute.math.exp(gates.a_log.to(Float32)) * softplus
 
 
 def token_beta(gates):
     """sigmoid(b)"""
-    return 1.0 / (1.0 + cute.math.exp(-gates.b))
+    return 1.0 / (1.0 + cute.math.exp(-gates.b.to(Float32)))

@@ -121,6 +121,7 @@ class GatedDeltaRule(TokenChunks):
         if cutlass.const_expr(write_indices is not None):
             write_slot = read_index(write_indices, request)
         place = Place(request, hv, write_slot, row, warp, lane)
+        values = [self.load_values(tensors, place, tile) for tile in range(cfg.tactic.tiles_per_warp)]
         gates = load_gates(a, b, A_log, dt_bias, request, hv, cutlass.min(lane, cfg.T - 1))
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
@@ -135,13 +136,13 @@ class GatedDeltaRule(TokenChunks):
             cute.arch.sync_threads()
             if cutlass.const_expr(cfg.T == 1):
                 for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
-                    self.single_token(tensors, shared, place, tile)
+                    self.single_token(tensors, values[tile][0], shared, place, tile)
             else:
                 if warp == 0:
                     for c in cutlass.range_constexpr(len(cfg.chunks)):
                         self.chunk_matrices(shared, place, c)
                 for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
-                    self.tile(tensors, shared, place, tile)
+                    self.tile(tensors, values[tile], shared, place, tile)
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -193,12 +194,11 @@ class GatedDeltaRule(TokenChunks):
     # One token
 
     @cute.jit
-    def single_token(self, tensors, shared, place, tile):
+    def single_token(self, tensors, v, shared, place, tile):
         """The only token of the call on one tile, with plain arithmetic: every lane of a row has its sums."""
         cfg = self.config
-        row = place.row + tile * MMA_ROWS
+        row = self.tile_row(place, tile)
         rows = [row + place.tile_row(half) for half in range(2)]
-        v = [tensors.v[place.request, 0, place.hv, r].to(Float32) for r in rows]
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
         self.launch_dependents("early")
@@ -206,7 +206,7 @@ class GatedDeltaRule(TokenChunks):
         beta, decay, k_scale, q_scale, qk = (
             self.gate(shared, 0, x) for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK)
         )
-        u = [beta * (v[half] - decay * k_scale * p[half]) for half in range(2)]
+        u = [beta * (v[2 * half].to(Float32) - decay * k_scale * p[half]) for half in range(2)]
         if place.t == 0:
             for half in cutlass.range_constexpr(2):
                 o = q_scale * (decay * r[half] + qk * k_scale * u[half])
@@ -267,11 +267,10 @@ class GatedDeltaRule(TokenChunks):
             shared.matrices[query + at] = select((j <= g) & (g < n), qk, Float32(0.0))
 
     @cute.jit
-    def tile(self, tensors, shared, place, tile):
+    def tile(self, tensors, v, shared, place, tile):
         """All tokens of the call on one tile. The first tile also waits for the chunk matrices."""
         cfg = self.config
-        row = place.row + tile * MMA_ROWS
-        v = [self.load_v(tensors, place, row, c) for c in range(len(cfg.chunks))]
+        row = self.tile_row(place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
         self.launch_dependents("early")
@@ -285,6 +284,9 @@ class GatedDeltaRule(TokenChunks):
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
+                if cutlass.const_expr(len(cfg.chunks) == 1):  # read again: until here no registers hold it
+                    cute.arch.sync_warp()
+                    s = self.load_tile(shared, place, tile)
                 self.advance_chunk(s, u, shared, place, c)
         if cutlass.const_expr(cfg.update_state and not cfg.stores_every_state):
             self.stage_tile(s, shared, place, tile, None)

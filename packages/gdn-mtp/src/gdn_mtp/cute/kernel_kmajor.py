@@ -71,7 +71,7 @@ class GatedDeltaRuleKMajor:
                 bulk_load(s_state[None, row].iterator, source, cfg.columns * cfg.state_bytes, mbar)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
-        v_mine = v[request, 0, hv, first_column + column].to(Float32)
+        v_mine = v[request, 0, hv, first_column + column]
         self.stage(
             q,
             k,
@@ -99,7 +99,7 @@ class GatedDeltaRuleKMajor:
                 p += s_sums[column, i, 0]
                 r += s_sums[column, i, 1]
         beta, decay, k_scale, q_scale, qk = (s_gate[x] for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK))
-        u = beta * (v_mine - decay * k_scale * p)
+        u = beta * (v_mine.to(Float32) - decay * k_scale * p)
         if group == 0:
             o = q_scale * (decay * r + qk * k_scale * u)
             output[request, 0, hv, first_column + column] = o.to(output.element_type)

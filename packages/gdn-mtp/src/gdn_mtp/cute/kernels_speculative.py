@@ -31,16 +31,16 @@ TACTICS = {
 }
 
 # (tiles of 16 rows per SM, at most, tactic) by regime: H100 80GB HBM3, November 2026, 16 key and 32 value
-# heads, batches of 1, 4, 32, 64 and 256
+# heads, batches of 1 to 64
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "short": ((NO_LIMIT, "w4t1s"),),
-    "long": ((16, "w4t1s"), (NO_LIMIT, "w4t2s")),
+    "long": ((40, "w4t1s"), (NO_LIMIT, "w4t2s")),
 }
 
 
 def regime(problem: SpeculativeProblem) -> str:
     """The key of a problem in `HEURISTIC`: "long" where a block does much beside moving the state."""
-    short = problem.state_dtype == torch.float32 and problem.T <= CHUNK_TOKENS // 2
+    short = problem.state_dtype == torch.float32 and problem.T <= CHUNK_TOKENS
     return "short" if short or problem.mode != "verify" else "long"
 
 
@@ -67,8 +67,7 @@ class SpeculativeKernels:
 
     def config(self, problem: SpeculativeProblem, arch: Arch, tactic: str) -> SpeculativeConfig:
         """What the kernel of one tactic is compiled for."""
-        values = {"pdl": arch.supports_pdl, "tactic": TACTICS[tactic], "sm_count": arch.sm_count}
-        return SpeculativeConfig(**fields_of(SpeculativeConfig, problem, **values))
+        return SpeculativeConfig(**fields_of(SpeculativeConfig, problem, arch, tactic=TACTICS[tactic]))
 
 
 KERNELS = SpeculativeKernels()

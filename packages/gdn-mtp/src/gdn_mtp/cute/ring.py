@@ -19,7 +19,19 @@ from cutlass.cute.testing import assert_
 
 from .chunks import TokenChunks, as_operand
 from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
-from .fragments import bulk_load, increment, load_values, mma_split, parts, read_l2, select
+from .fragments import (
+    bulk_load,
+    bulk_prefetch_l2,
+    increment,
+    load_values,
+    mma_split,
+    parts,
+    prefetch_l2,
+    read_index,
+    read_l2,
+    select,
+    write_l2,
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +62,31 @@ class RingTiles(TokenChunks):
     """Reads pending tokens, and advances tiles of the state by them."""
 
     @cute.jit
-    def accept(self, cache, num_accepted, accepted_nodes, slot, place):
-        """(start, length, live) after the request accepts tokens of its window; in range for any input."""
-        capacity = self.config.capacity
+    def load_cursor(self, cache, num_accepted, accepted_nodes, slot, place):
+        """What `accept` goes by: the start, length and window of the ring, its live tokens, what is accepted.
+
+        That is a number of tokens, or this lane's node, or None.
+        """
         cursor = cache.cursor[slot, None].iterator
         start, length, window = (read_l2(cursor + i, Int32) for i in range(3))
         live = read_l2(cache.live.iterator + slot, Int32)
+        accepted = None
+        if cutlass.const_expr(self.config.accept == "counts"):
+            accepted = read_l2(num_accepted.iterator + place.request, Int32)
+        if cutlass.const_expr(self.config.accept == "nodes"):
+            accepted = Int32(-1)
+            if place.lane < accepted_nodes.shape[1]:
+                accepted = read_l2(accepted_nodes[place.request, None].iterator + place.lane, Int32)
+        return start, length, window, live, accepted
+
+    @cute.jit
+    def accept(self, loaded):
+        """(start, length, live) after the request accepts tokens of its window; in range for any input.
+
+        loaded: what `load_cursor` gave.
+        """
+        capacity = self.config.capacity
+        start, length, window, live, accepted = loaded
         if cutlass.const_expr(self.config.debug):
             in_range = (start >= 0) & (start < capacity) & (length >= 0) & (window >= 0)
             in_range = in_range & (length + window <= capacity)
@@ -65,7 +96,6 @@ class RingTiles(TokenChunks):
         window = cutlass.min(cutlass.max(window, 0), capacity - length)
         live = live & bits_below(length)
         if cutlass.const_expr(self.config.accept == "counts"):
-            accepted = read_l2(num_accepted.iterator + place.request, Int32)
             if cutlass.const_expr(self.config.debug):
                 within = (accepted >= 0) & (accepted <= window)
                 assert_(within, "gdn_mtp: num_accepted is not between 0 and the tokens that were verified")
@@ -73,9 +103,7 @@ class RingTiles(TokenChunks):
             live = live | (bits_below(length + accepted) & ~bits_below(length))
             length = length + accepted
         if cutlass.const_expr(self.config.accept == "nodes"):
-            node = Int32(-1)
-            if place.lane < accepted_nodes.shape[1]:
-                node = read_l2(accepted_nodes[place.request, None].iterator + place.lane, Int32)
+            node = accepted
             if cutlass.const_expr(self.config.debug):
                 assert_(node < window, "gdn_mtp: accepted_nodes names a node that was not verified")
             valid = (node >= 0) & (node < window)
@@ -83,6 +111,32 @@ class RingTiles(TokenChunks):
             live = live | cute.arch.warp_redux_sync(bit, "or")
             length = length + cute.arch.warp_redux_sync(select(valid, node + 1, Int32(0)), "max")
         return start, length, live
+
+    @cute.jit
+    def prefetch_pending(self, cache, state_indices, num_accepted, head, block_row, place):
+        """One warp: bring to L2 what `accept` and `fetch_pending` will read, as far as it can be foreseen.
+
+        Indices and cursors may still change: they are used where they are in range, and read again.
+        """
+        cfg = self.config
+        slot = read_index(state_indices, place.request)
+        if (slot >= 0) & (slot < cache.live.shape[0]):
+            cursor = cache.cursor[slot, None].iterator
+            start, length, window = (read_l2(cursor + i, Int32) for i in range(3))
+            prefetch_l2(cache.live.iterator + slot)
+            if cutlass.const_expr(cfg.accept == "none"):
+                window = Int32(0)
+            if cutlass.const_expr(cfg.accept == "counts"):
+                window = cutlass.min(window, read_l2(num_accepted.iterator + place.request, Int32))
+            length = cutlass.min(length + cutlass.max(window, 0), cfg.capacity)
+            if (place.lane < length) & (start >= 0) & (start < cfg.capacity):
+                position = self.wrapped(start + place.lane)
+                bulk_prefetch_l2(cache.keys[slot, position, head, None].iterator, cfg.key_bytes)
+                update = cache.updates[slot, position, place.hv, None].iterator
+                update = update + cute.assume(block_row, divby=MMA_ROWS)
+                bulk_prefetch_l2(update, cfg.update_bytes)
+                prefetch_l2(cache.gates[slot, position, None].iterator + place.hv)
+                prefetch_l2(cache.k_scale[slot, position, None].iterator + head)
 
     @cute.jit
     def fetch_pending(self, cache, accepted, slot, head, block_row, shared, place):
@@ -157,19 +211,30 @@ class RingTiles(TokenChunks):
         capacity = self.config.capacity
         return select(position >= capacity, position - capacity, position)
 
-    @cute.jit
-    def move_cursor(self, cache, pending, folded, window):
-        """One thread of a block: the block has read the cursor; the last of the request's blocks moves it."""
+    def blocks_per_request(self):
+        """Blocks that read a request's cursor."""
         blocks_x, blocks_y, _ = cute.arch.grid_dim()
-        last = blocks_x * blocks_y - 1
-        if increment(cache.cursor[pending.slot, None].iterator + 3, last) == last:
+        return blocks_x * blocks_y
+
+    def count_reader(self, cache, slot):
+        """One thread of a block, past a barrier: the block has read the cursor. Returns how many had before.
+
+        No fence is needed, which would wait for all that the thread has under way: the barrier has performed
+        the block's reads of the cursor, and nothing that was written is handed over with the count.
+        """
+        return increment(cache.cursor[slot, None].iterator + 3, self.blocks_per_request() - 1)
+
+    @cute.jit
+    def move_cursor(self, cache, reader, pending, folded, window):
+        """The same thread, with what `count_reader` gave: the last reader moves the cursor."""
+        if reader == self.blocks_per_request() - 1:
             start, length, live = pending.start, pending.length, pending.live
             if folded:
                 start, length, live = self.wrapped(start + length), Int32(0), Int32(0)
-            cache.cursor[pending.slot, 0] = start
-            cache.cursor[pending.slot, 1] = length
-            cache.cursor[pending.slot, 2] = window
-            cache.live[pending.slot] = live
+            cursor = cache.cursor[pending.slot, None].iterator
+            for i, value in enumerate((start, length, window)):
+                write_l2(cursor + i, value)
+            write_l2(cache.live.iterator + pending.slot, live)
 
     def rank(self, pending, p, x):
         """Number of token x of pending chunk p, clamped to the tokens that there are."""
@@ -227,10 +292,6 @@ class RingTiles(TokenChunks):
         self.stage_tile(self.advanced(s, pending, shared, place, tile), shared, place, tile, None)
         self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
         cute.arch.cp_async_bulk_commit_group()
-
-    def tile_row(self, place, tile):
-        """First row of a tile of this warp."""
-        return place.row + tile * MMA_ROWS
 
 
 def bits_below(n):

@@ -9,6 +9,9 @@ it is the chunk form of `kernel`, with D and L along the paths of a tree where t
 fold is due, the tile in registers is advanced and stored after the outputs: u of new tokens is that of the
 state before a bfloat16 pool rounds it.
 
+Loads are started in the order in which they are waited for: what comes late delays what comes after it. First
+the cursor, then the new tokens, the pending ones as soon as the cursor says which, the state last.
+
 Grid: (V / rows per block, HV, B). Each block reads the request's cursor; the last to have done so moves it.
 Ring positions that are written are not read in the same launch: pending and new tokens fit the ring together.
 """
@@ -36,12 +39,10 @@ from .config import (
 from .config_speculative import RING_WEIGHTS
 from .fragments import (
     NUMERIC,
-    bulk_prefetch_l2,
     load_shared,
     load_values,
     mma_split,
     parts,
-    prefetch_l2,
     read_index,
     read_l2,
     select,
@@ -154,40 +155,40 @@ class Verify(RingTiles):
         self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if (request * v.shape[2] + hv) * (cfg.V // cfg.tactic.rows) + v_block < cfg.resident_blocks:
+            if (request * v.shape[2] + hv) * (cfg.V // cfg.tactic.rows) + v_block < self.first_later_block():
                 here = Place(request, hv, request, row, warp, lane)
                 if warp == 0:
                     self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
+                if warp == cfg.tactic.warps - 1:
+                    self.prefetch_pending(cache, state_indices, num_accepted, head, block_row, here)
                 self.prefetch_state(state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = read_index(state_indices, request)
         place = Place(request, hv, slot, row, warp, lane)
-        token = cutlass.min(lane, cfg.T - 1)
-        gate_inputs = load_gates(a, b, A_log, dt_bias, request, hv, token)
-        parent = None
-        if cutlass.const_expr(cfg.tree):
-            parent = read_l2(parent_indices[request, None].iterator + token, Int32)
-        count = cfg.T
-        if cutlass.const_expr(cfg.variable_tokens):
-            count = read_l2(num_tokens.iterator + request, Int32)
-            count = cutlass.min(cutlass.max(count, 0), cfg.T)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
-        tokens = self.load_tokens(tensors, place, head)
         if (slot < 0) | (slot >= state.shape[0]):
             self.zero_output(tensors, place)
         else:
-            self.start_loads(state[slot, hv, None, None], shared, place)
-            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            loaded = self.load_cursor(cache, num_accepted, accepted_nodes, slot, place)
+            token = cutlass.min(lane, cfg.T - 1)
+            gate_inputs = load_gates(a, b, A_log, dt_bias, request, hv, token)
+            parent = None
+            if cutlass.const_expr(cfg.tree):
+                parent = read_l2(parent_indices[request, None].iterator + token, Int32)
+            count = cfg.T
+            if cutlass.const_expr(cfg.variable_tokens):
+                count = read_l2(num_tokens.iterator + request, Int32)
+                count = cutlass.min(cutlass.max(count, 0), cfg.T)
+            tokens = self.load_tokens(tensors, place, head)
+            values = self.load_values(tensors, place, 0)
+            accepted = self.accept(loaded)
             pending = self.pending(accepted, slot, head)
             pending_gate, pending_scale = self.fetch_pending(
                 cache, accepted, slot, head, block_row, shared, place
             )
-            values = [
-                [self.load_v(tensors, place, self.tile_row(place, tile), c) for c in range(len(cfg.chunks))]
-                for tile in range(cfg.tactic.tiles_per_warp)
-            ]
+            self.start_loads(state[slot, hv, None, None], shared, place)
             self.stage_tokens(tokens, scale, shared, place)
             log_decay = Float32(0.0)
             if warp == cfg.tactic.warps - 1:
@@ -195,49 +196,25 @@ class Verify(RingTiles):
             cute.arch.sync_threads()
             window = self.wrapped(pending.start + pending.length)
             fold = pending.length > fold_above
-            if tid == 0:
-                self.move_cursor(cache, pending, fold, Int32(count))
-            if warp == cfg.tactic.warps - 1:
-                self.prefetch_later_block(tensors, (a, b), state_indices, cache, lane)
-            self.make_matrices(pending, count, shared, place)
-            if warp == 0:
-                self.stage_weights(pending_gate, pending_scale, pending, shared, lane)
+            reader = Int32(0)
+            if (warp == cfg.tactic.warps - 1) & (lane == 0):
+                reader = self.count_reader(cache, slot)
             if v_block == 0:
                 if (warp == cfg.tactic.warps - 1) & (lane < count):
                     cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
                 if hv % group == 0:
                     self.record_keys(tokens, cache, pending, window, count, shared, place)
+            self.make_matrices(pending, count, shared, place)
+            if warp == 0:
+                self.stage_weights(pending_gate, pending_scale, pending, shared, lane)
             for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
-                self.tile(tensors, cache, values[tile], pending, window, count, fold, shared, place, tile)
+                if cutlass.const_expr(tile > 0):
+                    values = self.load_values(tensors, place, tile)
+                self.tile(tensors, cache, values, pending, window, count, fold, shared, place, tile)
+            if (warp == cfg.tactic.warps - 1) & (lane == 0):
+                self.move_cursor(cache, reader, pending, fold, Int32(count))
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    @cute.jit
-    def prefetch_later_block(self, tensors, token_gates, state_indices, cache, lane):
-        """Bring to L2 what the block that will take this one's place reads first.
-
-        Blocks spend much of their time on other things than loads; this keeps the memory busy meanwhile.
-        """
-        cfg = self.config
-        blocks_x, heads, requests = cute.arch.grid_dim()
-        x, y, z = cute.arch.block_idx()
-        later = cfg.resident_blocks + x
-        row, later = later % blocks_x * cfg.tactic.rows, y + later // blocks_x
-        hv, request = later % heads, z + later // heads
-        state = tensors.state
-        if request < requests:
-            place = Place(request, hv, request, row, 0, lane)
-            head = hv // (tensors.v.shape[2] // tensors.q.shape[2])
-            self.prefetch_tokens(tensors, token_gates, (), place, head)
-            slot = read_index(state_indices, request)
-            if (slot >= 0) & (slot < state.shape[0]):
-                if (lane < cfg.tactic.rows // MMA_ROWS) & (not cfg.tactic.row_copies):
-                    rows = state[slot, hv, row + MMA_ROWS * lane, None].iterator
-                    bulk_prefetch_l2(rows, cfg.tile_bytes)
-                if lane == 1:
-                    prefetch_l2(cache.cursor[slot, None].iterator)
-                if lane == 2:
-                    prefetch_l2(cache.live.iterator + slot)
 
     # The ring
 
@@ -254,7 +231,7 @@ class Verify(RingTiles):
                     factor = self.gate(shared, t, K_SCALE)
                     cache.k_scale[pending.slot, self.wrapped(window + t), pending.head] = factor
                 for j in cutlass.range_constexpr(len(k)):
-                    row[place.lane + WARP_LANES * j] = k[j].to(cache.keys.element_type)
+                    row[place.lane + WARP_LANES * j] = k[j]
 
     @cute.jit
     def record_updates(self, u, cache, pending, window, count, place, row, c):
@@ -404,7 +381,9 @@ class Verify(RingTiles):
             u, o = self.apply(weighed, shared, place, c)
             self.store_output(tensors, o, place, row, c)
             self.record_updates(u, cache, pending, window, count, place, row, c)
-        if fold:
+        if fold:  # read again, so that no registers are held for it where it is not due
+            cute.arch.sync_warp()
+            s = self.load_tile(shared, place, tile)
             matrix = tensors.state[pending.slot, place.hv, None, None]
             self.store_advanced(s, matrix, pending, shared, place, tile)
 

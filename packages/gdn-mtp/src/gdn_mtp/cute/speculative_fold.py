@@ -65,7 +65,7 @@ class Fold(RingTiles):
         else:
             if cutlass.const_expr(cfg.mode == "materialize"):
                 self.start_loads(state[slot, hv, None, None], shared, place)
-            accepted = self.accept(cache, num_accepted, accepted_nodes, slot, place)
+            accepted = self.accept(self.load_cursor(cache, num_accepted, accepted_nodes, slot, place))
             pending = self.pending(accepted, slot, head)
             pending_gate, pending_scale = self.fetch_pending(
                 cache, accepted, slot, head, block_row, shared, place
@@ -78,7 +78,7 @@ class Fold(RingTiles):
                 self.fold(states[request, hv, None, None], pending, shared, place)
             else:
                 if tid == 0:
-                    self.move_cursor(cache, pending, True, Int32(0))
+                    self.move_cursor(cache, self.count_reader(cache, slot), pending, True, Int32(0))
                 if pending.count > 0:
                     self.start_loads(state[slot, hv, None, None], shared, place)
                     self.fold(state[slot, hv, None, None], pending, shared, place)

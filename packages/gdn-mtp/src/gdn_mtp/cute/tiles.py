@@ -60,6 +60,10 @@ class TileCopies:
     def __init__(self, config: KernelConfig):
         self.config = config
 
+    def tile_row(self, place, tile):
+        """First row of a tile of this warp."""
+        return place.row + tile * MMA_ROWS
+
     @cute.jit
     def init_barriers(self, shared, warp, lane):
         """Make this warp's barriers ready, one per tile."""

@@ -1,0 +1,62 @@
+"""The speculative kernels as compiled, for architectures that need not be there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gdn_mtp import SpeculativeProblem
+from gdn_mtp.cute.compile import FUNCTION
+from gdn_mtp.cute.kernels_speculative import HEURISTIC, KERNELS, TACTICS, regime
+from gdn_support import BF16, FP16, FP32
+from kernel_dispatch import Arch
+from kernel_testing import cubin_resources
+
+ARCHS = ("sm_90a", "sm_100a", "sm_120a")
+REGISTERS_PER_SM = 65536
+SMALL, LARGE = 1, 64  # batches whose tactics differ
+
+
+def problem(**fields) -> SpeculativeProblem:
+    sizes = {"B": LARGE, "T": 4, "H": 16, "HV": 32, "K": 128, "V": 128, "capacity": 16}
+    return SpeculativeProblem(**{**sizes, **fields})
+
+
+PROBLEMS = {
+    "T4": problem(),
+    "T4-bf16state": problem(state_dtype=BF16),
+    "T4-bf16state-small": problem(state_dtype=BF16, B=SMALL),
+    "T4-bf16state-tree": problem(state_dtype=BF16, tree=True, accept="nodes"),
+    "T6-tree-fp16": problem(T=6, capacity=24, tree=True, accept="nodes", io_dtype=FP16, gate_dtype=FP16),
+    "T8": problem(T=8, capacity=24),
+    "T8-bf16state": problem(T=8, capacity=24, state_dtype=BF16),
+    "T8-variable": problem(T=8, capacity=24, variable_tokens=True, tensor_scale=True),
+    "T8-fp32-K64": problem(T=8, capacity=24, K=64, V=64, io_dtype=FP32, gate_dtype=FP32),
+    "T8-fp32-bf16state": problem(T=8, capacity=24, io_dtype=FP32, gate_dtype=FP32, state_dtype=BF16),
+    "T16-variable": problem(T=16, capacity=32, variable_tokens=True),
+    "T16-bf16state-tree": problem(T=16, capacity=32, state_dtype=BF16, tree=True, accept="nodes"),
+    "commit": replace(problem(), mode="commit", T=0),
+    "materialize": replace(problem(state_dtype=BF16), mode="materialize", T=0),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("asked", PROBLEMS.values(), ids=PROBLEMS)
+def test_compiled_code_keeps_everything_in_registers(arch: str, asked: SpeculativeProblem) -> None:
+    """Code for the tactic that the heuristic picks has no stack frame, hence spills no register."""
+    target = Arch.from_name(arch)
+    config = KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0])
+    assert config.smem_bytes <= target.smem_optin_bytes
+    resources = cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes())
+    assert resources.stack_bytes == 0
+    assert resources.registers * 32 * config.warps * config.blocks_per_sm <= REGISTERS_PER_SM
+
+
+def test_the_heuristic_reaches_every_row_of_its_table() -> None:
+    hopper = Arch.from_name("sm_90a")
+    asked = [problem(T=t, capacity=32, state_dtype=dtype) for t in (4, 16) for dtype in (torch.float32, BF16)]
+    assert {regime(one) for one in asked} == set(HEURISTIC)
+    for one in asked:
+        chosen = {KERNELS.tactics(replace(one, B=b), hopper)[0] for b in (SMALL, LARGE)}
+        assert chosen == {name for _, name in HEURISTIC[regime(one)]} <= set(TACTICS)
