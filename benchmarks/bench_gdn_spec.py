@@ -42,7 +42,7 @@ from _gdn_variants import import_peer, progress
 from gdn_mtp import SpeculativeCache
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import gated_delta_rule_reference
-from gdn_mtp.speculative.folding import fold_above
+from gdn_mtp.speculative.folding import fold_limit
 from gdn_mtp.speculative.problem import SpeculativeProblem
 from kernel_dispatch import as_arch, resolve
 from kernel_testing import (
@@ -86,7 +86,7 @@ class Cell:
     T: int
     state_dtype: torch.dtype
     capacity: int
-    fold: str
+    fold: str | int
 
     @property
     def slot_nbytes(self) -> int:
@@ -106,11 +106,7 @@ class Cell:
     @property
     def fold_above(self) -> int:
         """Pending tokens beyond which a verify folds."""
-        accepted, token_bytes = (self.T + 1) / 2, self.token_nbytes
-        return fold_above(
-            self.fold, self.capacity, self.T,
-            accepted=accepted, token_bytes=token_bytes, state_bytes=self.slot_nbytes,
-        )  # fmt: skip
+        return fold_limit(self.problem(), self.T, self.fold)
 
     def problem(self) -> SpeculativeProblem:
         return SpeculativeProblem(
@@ -430,7 +426,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--capacity", nargs="+", type=int, help="of the rings; by default 16 for T = 4, 24 for 8"
     )
-    parser.add_argument("--fold", nargs="+", choices=FOLDS, default=("auto",))
+    parser.add_argument(
+        "--fold",
+        nargs="+",
+        type=parse_fold,
+        default=("auto",),
+        help="auto, always, full, or numbers of tokens",
+    )
     parser.add_argument("--state-dtype", nargs="+", choices=STATE_DTYPES, default=tuple(STATE_DTYPES))
     parser.add_argument("--peers", nargs="+", choices=("flashinfer", "none"), default=("flashinfer",))
     parser.add_argument("--tactics", nargs="*", help="time these tactics of ours as well, or all of them")
@@ -443,6 +445,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+def parse_fold(text: str) -> str | int:
+    """A policy's name, or a number of pending tokens beyond which a verify folds."""
+    if text in FOLDS:
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected one of {', '.join(FOLDS)} or a number")
+    return int(text)
+
+
 def make_cells(options: argparse.Namespace) -> list[Cell]:
     """The rows asked for; those that share a pool follow each other."""
     return [
@@ -453,7 +464,7 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
         for capacity in options.capacity or (CAPACITY.get(T, 32),)
         for fold in options.fold
         for B in options.batch
-        if capacity >= 2 * T
+        if capacity >= 2 * T and (isinstance(fold, str) or fold <= capacity - 2 * T)
     ]
 
 
