@@ -36,7 +36,7 @@ TACTICS = {
 KMAJOR_TACTIC = "c32"
 KMAJOR_COLUMNS = 32
 
-# (tiles of 16 rows per SM, at most, tactic) by regime: bench_gdn_mtp.py --tactics on an H100 80GB HBM3, November
+# (tiles of 16 rows per SM, at most, tactic) by regime: bench_gdn_mtp.py --tactics, H100 80GB HBM3, November
 # 2026, 16 key and 32 value heads, batches of 1 to 64
 NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
