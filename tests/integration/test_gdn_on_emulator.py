@@ -79,7 +79,7 @@ def on_cpu(case: Case) -> dict[str, Tensor]:
         ("sm_90a", "w4t1r", 4, BF16, True),
         ("sm_90a", "w4t1e", 8, FP32, True),
         ("sm_90a", "w4t1e", 8, FP32, False),
-        ("sm_90a", "w4t2s", 6, BF16, False),
+        ("sm_90a", "w2t1s", 6, BF16, False),
         ("sm_100a", "w4t1s", 4, FP32, True),
         ("sm_100a", "w4t1e", 8, BF16, False),
         ("sm_120a", "w2t1f", 4, BF16, True),
