@@ -11,8 +11,9 @@ from emulator_recording import TYPES
 from gdn_mtp.cute.config import Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.trace import arguments, kernel
-from gdn_support import BF16, FP16, FP32
-from ptx_emulator import Emulated, compile_cute, emulate, explore
+from gdn_support import BF16, FP16, FP32, assert_same_bits
+from ptx_emulator import Emulated, Launches, compile_cute, emulate, explore
+from ptx_emulator.host.cute import Call
 from speculative_history import History, Setup
 from torch import Tensor
 
@@ -27,6 +28,10 @@ class Emulator:
         self.functions: dict[SpeculativeConfig, Emulated] = {}
 
     def __call__(self, config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
+        explore(self.call(config, args), SCHEDULES, progress=False).raise_if_wrong()
+
+    def call(self, config: SpeculativeConfig, args: tuple[Any, ...]) -> Call:
+        """A launch, to be run."""
         if config not in self.functions:
             stream = make_fake_stream(use_tvm_ffi_env_stream=True)
             compiled = compile_cute(kernel(config), *arguments(config), stream, arch=self.arch)
@@ -35,7 +40,7 @@ class Emulator:
         for x in args:
             if isinstance(x, Tensor):
                 TYPES[x.data_ptr()] = str(x.dtype).removeprefix("torch.")
-        explore(self.functions[config].call(*args), SCHEDULES, progress=False).raise_if_wrong()
+        return self.functions[config].call(*args)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,31 @@ def test_history(arch: str, setup: Setup) -> None:
     for _ in range(6):
         history.step(2)
     history.commit([0, 1, 2])
+
+
+def test_verifies_may_start_before_the_one_before_has_ended() -> None:
+    """Each takes states, cursors and pending tokens as the one before leaves them."""
+    setup = Setup(tactic=Tactic(4, 1, trigger="start"), variable=False)
+    emulator = Emulator("sm_90a")
+    launches: list[tuple[SpeculativeConfig, tuple[Any, ...]]] = []
+
+    def launch(config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
+        emulator(config, args)
+        launches.append((config, args))
+
+    history = History(setup, launch, pool_size=3, device=torch.device("cpu"))
+    tensors = (history.pool, *history.cache)
+    history.verify([2, 0], setup.max_tokens, 2)
+    launches.clear()
+    before = [x.clone() for x in tensors]
+    for slots in ([2, 0], [0, 2], [2, 0]):
+        history.verify(slots, setup.max_tokens, 2)
+    written = (*tensors, *(args[-1] for _, args in launches))
+    expected = [x.clone() for x in written]
+
+    for x, value in zip(tensors, before, strict=True):
+        x.copy_(value)
+    chain = Launches([emulator.call(config, args) for config, args in launches])
+    explore(chain, SCHEDULES, progress=False).raise_if_wrong()
+    for x, value in zip(written, expected, strict=True):
+        assert_same_bits(x, value, "a chain of verifies")

@@ -186,18 +186,24 @@ class Emulated:
         Args:
             module: kernels to run in place of the function's own, such as a mutant.
         """
-        module = module or self.module
         machine = Machine(self.device, options)
-        machine.attach(module)
-        give(machine, self.memories(arguments))
-        self.launches = []
-        self._host(
-            lambda launch: self._enqueue(machine, module, launch), *map(_on_device, arguments.values())
-        )
+        self.enqueue(machine, arguments, module)
         self.result = finish(machine, replace(options, strict=False))
         if options.strict:
             self.result.raise_reports()
         return self.result
+
+    def enqueue(
+        self, machine: Machine, arguments: Mapping[str, Any], module: LoadedModule | None = None
+    ) -> None:
+        """Runs the host code, which appends its launches to the stream of a machine; see `run`."""
+        kernels = module or self.module
+        machine.attach(kernels)
+        give(machine, self.memories(arguments))
+        self.launches = []
+        self._host(
+            lambda launch: self._enqueue(machine, kernels, launch), *map(_on_device, arguments.values())
+        )
 
     def memories(self, arguments: Mapping[str, Any]) -> list[Memory]:
         """The memory of the tensors among arguments by name."""
@@ -238,6 +244,15 @@ class Call:
 
     function: Emulated
     arguments: Mapping[str, Any]
+
+    @property
+    def arch(self) -> str:
+        """The architecture that the function was compiled for."""
+        return self.function.device
+
+    def enqueue(self, machine: Machine) -> None:
+        """Appends what the call launches to the stream of a machine."""
+        self.function.enqueue(machine, self.arguments)
 
     def memories(self) -> list[Memory]:
         """The memory of the tensors among the arguments."""

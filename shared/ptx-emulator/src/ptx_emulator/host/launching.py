@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,6 +64,11 @@ class Launch:
             self._loaded.append(LoadedModule(self.ptx, self.device))
         return self._loaded[0]
 
+    @property
+    def arch(self) -> str:
+        """The architecture it runs on."""
+        return self.device or self.module().arch
+
     def memories(self) -> list[Memory]:
         """The memory of the arrays among the arguments."""
         if self.names and len(self.names) != len(self.args):
@@ -103,16 +108,33 @@ class Launch:
             EmulationError: findings, if the options are strict.
         """
         chosen = options or Options()
-        machine = Machine(self.device or self.module().arch, chosen)
+        machine = Machine(self.arch, chosen)
         self.enqueue(machine, module)
         return finish(machine, chosen)
 
 
+class Queued(Protocol):
+    """What can be a part of `Launches`: a `Launch`, or a compiled function with its arguments."""
+
+    @property
+    def arch(self) -> str:
+        """The architecture."""
+        ...
+
+    def memories(self) -> list[Memory]:
+        """The memory that it may touch."""
+        ...
+
+    def enqueue(self, machine: Machine) -> None:
+        """Appends it to the stream of a machine."""
+        ...
+
+
 @dataclass(frozen=True)
 class Launches:
-    """Launches of one stream, in order; all for one architecture."""
+    """Launches and calls of compiled functions in one stream, in order; all for one architecture."""
 
-    launches: Sequence[Launch]
+    launches: Sequence[Queued]
 
     def memories(self) -> list[Memory]:
         """The memory that the launches may touch."""
@@ -121,10 +143,10 @@ class Launches:
     def run(self, options: Options | None = None) -> Result:
         """Runs the launches once, in place."""
         chosen = options or Options()
-        devices = {launch.device or launch.module().arch for launch in self.launches}
-        if len(devices) != 1:
-            raise ValueError(f"launches: are for {sorted(devices)}, one device is needed")
-        machine = Machine(devices.pop(), chosen)
+        archs = {launch.arch for launch in self.launches}
+        if len(archs) != 1:
+            raise ValueError(f"launches: are for {sorted(archs)}, one architecture is needed")
+        machine = Machine(archs.pop(), chosen)
         for launch in self.launches:
             launch.enqueue(machine)
         return finish(machine, chosen)
