@@ -126,7 +126,7 @@ def test_every_way_to_run_refuses_ptx_for_another_device() -> None:
         Machine("sm_100a").attach(LoadedModule(ptx))
     with pytest.raises(EmulatorError, match="cannot run on sm_120a"):
         unsupported(ptx, "sm_120a")
-    with pytest.raises(ValueError, match="one device"):
+    with pytest.raises(ValueError, match="one architecture"):
         Launches([Launch(ptx), Launch(kernel_text("", 0, "sm_100a"))]).run()
     launch(kernel_text("", 0, "sm_90"), device="sm_100a")
 
