@@ -15,7 +15,7 @@ _PRELUDE = """.version 8.8
 .address_size 64
 .extern .shared .align 1024 .b8 smem[];
 {globals}
-.visible .entry kernel({parameters})
+.visible .entry kernel({parameters}) {directives}
 {{
 .reg .pred %p<64>;
 .reg .b16 %rs<64>;
@@ -33,7 +33,9 @@ ret;
 """
 
 
-def kernel_text(body: str, num_arrays: int, target: str = "sm_90a", module_scope: str = "") -> str:
+def kernel_text(
+    body: str, num_arrays: int, target: str = "sm_90a", module_scope: str = "", directives: str = ""
+) -> str:
     """A module with one kernel.
 
     `%rd1`, `%rd2`, … hold the arrays' addresses, `%r1` is %tid.x, `%rd0` is 4 * %tid.x.
@@ -42,6 +44,7 @@ def kernel_text(body: str, num_arrays: int, target: str = "sm_90a", module_scope
     return _PRELUDE.format(
         target=target,
         globals=module_scope,
+        directives=directives,
         parameters=", ".join(f".param .u64 {name}" for name in names),
         loads="\n".join(f"ld.param.u64 %rd{n}, [{name}];" for n, name in enumerate(names, 1)),
         body=body,
@@ -57,6 +60,7 @@ def run_kernel(
     target: str = "sm_90a",
     shared_bytes: int = 0,
     globals: str = "",
+    directives: str = "",
     checks: bool = True,
     expect_reports: bool = False,
     initialised: bool = True,
@@ -70,7 +74,7 @@ def run_kernel(
         options: of `Options`.
     """
     machine = Machine(target, Options(checks=checks, **options))
-    module = LoadedModule(kernel_text(body, len(arrays), target, globals), target)
+    module = LoadedModule(kernel_text(body, len(arrays), target, globals, directives), target)
     machine.attach(module)
     params = b""
     for number, array in enumerate(arrays, 1):

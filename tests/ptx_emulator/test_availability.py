@@ -134,14 +134,13 @@ def test_every_way_to_run_refuses_ptx_for_another_device() -> None:
 def test_what_the_kernel_demands_of_its_launch() -> None:
     with pytest.raises(EmulatorError, match="sm_89 has no clusters"):
         launch(kernel_text("", 0, "sm_89"), grid=2, cluster=2)
-    text = kernel_text("", 0)
     for directive, sizes, message in [
         (".reqntid 64, 1, 1", {"block": 32}, "requires"),
         (".maxntid 64, 1, 1", {"block": 128}, "allows 64"),
         (".reqnctapercluster 2, 1, 1", {"grid": 2}, "cluster: .*requires"),
     ]:
         with pytest.raises(EmulatorError, match=message):
-            launch(text.replace("()\n{", f"() {directive} {{"), **sizes)
+            launch(kernel_text("", 0, directives=directive), **sizes)
 
 
 def test_devices_by_name() -> None:

@@ -48,25 +48,6 @@ def test_every_tile_is_done_once_by_clusters_that_take_those_of_others(cluster: 
     np.testing.assert_array_equal(done, 1)
 
 
-def test_warps_of_a_group_must_set_the_same_register_count():
-    same = "setmaxnreg.dec.sync.aligned.u32 40; bar.sync 0; setmaxnreg.inc.sync.aligned.u32 240;"
-    run_kernel(same, block=(128, 1, 1))
-    different = """
-        setp.lt.u32 %p1, %r1, 64; @%p1 bra FEW;
-        setmaxnreg.inc.sync.aligned.u32 200; bra.uni DONE;
-        FEW: setmaxnreg.dec.sync.aligned.u32 40;
-        DONE:
-    """
-    result = run_kernel(different, block=(128, 1, 1), expect_reports=True)
-    assert any("same warp group" in report.message for report in result.reports)
-
-
-@pytest.mark.parametrize("count", [16, 260, 36])
-def test_register_counts_that_do_not_exist(count: int):
-    with pytest.raises(UnsupportedInstruction, match="multiple of 8 from 24 to 256"):
-        run_kernel(f"setmaxnreg.inc.sync.aligned.u32 {count};")
-
-
 def test_clocks_go_on():
     out = np.zeros(6, np.uint64)
     run_kernel(

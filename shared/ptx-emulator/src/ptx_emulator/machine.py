@@ -19,6 +19,7 @@ import numpy as np
 from ptx_emulator.build import build
 from ptx_emulator.counts import COUNT_NAMES, LaunchCounts
 from ptx_emulator.errors import EmulatorError
+from ptx_emulator.launch_registers import fits, launch_registers
 from ptx_emulator.options import ASYNC_POLICIES, WARP_POLICIES, Options
 from ptx_emulator.program import Program, lower
 from ptx_emulator.ptx.module import Module
@@ -41,6 +42,7 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("cluster", ctypes.c_uint32 * 3),
         ("dynamic_shared_bytes", ctypes.c_uint32),
+        ("registers_per_thread", ctypes.c_uint32),
         ("pdl", ctypes.c_uint32),
         ("num_params_bytes", ctypes.c_uint32),
         ("params", ctypes.c_char_p),
@@ -287,6 +289,7 @@ class Machine:
             (ctypes.c_uint32 * 3)(*block),
             (ctypes.c_uint32 * 3)(*cluster),
             shared_bytes,
+            self._launch_registers(program, block),
             pdl,
             len(params),
             params,
@@ -433,6 +436,18 @@ class Machine:
             raise EmulatorError(
                 f"params: {len(params)} bytes, {program.name} takes {program.parameter_bytes} bytes"
             )
+
+    def _launch_registers(self, program: Program, block: tuple[int, int, int]) -> int:
+        """Registers per thread if the kernel changes them and the number is known, otherwise 0."""
+        if not program.sets_registers:
+            return 0
+        registers = launch_registers(program.function.directives, self.options.max_registers) or 0
+        if not fits(registers, prod(block)):
+            raise EmulatorError(
+                f"block: {block} has {prod(block)} threads with {registers} registers each, more than "
+                "a multiprocessor has"
+            )
+        return registers
 
     def _counts(self) -> Iterator[LaunchCounts]:
         for index, queued in enumerate(self._launches):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ptx_emulator.errors import EmulatorError
 from ptx_emulator.reports import KINDS
 
+MIN_REGISTERS, MAX_REGISTERS = 24, 255  # that a thread may be launched with, of a kernel with setmaxnreg
 WARP_POLICIES = {"fair": 0, "greedy": 1, "random": 2}
 ASYNC_POLICIES = {"prompt": 0, "eager": 1, "late": 2, "random": 3}
 SCHEDULES = {
@@ -34,12 +35,15 @@ class Options:
             its predecessor allows, or only when that has completed.
         allow: kinds of findings that go to `Result.allowed` and are never raised, such as `tcgen05-order`:
             the fences that the PTX ISA asks for behind an mbarrier, and that published kernels leave out.
+        max_registers: registers per thread where neither `.maxnreg` nor `.minnctapersm` of the kernel says
+            it, as ptxas is told by `--maxrregcount`. Without any of the three, `setmaxnreg` has no effect.
         strict: whether findings are raised as EmulationError; otherwise they are in `Result.reports`.
         progress: whether a bar on stderr shows how many clusters have run, on runs that take more than a few
             seconds; None: where that is a terminal.
 
     Raises:
-        EmulatorError: an unknown schedule or kind of finding, or no workers.
+        EmulatorError: an unknown schedule or kind of finding, no workers, or registers that a thread cannot
+            have.
     """
 
     checks: bool = True
@@ -49,6 +53,7 @@ class Options:
     trace: bool = False
     early_dependents: bool = True
     allow: tuple[str, ...] = ()
+    max_registers: int | None = None
     strict: bool = True
     progress: bool | None = None
 
@@ -66,6 +71,10 @@ class Options:
             )
         if self.workers is not None and self.workers < 1:
             raise EmulatorError(f"workers: {self.workers}, at least 1 is needed")
+        if self.max_registers is not None and not MIN_REGISTERS <= self.max_registers <= MAX_REGISTERS:
+            raise EmulatorError(
+                f"max_registers: {self.max_registers}, a thread has {MIN_REGISTERS} to {MAX_REGISTERS}"
+            )
 
     @property
     def policies(self) -> tuple[str, str]:

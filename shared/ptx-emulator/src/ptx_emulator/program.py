@@ -50,6 +50,7 @@ class Program:
     local_bytes: int
     static_shared_bytes: int
     parameter_bytes: int
+    sets_registers: bool  # has a setmaxnreg
 
 
 def lower(module: Module, function: Function, symbols: dict[str, int], operations: dict[str, int]) -> Program:
@@ -102,6 +103,7 @@ def lower(module: Module, function: Function, symbols: dict[str, int], operation
         local_bytes=local_bytes,
         static_shared_bytes=static_shared_bytes,
         parameter_bytes=last.offset + last.bytes if last else 0,
+        sets_registers=any(op.name == "setmaxnreg" for op in ctx.ops),
     )
 
 

@@ -20,6 +20,7 @@ KINDS = {
     "tmem": "Misuse of tensor memory",
     "out-of-bounds": "Accesses out of bounds",
     "misaligned": "Misaligned accesses",
+    "registers": "Misuse of setmaxnreg",
     "divergence": "Divergence at .aligned instructions",
     "uninitialised": "Reads of what nobody wrote",
     "deadlock": "Deadlock",

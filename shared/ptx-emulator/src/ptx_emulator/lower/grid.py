@@ -26,7 +26,8 @@ def lower_griddepcontrol(ctx: Lowering, instruction: Instruction) -> None:
 @lowers("setmaxnreg", op_class="control")
 def lower_setmaxnreg(ctx: Lowering, instruction: Instruction) -> None:
     modifiers = Modifiers(ctx, instruction)
-    if modifiers.take("inc", "dec") is None or not (modifiers.has("sync") and modifiers.has("aligned")):
+    action = modifiers.take("inc", "dec")
+    if action is None or not (modifiers.has("sync") and modifiers.has("aligned")):
         raise ctx.unsupported(".inc or .dec, .sync and .aligned are needed")
     if modifiers.type() != "u32":
         raise ctx.unsupported("the type must be .u32")
@@ -37,7 +38,7 @@ def lower_setmaxnreg(ctx: Lowering, instruction: Instruction) -> None:
         raise ctx.unsupported(
             f"the count must be a multiple of {REGISTER_STEP} from {MIN_REGISTERS} to {MAX_REGISTERS}"
         )
-    ctx.emit("setmaxnreg", value)
+    ctx.emit("setmaxnreg", value, int(action == "inc"))
 
 
 @lowers("nanosleep", op_class="control")

@@ -11,6 +11,7 @@ const char* const kReportNames[] = {
     "out-of-bounds", "misaligned",     "uninitialised", "race",        "proxy-race",
     "tcgen05-order", "deadlock",       "divergence",    "barrier",     "tmem",
     "tmem-lanes",    "grid-dependency", "unsupported",  "trap",        "wgmma-order",
+    "registers",
 };
 
 void append_quoted(std::string& out, const std::string& text) {
@@ -80,7 +81,7 @@ struct PackedSpecial {
 };
 struct PackedLaunch {
   uint32_t size[3], block[3], cluster[3];
-  uint32_t dynamic_shared_bytes, pdl, num_params_bytes;
+  uint32_t dynamic_shared_bytes, registers_per_thread, pdl, num_params_bytes;
   const uint8_t* params;
 };
 struct PackedOptions {
@@ -167,6 +168,7 @@ void ptxe_enqueue(Machine* machine, const Program* program, const PackedLaunch* 
   std::copy_n(launch->block, 3, grid.block);
   std::copy_n(launch->cluster, 3, grid.cluster);
   grid.dynamic_shared_bytes = launch->dynamic_shared_bytes;
+  grid.registers_per_thread = launch->registers_per_thread;
   grid.num_warps = (grid.block[0] * grid.block[1] * grid.block[2] + kLanes - 1) / kLanes;
   const uint32_t* c = grid.cluster;
   grid.num_clusters = grid.size[0] * grid.size[1] * grid.size[2] / (c[0] * c[1] * c[2]);

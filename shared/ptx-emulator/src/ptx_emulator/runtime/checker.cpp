@@ -402,6 +402,11 @@ bool happened_before(const Stamp& stamp, const Actor& actor) {
   return actor.before && actor.before->generic.covers(stamp.component, stamp.value);
 }
 
+bool happened_before(const Stamp& stamp, Warp& w) {
+  ClusterChecker* c = ClusterChecker::of(*w.cluster);
+  return !c || stamp.component == w.component || c->state(w).views.generic.covers(stamp.component, stamp.value);
+}
+
 bool visible_to_async(const Stamp& stamp, const Actor& actor) {
   return stamp.value && actor.before && actor.before->async.covers(stamp.component, stamp.value);
 }

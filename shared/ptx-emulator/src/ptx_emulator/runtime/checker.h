@@ -107,6 +107,7 @@ struct Stamp {
 };
 Stamp stamp(Warp& w);
 bool happened_before(const Stamp& stamp, const Actor& actor);
+bool happened_before(const Stamp& stamp, Warp& w);  // what the warp executes now; true when nothing is checked
 bool visible_to_async(const Stamp& stamp, const Actor& actor);  // a fence.proxy.async lies between the two
 
 // --- accesses that do not go through resolve(): tensor memory, rectangle of lanes and columns of cta.tmem

@@ -4,6 +4,7 @@
 
 #include "bulk.h"
 #include "program.h"
+#include "register_pool.h"
 
 namespace ptxe {
 
@@ -184,6 +185,7 @@ void end_cta(Cta& cta) {
   check_barriers_at_exit(cta);
   check_bulk_groups_at_exit(cta);
   check_tmem_at_exit(cta);
+  check_registers_at_exit(cta);
 }
 
 }  // namespace ptxe

@@ -181,7 +181,7 @@ std::string cta_name(const Cta& cta);     // "CTA (1, 0, 0)", by %ctaid
 
 enum class Report : uint8_t {
   OutOfBounds, Misaligned, Uninitialised, Race, ProxyRace, Tcgen05Order, Deadlock, Divergence, BarrierMisuse,
-  TmemMisuse, TmemLanes, GridDependency, Unsupported, Trap, WgmmaOrder,
+  TmemMisuse, TmemLanes, GridDependency, Unsupported, Trap, WgmmaOrder, Registers,
 };
 
 // Records a report at the executing instruction. `lane` -1: the whole warp. `other` is the earlier side of a race.

@@ -1,4 +1,4 @@
-// Instructions about the grid: dependent launch, cluster launch control, registers of a warp group, sleep, clocks.
+// Instructions about the grid: dependent launch, cluster launch control, sleep, clocks.
 #include "grid.h"
 
 #include <algorithm>
@@ -13,16 +13,10 @@ namespace ptxe {
 namespace {
 
 constexpr uint32_t kResponseBytes = 16;
-constexpr uint32_t kWarpsPerGroup = 4;
 constexpr uint64_t kCancelLatency = 1000;  // virtual cycles from try_cancel to its response
 // Virtual cycles are taken to be those of a clock of 1.5 GHz: three cycles are two nanoseconds.
 constexpr uint64_t to_nanoseconds(uint64_t cycles) { return cycles * 2 / 3; }
 constexpr uint64_t to_cycles(uint64_t nanoseconds) { return nanoseconds * 3 / 2; }
-
-// The register counts that each warp has set, in order.
-struct RegisterCounts : GroupState {
-  std::vector<std::vector<uint32_t>> by_warp;
-};
 
 // clusterlaunchcontrol.try_cancel: writes the response and signals the mbarrier, in one CTA or in all.
 struct CancelOp : AsyncOp {
@@ -82,25 +76,6 @@ PTXE_OP("griddepcontrol.wait") {
 PTXE_OP("griddepcontrol.launch_dependents") {
   if (!knows_grid_dependency(w)) w.grid->let_go_unwaited = true;
   launch_dependents(w);
-  return Step::Next;
-}
-
-// A hint to the register allocator: nothing to do but to check that the warps of a group agree.
-PTXE_OP("setmaxnreg") {  // count
-  const Step step = gather(w, i, w.live);
-  if (step != Step::Execute) return step;
-  auto& by_warp = w.cta->state.get<RegisterCounts>().by_warp;
-  if (by_warp.empty()) by_warp.resize(w.cta->warps.size());
-  auto& own = by_warp[w.index];
-  own.push_back(i.args[0]);
-  const size_t first = w.index / kWarpsPerGroup * kWarpsPerGroup;
-  for (size_t other = first; other < std::min<size_t>(first + kWarpsPerGroup, by_warp.size()); ++other) {
-    if (by_warp[other].size() < own.size() || by_warp[other][own.size() - 1] == i.args[0]) continue;
-    report(w, Report::Divergence, -1,
-           "setmaxnreg to " + std::to_string(i.args[0]) + " registers, but warp " + std::to_string(other) +
-               " of the same warp group has set " + std::to_string(by_warp[other][own.size() - 1]) + ".");
-    break;
-  }
   return Step::Next;
 }
 

@@ -83,6 +83,7 @@ struct Grid {
   uint32_t block[3];
   uint32_t cluster[3];
   uint32_t dynamic_shared_bytes;
+  uint32_t registers_per_thread;  // 0: not known
   uint32_t num_warps;    // per CTA
   uint32_t num_clusters;
   bool pdl;              // may start before its predecessor has completed
