@@ -47,6 +47,12 @@ def write_rows(root: Path, *rows: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", [CPU, GPU, EMULATED, COMPILED], ids=["cpu", "gpu", "emulated", "compiled"])
+def test_note_ends_the_cell_of_every_grade(root: Path, row: dict[str, Any]) -> None:
+    checked = evidence.check_row("mla-core", row | {"note": "all but the combine kernel"}, root)
+    assert checked.cell.endswith("`nox -s test`, all but the combine kernel")
+
+
+@pytest.mark.parametrize("row", [CPU, GPU, EMULATED, COMPILED], ids=["cpu", "gpu", "emulated", "compiled"])
 def test_complete_row_is_accepted(root: Path, row: dict[str, Any]) -> None:
     assert evidence.check_row("mla-core", row, root).command == "nox -s test"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import ptx_emulator
 import pytest
 import torch
 from kernel_dispatch import as_arch
-from kernel_testing.mla import E4M3, Case, Inputs
+from kernel_testing.mla import HEAD_DIM, Case, Inputs
 from mla_core import DecodeProblem, plan_splits
 from mla_core.planning import SplitPlan
 from mla_sm120 import config, launch, sources
@@ -25,6 +27,24 @@ CASES = [
     (Case((150, 40), "bf16", 64), 64, 1),
     (Case((100,), "fp16", 5, 2, 32), 16, 1),
 ]
+SCHEDULES = ("fair", "greedy", "late", "greedy-late", "random")
+MANY_SPLITS = 140  # more than the warps of a combine block load at once: eight times sixteen
+
+
+def hand_over_case(dtype: str, tile: int) -> Case:
+    """Seven steps of the softmax, which is more than the ring holds, on the longest request.
+
+    The last of its boxes is partial, a page is absent, one request has one key, one an even number of steps,
+    one no key, one no token. Two row tiles, of which the second is partly empty; rows of the same tile see
+    different keys. Logits are so large that maxima grow after the first step as well.
+    """
+    step_keys = 32 if dtype == "e4m3" else 16
+    lengths = (6 * step_keys + 5, 1, 4 * step_keys, 40, 0)
+    heads = tile // 2 - 1
+    return Case(lengths, dtype, heads, q_lens=(3, 1, 1, 0, 2), page_size=32, scale=0.5, absent=((0, 2),))
+
+
+HAND_OVERS = [(dtype, tile) for dtype in ("bf16", "fp16", "e4m3") for tile in config.TILE_ROWS]
 
 
 def tensor_map(inputs: Inputs) -> Any:
@@ -45,7 +65,14 @@ def tensor_map(inputs: Inputs) -> Any:
     )
 
 
-def launches(inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: tuple[str, ...]) -> Any:
+def splits_of(inputs: Inputs, tile: int, sm_count: int) -> SplitPlan:
+    problem = DecodeProblem(**inputs.sizes)
+    return plan_splits(problem, sm_count=sm_count, tile_m=tile, tile_n=config.TILE_KEYS)
+
+
+def launches(
+    inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: tuple[str, ...] = (), sm_count: int = 1
+) -> Any:
     problem = DecodeProblem(**inputs.sizes)
     launcher = launch.Launcher(problem, Division(tile, splits), None, None, 0, pdl=True)
     workspace = torch.full((max(1, splits.workspace_bytes),), 255, dtype=torch.uint8)
@@ -77,7 +104,7 @@ def launches(inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: t
     ]
     if splits.num_splits > 1:
         grid, block = launch.combine_sizes(problem, splits.num_splits)
-        name = "mla_combine" if tile == 16 else "mla_combine_many"
+        name = launch.combine_name(problem, splits.num_splits, sm_count)
         stream.append(one("combine", name, grid=grid, block=block))
     return ptx_emulator.Launches(stream)
 
@@ -90,18 +117,51 @@ def test_matches_float64_without_races(case: Case, tile: int, sm_count: int, arc
         pytest.skip("only one-byte elements have two transposes")
     assert as_arch(name).smem_optin_bytes >= config.SMEM_BYTES
     inputs = Inputs(case)
-    splits = plan_splits(
-        DecodeProblem(**inputs.sizes), sm_count=sm_count, tile_m=tile, tile_n=config.TILE_KEYS
-    )
+    splits = splits_of(inputs, tile, sm_count)
     options = ("-DMLA_PORTABLE_TRANSPOSE",) if portable else ()
-    launches(inputs, name, tile, splits, options).run(ptx_emulator.Options())
+    launches(inputs, name, tile, splits, options, sm_count).run(ptx_emulator.Options())
     inputs.check(inputs.out, inputs.lse)
 
 
-@pytest.mark.parametrize("schedule", ["greedy", "late", "random"])
-def test_schedules_agree(schedule: str) -> None:
-    inputs = Inputs(Case((200, 33), "e4m3", 16, 2))
-    splits = plan_splits(DecodeProblem(**inputs.sizes), sm_count=4, tile_m=32, tile_n=config.TILE_KEYS)
-    launches(inputs, "sm_120a", 32, splits, ()).run(ptx_emulator.Options(schedule=schedule))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
+def test_hand_overs_under_every_schedule(dtype: str, tile: int, schedule: str) -> None:
+    inputs = Inputs(hand_over_case(dtype, tile))
+    whole = splits_of(inputs, tile, sm_count=1)
+    launches(inputs, "sm_120a", tile, whole).run(ptx_emulator.Options(schedule=schedule))
     inputs.check(inputs.out, inputs.lse)
-    assert inputs.query.dtype is E4M3
+
+
+@pytest.mark.parametrize("num_splits", [2, 3])
+@pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
+def test_splits_of_odd_lengths_and_without_keys(dtype: str, tile: int, num_splits: int) -> None:
+    # Logits so small that every key counts, absent ones too; with e4m3 half a step is absent.
+    inputs = Inputs(replace(hand_over_case(dtype, tile), scale=HEAD_DIM**-0.5, page_size=16))
+    splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=num_splits)
+    options = ptx_emulator.Options(schedule="random", seed=num_splits)
+    launches(inputs, "sm_120a", tile, splits).run(options)
+    inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize("sm_count", [1, 1000], ids=["mla_combine_many", "mla_combine"])
+def test_more_splits_than_a_combine_block_loads_at_once(sm_count: int) -> None:
+    inputs = Inputs(Case((MANY_SPLITS * config.TILE_KEYS - 5, 33), num_heads=3))
+    splits = replace(splits_of(inputs, 16, sm_count=1), num_splits=MANY_SPLITS)
+    launches(inputs, "sm_120a", 16, splits, sm_count=sm_count).run(ptx_emulator.Options())
+    inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+@pytest.mark.parametrize("unit", config.DTYPE_UNITS.values())
+def test_lanes_meet_before_one_of_them_arrives(unit: str, arch: str) -> None:
+    # Only this test sees it: on the emulator a warp's accesses are in the order of its program anyway.
+    ptx = ptx_emulator.compile_cuda(sources.CUDA_FOLDER / f"{unit}.cu", arch)
+    events = re.findall(r"(?m)^\s*(?:@\S+\s+)?(\S+)", ptx)
+    last, arrivals = "", 0
+    for event in events:
+        if re.match(r"(ld|st)\.shared|ldmatrix|bar\.warp\.sync", event):
+            last = event
+        elif re.match(r"mbarrier\.arrive\.shared", event):
+            arrivals += 1
+            assert last.startswith("bar.warp.sync"), f"arrival {arrivals} after {last}"
+    assert arrivals >= 4 * len(config.TILE_ROWS)  # logits, empty, weights, and full of the last keys

@@ -104,3 +104,15 @@ def test_parameters_fill_the_struct() -> None:
     assert f"kMaxSmemBytes = {config.SMEM_BYTES};" in header
     assert f"kBoxKeys = {config.BOX_KEYS};" in header
     assert f"kTileKeys = {config.TILE_KEYS};" in header
+    combine = (sources.CUDA_FOLDER / "combine.cu").read_text()
+    assert f"kCombineWarps = {launch.COMBINE_WARPS};" in combine
+    assert f"kQuarters = {config.COMBINE_ITEMS_PER_ROW};" in combine
+
+
+def test_the_combine_kernel_follows_the_grid() -> None:
+    problem = replace(PROBLEM, batch=1, q_len=1)
+    (blocks, _, _), (lanes, warps, items) = launch.combine_sizes(problem, num_splits=64)
+    assert (lanes, warps * items) == (32, launch.COMBINE_WARPS)
+    assert blocks * items == problem.rows * config.COMBINE_ITEMS_PER_ROW
+    assert launch.combine_name(problem, 64, sm_count=blocks) == "mla_combine"
+    assert launch.combine_name(problem, 64, sm_count=blocks - 1) == "mla_combine_many"

@@ -14,6 +14,7 @@ BOX_KEYS = 16  # of one TMA copy
 TILE_KEYS = 32
 TILE_ROWS = (16, 32, 64)
 SMEM_BYTES = 101376  # the most dynamic shared memory of a block on compute capability 12.x
+COMBINE_ITEMS_PER_ROW = 4  # of the combine kernel: a row and a quarter of its columns
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65535
 
 DTYPE_UNITS = {
@@ -36,14 +37,19 @@ def objection(problem: DecodeProblem, arch: Arch) -> str | None:
         return f"{arch.smem_optin_bytes} bytes of shared memory per block, the kernels use up to {SMEM_BYTES}"
     if problem.batch > MAX_GRID_YZ:
         return f"batch = {problem.batch}, a grid has at most {MAX_GRID_YZ}"
-    items = problem.batch * problem.rows * 4  # of the combine kernel: a row and a quarter of its columns
+    items = problem.batch * problem.rows * COMBINE_ITEMS_PER_ROW
     if items > MAX_GRID_X:
-        return f"batch * q_len * num_heads * 4 = {items}, a grid has at most {MAX_GRID_X}"
+        return (
+            f"batch * q_len * num_heads * {COMBINE_ITEMS_PER_ROW} = {items}, a grid has at most {MAX_GRID_X}"
+        )
     return None
 
 
 def block_threads(tile_rows: int) -> int:
-    """128 for each group of rows, of which a tile of 16 has one and others have two, and 128 to copy keys."""
+    """128 for each group of rows, of which a tile of 16 has one and others have two.
+
+    128 more take softmaxes and copy keys.
+    """
     return 256 if tile_rows == 16 else 384
 
 

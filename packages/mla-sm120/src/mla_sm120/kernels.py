@@ -9,7 +9,7 @@ from kernel_dispatch import Arch, ArgumentError
 from mla_core import DecodeProblem
 
 from .config import DTYPE_UNITS, SMEM_BYTES, TILE_ROWS, Division, tactics
-from .launch import Launcher, combine_sizes
+from .launch import Launcher, combine_name
 from .load import load_kernel
 
 
@@ -41,8 +41,7 @@ class DecodeKernels:
         )
         combine = None
         if division.num_splits > 1:
-            blocks = combine_sizes(problem, division.num_splits)[0][0]
-            name = "mla_combine" if blocks <= arch.sm_count else "mla_combine_many"
+            name = combine_name(problem, division.num_splits, arch.sm_count)
             combine = load_kernel("combine", name, arch.name, index)
         pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
         return Launcher(problem, division, decode, combine, index, pdl)

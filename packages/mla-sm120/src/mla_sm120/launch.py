@@ -15,10 +15,17 @@ import torch
 from kernel_dispatch import ArgumentError
 from mla_core import DecodeProblem
 
-from .config import BOX_KEYS, KV_LORA_RANK, QK_ROPE_HEAD_DIM, SMEM_BYTES, Division, block_threads
+from .config import (
+    BOX_KEYS,
+    COMBINE_ITEMS_PER_ROW,
+    KV_LORA_RANK,
+    QK_ROPE_HEAD_DIM,
+    SMEM_BYTES,
+    Division,
+    block_threads,
+)
 
 COMBINE_WARPS = 16  # of a block of the combine kernel
-COMBINE_ITEMS_PER_ROW = 4
 COMBINE_SPLITS_PER_WARP = 4  # at least, where an item has several warps
 CHUNK_ELEMENTS = 64
 CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
@@ -237,6 +244,12 @@ def combine_sizes(
     items = COMBINE_WARPS // warps
     total = problem.batch * problem.rows * COMBINE_ITEMS_PER_ROW
     return (-(-total // items), 1, 1), (32, warps, items)
+
+
+def combine_name(problem: DecodeProblem, num_splits: int, sm_count: int) -> str:
+    """The combine kernel for a grid: where no SM gets a second block, the one that takes a whole SM."""
+    (blocks, _, _), _ = combine_sizes(problem, num_splits)
+    return "mla_combine" if blocks <= sm_count else "mla_combine_many"
 
 
 def map_shape(

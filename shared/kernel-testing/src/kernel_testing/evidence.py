@@ -15,6 +15,7 @@ dtype on one arch, and how that is known:
     command = "nox -s bench"
     result = "benchmarks/results/…"  # needed for a GPU that ran it, otherwise optional
     report = "168 registers, …"      # compiled only: registers, spills, stack, shared memory
+    note = "sources of 1234567, …"   # optional: what the run did not see of the present sources
 
 The grades have a column each, so that one is never read as another.
 """
@@ -67,6 +68,7 @@ class Evidence:
     device: str | None = None
     result: str | None = None
     report: str | None = None
+    note: str | None = None
 
     @property
     def subject(self) -> tuple[str, str, str, str, str]:
@@ -78,7 +80,7 @@ class Evidence:
         """The row as text of its grade's column, in Markdown."""
         what = self.device if self.grade == HARDWARE else self.report
         linked = f"[{self.date}]({self.result})" if self.result else str(self.date)
-        text = ", ".join(part for part in (what, linked, f"`{self.command}`") if part)
+        text = ", ".join(part for part in (what, linked, f"`{self.command}`", self.note) if part)
         return text.replace("|", r"\|")
 
 

@@ -97,8 +97,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
   if (p.out_type == kOutE4m3) store_four<E4m3>(out + offset, column, sum, p.out_aligned);
   if (p.lse != nullptr && column == 0) {
     const float lse_log2 = total == 0.0f ? -infinity() : lse_max + log2_approx(total);
-    p.lse[block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, ragged)] =
-        lse_log2 * 0.69314718055994531f;
+    p.lse[block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, ragged)] = lse_log2 * kLn2;
   }
 }
 

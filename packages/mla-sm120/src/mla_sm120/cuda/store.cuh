@@ -36,6 +36,8 @@ __device__ __forceinline__ void store_pair(OutRow<Element> row, int column, floa
   }
 }
 
+constexpr float kLn2 = 0.69314718055994531f;
+
 __device__ __forceinline__ float scale_value(const float* on_device, float value) {
   return on_device != nullptr ? *on_device : value;
 }
@@ -53,7 +55,7 @@ __device__ __forceinline__ void store_lse(const DecodeParams& p, const Block& bl
   } else if (p.lse != nullptr) {
     const int64 at =
         block.offset(row, p.num_heads, p.lse_stride[0], p.lse_stride[1], 1, p.cum_seq_lens_q != nullptr);
-    p.lse[at] = lse_log2 * 0.69314718055994531f;
+    p.lse[at] = lse_log2 * kLn2;
   }
 }
 
