@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sources.find_nvcc() is None, reason="needs nvcc"
 CASES = [
     (Case((70, 0, 1, 33), page_size=16), 16, 8),
     (Case((370,), page_size=16), 16, 1),
-    (Case((70, 200), "e4m3"), 16, 1),
+    (Case((70, 300), "e4m3", page_size=256), 16, 1),
     (Case((45, 130), "e4m3", 40, q_lens=(2, 3)), 64, 8),
     (Case((150, 45), "bf16", 20, 2), 32, 8),
     (Case((150, 40), "bf16", 64), 64, 1),

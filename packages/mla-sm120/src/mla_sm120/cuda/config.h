@@ -90,6 +90,16 @@ struct Config {
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
   static constexpr int kAhead = 1;  // loads of keys or values that are under way while one is multiplied
 
+  // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
+  // each of them has a part in what the later one needs.
+  //   box: copied -> compute, by full; back by empty, of every compute warp, after O of the step. With two boxes a step
+  //     a warp waits for the one that it reads for S; all four have waited when weights are there.
+  //   absent: as the box, and read by the softmax warps between logits and weights, hence before empty.
+  //   partial logits: compute -> softmax, by logits; back by weights. Before that the query passes through them, which
+  //     ends with a barrier of the compute warps.
+  //   weights, decays, grown: softmax -> compute, by weights; back by logits of two steps later, which a compute warp
+  //     signals after O of this one. Hence two of each.
+  //   scales: softmax -> compute, by weights of the last step.
   // Shared memory: ring of boxes | partial logits | weights | state. Partial logits are fragments
   // [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
   static constexpr int kPartBytes = 2 * kMTiles * kFragmentBytes;  // of a warp
