@@ -20,6 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,6 @@ def tactic_plans(cell: Cell, backend: str, device: torch.device, every: bool) ->
 
     selection = resolve(cell.problem, device, backend)
     names = selection.kernel.tactics(cell.problem, as_arch(device)) if every else [selection.tactic]
-    from dataclasses import replace
-
     return {name: plan_selection(replace(selection, tactic=name), cell.problem, device) for name in names}
 
 
