@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import run_kernel
+from planted_bugs import MBAR, lines_of, silent
+from planted_bugs import SCHEDULES as EVERY_SCHEDULE
 
 SCHEDULES = [
     {"schedule": "fair"},
@@ -243,3 +245,120 @@ def test_a_relaxed_arrival_orders_only_with_a_fence(fence: str):
 def test_misuse_is_reported(body: str, block: int, expected: str):
     result = run_kernel(body, block=(block, 1, 1), expect_reports=True)
     assert expected in messages(result)
+
+
+def found_under_every_schedule(body: str, *lines: str, **launch: Any) -> str:
+    """The messages of the last; each must have a misuse of a barrier at marked lines, and none elsewhere."""
+    marks = lines_of(body, 0, "sm_90a", launch.get("globals", ""))
+    wanted = {marks[line] for line in lines}
+    for schedule in EVERY_SCHEDULE:
+        result = run_kernel(body, schedule=schedule, expect_reports=True, **launch)
+        misuse = [report for report in result.reports if report.kind == "barrier"]
+        assert misuse, (schedule, messages(result))
+        assert {report.kind for report in result.reports} <= {"barrier", "deadlock"}
+        assert {report.line for report in misuse} <= wanted, schedule
+    return messages(result)
+
+
+@pytest.mark.parametrize("instruction", ["bar.sync 1, 48;", "bar.arrive 1, 48;", "barrier.sync 1, 48;"])
+def test_64_threads_at_a_barrier_of_48(instruction: str):
+    text = found_under_every_schedule(f"\n{instruction} // <here>\n", "here", block=(64, 1, 1))
+    assert "is 48; a multiple of 32 up to 64 is expected" in text
+
+
+SURPLUS = """
+    setp.lt.u32 %p1, %r1, 32; @%p1 bra WAIT;
+    {before}
+    bar.arrive 1, 64; // <arrive>
+    bra.uni DONE;
+    WAIT:
+    bar.sync 1, 64; // <sync>
+    DONE:
+"""
+
+
+def test_more_threads_arrive_than_the_barrier_counts():
+    """Two warps arrive where one is counted: a GPU goes on, and the next use ends too early."""
+    text = found_under_every_schedule(SURPLUS.format(before=""), "arrive", "sync", block=(96, 1, 1))
+    assert "more threads arrive than the barrier counts" in text
+    silent(SURPLUS.format(before="setp.ge.u32 %p2, %r1, 64; @%p2 bra DONE;"), block=(96, 1, 1))
+
+
+TWO_COUNTS = """
+    setp.lt.u32 %p1, %r1, 32; @%p1 bra A;
+    {one} // <one>
+    bra.uni B;
+    A: {other} // <other>
+    B:
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("bar.sync 1, 32;", "bar.sync 1, 64;"),
+        ("bar.arrive 1, 32;", "bar.sync 1, 64;"),
+        ("bar.arrive 1, 64;", "bar.sync 1, 32;"),
+        ("bar.arrive 1, 64;", "barrier.sync 1, 96;"),
+        ("bar.arrive 1, 32;", "bar.arrive 1, 64;"),
+    ],
+)
+def test_counts_of_two_warps_that_disagree(one: str, other: str):
+    """Also where the first to come is alone the whole count, and the second waits for a use of its own."""
+    body = TWO_COUNTS.format(one=one, other=other)
+    found_under_every_schedule(body, "one", "other", block=(96, 1, 1) if "96" in other else (64, 1, 1))
+
+
+def test_an_arrival_for_the_next_use_that_comes_too_early():
+    """The first warp arrives again without knowing that the second has come."""
+    body = """
+        setp.lt.u32 %p1, %r1, 32; @%p1 bra FIRST;
+        bar.sync 1, 64; // <wait>
+        {signal}
+        bar.sync 1, 64; // <again>
+        bra.uni DONE;
+        FIRST:
+        bar.arrive 1, 64;
+        {wait}
+        bar.arrive 1, 64; // <early>
+        DONE:
+    """
+    two = {"block": (64, 1, 1)}
+    silent(body.format(signal="bar.arrive 2, 64;", wait="bar.sync 2, 64;"), **two)
+    found_under_every_schedule(
+        body.format(signal="", wait="nanosleep.u32 5000;"), "early", "again", "wait", **two
+    )
+
+
+def test_a_barrier_may_be_used_again_with_another_count():
+    body = """
+        setp.eq.u32 %p9, %r1, 0; mov.u32 %r9, full; @%p9 mbarrier.init.shared.b64 [%r9], 1;
+        bar.sync 0;
+        setp.ge.u32 %p1, %r1, 64; @%p1 bra THIRD;
+        bar.sync 1, 64;
+        @%p9 mbarrier.arrive.shared.b64 _, [%r9];
+        bra.uni ALL;
+        THIRD: WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r9], 0; @!%p2 bra WAIT;
+        ALL:
+        bar.sync 1, 96;
+        bar.sync 1;
+    """
+    silent(body, block=(96, 1, 1), globals=MBAR)
+
+
+@pytest.mark.parametrize(
+    ("body", "lane"),
+    [
+        ("and.b32 %r2, %r1, 16; add.u32 %r2, %r2, 32; bar.sync 1, %r2;", 16),
+        (
+            "setp.eq.u32 %p1, %r1, 5; @%p1 bra A; barrier.sync 1, 32; bra B; A: barrier.sync 1, 64; B:",
+            None,
+        ),
+    ],
+)
+def test_lanes_of_a_warp_must_expect_the_same_count(body: str, lane: int | None):
+    reports = run_kernel(body, expect_reports=True).reports
+    found = [report for report in reports if "others of its warp do for" in report.message]
+    assert found
+    assert found[0].lane in ({lane} if lane is not None else {0, 5})
+    assert {(report.kind, report.warp, report.cta) for report in found} == {("barrier", 0, (0, 0, 0))}

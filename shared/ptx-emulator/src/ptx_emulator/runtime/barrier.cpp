@@ -20,6 +20,12 @@ constexpr uint32_t kClusterBarrier = kNumBarriers;  // number of the cluster's b
 
 enum class Kind : uint32_t { Sync, Arrive, Popc, And, Or };
 
+// A warp at a barrier.
+struct Arrival {
+  Stamp stamp;
+  Site site;
+};
+
 // One use of a barrier, from the first arrival until it completes.
 struct Generation {
   Sync sync;
@@ -27,6 +33,7 @@ struct Generation {
   uint32_t arrived = 0;         // threads
   uint32_t arrivals = 0;        // warps, counted as often as they arrive
   std::vector<bool> came;       // warps, by component
+  std::vector<Arrival> by_warp;  // of a named barrier, in their order
   bool reduces = false;
   uint32_t num_true = 0, num_voted = 0;
   bool complete = false;
@@ -42,6 +49,8 @@ using GenerationPtr = std::shared_ptr<Generation>;
 
 struct NamedBarrier {
   GenerationPtr current = std::make_shared<Generation>();
+  GenerationPtr completed;  // the one before; null if there is none
+  std::array<uint32_t, kMaxWarps> counts{};  // threads that each warp's lanes here expect
   std::array<Lanes, kMaxWarps> here{};   // of each warp, before all of its live lanes have come
   std::array<Lanes, kMaxWarps> votes{};  // their predicates
 };
@@ -95,6 +104,7 @@ bool is_full(const Cta& cta, const Generation& generation) {
 void try_complete(Cta& cta, NamedBarrier& barrier) {
   if (!is_full(cta, *barrier.current)) return;
   barrier.current->complete = true;
+  barrier.completed = barrier.current;
   barrier.current = std::make_shared<Generation>();
   ++cta.cluster->progress;
 }
@@ -141,15 +151,32 @@ void check_use(Warp& w, uint32_t number, const Generation& generation, uint32_t 
   }
 }
 
+// The warps of the use before must have arrived before: else one of them may be counted together with this warp,
+// whether or not that has happened here.
+void check_order(Warp& w, uint32_t number, const NamedBarrier& barrier, uint32_t expected) {
+  if (!barrier.completed) return;
+  for (const Arrival& earlier : barrier.completed->by_warp) {
+    if (happened_before(earlier.stamp, w)) continue;
+    report(*w.grid, Report::BarrierMisuse, site_of(w),
+           "A warp arrives at " + barrier_name(*w.cta, number) + " for " + count_text(expected) +
+               ", and nothing orders it behind the use before, for " + count_text(barrier.completed->expected) +
+               ", which it may disturb: more threads arrive than the barrier counts, or the counts differ.",
+           &earlier.site);
+    return;
+  }
+}
+
 // The whole warp has come: it arrives.
 void arrive(Warp& w, uint32_t number, NamedBarrier& barrier, uint32_t expected, Kind kind) {
   Generation& generation = *barrier.current;
   const bool reduces = kind != Kind::Sync && kind != Kind::Arrive;
   check_use(w, number, generation, expected, reduces);
+  check_order(w, number, barrier, expected);
   generation.expected = expected;
   generation.reduces = reduces;
   generation.arrived += kLanes;
   generation.add(w);
+  generation.by_warp.push_back({stamp(w), site_of(w)});
   generation.num_voted += static_cast<uint32_t>(__builtin_popcount(barrier.here[w.index]));
   generation.num_true += static_cast<uint32_t>(__builtin_popcount(barrier.votes[w.index] & barrier.here[w.index]));
   release(w, generation.sync);
@@ -172,6 +199,21 @@ uint32_t barrier_number(Warp& w, uint32_t slot) {
   return kNumBarriers;
 }
 
+// Notes how many threads the lanes expect at a barrier. They must agree, also with those of the warp that came before.
+void note_count(Warp& w, uint32_t slot, uint32_t number, NamedBarrier& barrier) {
+  const uint32_t* counts = w.values<uint32_t>(slot);
+  uint32_t& count = barrier.counts[w.index];
+  if (!barrier.here[w.index]) count = counts[w.first_lane()];
+  for (Lanes rest = w.lanes; rest; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    if (counts[lane] == count) continue;
+    report(w, Report::BarrierMisuse, lane,
+           "The thread arrives at " + barrier_name(*w.cta, number) + " for " + count_text(counts[lane]) +
+               ", others of its warp do for " + count_text(count) + ".");
+    return;
+  }
+}
+
 // The lanes come to a barrier: notes them and their votes. False after a report.
 bool come(Warp& w, const Instruction& i, Kind kind) {
   const uint32_t number = barrier_number(w, i.args[0]);
@@ -181,6 +223,7 @@ bool come(Warp& w, const Instruction& i, Kind kind) {
     const Lanes votes = i.args[5] ? ~w.predicate(i.args[4]) : w.predicate(i.args[4]);
     barrier.votes[w.index] = (barrier.votes[w.index] & ~w.lanes) | (votes & w.lanes);
   }
+  note_count(w, i.args[1], number, barrier);
   barrier.here[w.index] |= w.lanes;
   entries_of(w).push_back({w.lanes, number, nullptr});
   return true;
@@ -254,7 +297,7 @@ PTXE_OP("barrier") {
   const uint32_t number = entry->barrier;
   NamedBarrier& barrier = w.cta->state.get<NamedBarriers>().barriers[number];
   if (!entry->generation && !(w.live & ~barrier.here[w.index])) {
-    arrive(w, number, barrier, w.values<uint32_t>(i.args[1])[w.first_lane()], kind);
+    arrive(w, number, barrier, barrier.counts[w.index], kind);
   }
   try_complete(*w.cta, barrier);
   if (!entry->generation) {
