@@ -161,7 +161,7 @@ def body(problem: Problem, a: Placement | None, b: Placement, image_bytes: int) 
         a_setup = "add.u32 %atmem, %base, 256;"
     else:
         a_operand = "%ad"
-        a_setup = f"mov.b64 %ad, {a.tcgen05_descriptor(OPERANDS)};"
+        a_setup = f"add.u64 %ad, %start, {a.tcgen05_descriptor(OPERANDS)};"
     disabled = "".join(f", {{{', '.join(str(w) for w in problem.disabled)}}}" if problem.disabled else "")
     scale = "" if problem.scale is None else f", {problem.scale}"
     sync = "bar.sync 0;" if group == 1 else "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
@@ -174,7 +174,7 @@ def body(problem: Problem, a: Placement | None, b: Placement, image_bytes: int) 
     )
     return f"""
     .reg .b32 %base, %mbar, %atmem, %addr, %rank, %n;
-    .reg .b64 %ad, %bd, %from, %step;
+    .reg .b64 %ad, %bd, %from, %start, %step;
     .reg .pred %first, %more, %done, %issue, %enable;
     mov.b32 %mbar, smem;
     mov.u32 %rank, %cluster_ctarank;
@@ -214,8 +214,9 @@ def body(problem: Problem, a: Placement | None, b: Placement, image_bytes: int) 
     tcgen05.fence::before_thread_sync;
     {sync}
     tcgen05.fence::after_thread_sync;
+    shr.u32 %r7, %mbar, 4; and.b32 %r7, %r7, 0x3fff; cvt.u64.u32 %start, %r7;
     {a_setup}
-    mov.b64 %bd, {b.tcgen05_descriptor(b_start)};
+    add.u64 %bd, %start, {b.tcgen05_descriptor(b_start)};
     mov.b32 %r8, {problem.descriptor};
     setp.ne.u32 %enable, {int(problem.accumulate)}, 0;
     setp.ne.or.u32 %done, %rank, 0, !%issue;

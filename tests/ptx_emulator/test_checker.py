@@ -153,7 +153,7 @@ def test_uninitialised_shared_memory() -> None:
     result = run_kernel(body, expect_reports=True, shared_bytes=256)
     (report,) = result.reports
     assert (report.kind, report.lane) == ("uninitialised", 8)
-    assert "0x20" in report.message
+    assert "0x420" in report.message
     assert report.line == lines_of(body, 0, "sm_90a", "")["read"]
 
 

@@ -132,7 +132,7 @@ WAITS = {
               "@%p1 mbarrier.init.shared.b64 [%r2], 2; bar.sync 0;"
               "@%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r2], 48; setp.ge.u32 %p2, %r1, 32; @%p2 exit;"
               "WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r2], 0; @!%p3 bra WAIT;", {
-        (0, "waits for mbarrier 0x0 of CTA (0, 0, 0), phase 0 (parity 0): "
+        (0, "waits for mbarrier 0x400 of CTA (0, 0, 0), phase 0 (parity 0): "
             "1 of 2 arrivals and 48 bytes missing"),
     }),
     "lanes": ("setp.ge.u32 %p2, %r1, 32; @%p2 exit; setp.lt.u32 %p1, %r1, 16; @%p1 bra LOW;"

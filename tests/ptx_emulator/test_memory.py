@@ -397,7 +397,7 @@ def test_past_shared(space: str) -> None:
     body += f"st{'.' + space if space else ''}.b32 [%rd5+8], 1;"
     ((kind, lane, message),) = findings(body, shared_bytes=128)
     assert (kind, lane) == ("out-of-bounds", 30)
-    assert "past the end of the shared memory of CTA rank 0 (128 bytes)" in message
+    assert "past the end of the shared memory of CTA rank 0 (128 bytes from 0x400" in message
 
 
 def test_misaligned_shared() -> None:

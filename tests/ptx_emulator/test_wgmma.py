@@ -253,11 +253,12 @@ def test_missing_fence_and_early_reuse_of_an_operand() -> None:
     """Shared memory is overwritten while the product may still read it."""
     body = """
     mov.b32 %r2, smem;
+    shr.u32 %r3, %r2, 4; cvt.u64.u32 %rd5, %r3;
     mad.lo.u32 %r2, %r1, 16, %r2;
     st.shared.v4.b32 [%r2], {0, 0, 0, 0};
     bar.warp.sync -1;
     fence.proxy.async.shared::cta;
-    mov.b64 %rd5, 1;
+    add.u64 %rd5, %rd5, 1;
     setp.eq.u32 %p1, 0, 1;
     WGMMA
     st.shared.b32 [%r2], 1;

@@ -111,6 +111,7 @@ class Kernel:
             ctypes.c_uint64(len(program.specials)),
             ctypes.c_uint32(program.register_bytes),
             ctypes.c_uint32(program.local_bytes),
+            ctypes.c_uint32(program.shared_base),
             ctypes.c_uint32(program.static_shared_bytes),
             ctypes.c_uint64(notable_mask(program.op_classes)),
         )
@@ -153,7 +154,8 @@ class LoadedModule:
         if name not in self._kernels:
             symbols = {variable: memory.ctypes.data for variable, memory in self.variables.items()}
             function = self.module.functions[name]
-            self._kernels[name] = Kernel(lower(self.module, function, symbols, operations()))
+            base = find_target(self.arch).shared_base
+            self._kernels[name] = Kernel(lower(self.module, function, symbols, operations(), base))
         return self._kernels[name]
 
     def kernel_name(self, name: str | None = None) -> str:

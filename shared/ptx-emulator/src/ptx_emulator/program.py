@@ -48,24 +48,32 @@ class Program:
     locations: dict[int, Location]
     register_bytes: int
     local_bytes: int
+    shared_base: int
     static_shared_bytes: int
     parameter_bytes: int
     sets_registers: bool  # has a setmaxnreg
 
 
-def lower(module: Module, function: Function, symbols: dict[str, int], operations: dict[str, int]) -> Program:
+def lower(
+    module: Module,
+    function: Function,
+    symbols: dict[str, int],
+    operations: dict[str, int],
+    shared_base: int = 0,
+) -> Program:
     """Lowers one kernel, for the `.target` of its module.
 
     Args:
         symbols: addresses of the module's global and constant variables.
         operations: index of each operation of the runtime.
+        shared_base: address where shared memory begins that is the kernel's own.
 
     Raises:
         UnsupportedInstruction: the first instruction, or form of one, that the emulator does not know or the
             target does not have.
     """
-    shared, static_shared_bytes = _lay_out(
-        [v for v in (*module.variables, *function.variables) if v.space == "shared"]
+    shared, shared_end = _lay_out(
+        [v for v in (*module.variables, *function.variables) if v.space == "shared"], shared_base
     )
     local, local_bytes = _lay_out([v for v in function.variables if v.space == "local"])
     ctx = Lowering(function, module.target, symbols, shared, local)
@@ -101,7 +109,8 @@ def lower(module: Module, function: Function, symbols: dict[str, int], operation
         locations=locations,
         register_bytes=allocation.register_bytes,
         local_bytes=local_bytes,
-        static_shared_bytes=static_shared_bytes,
+        shared_base=shared_base,
+        static_shared_bytes=shared_end - shared_base,
         parameter_bytes=last.offset + last.bytes if last else 0,
         sets_registers=any(op.name == "setmaxnreg" for op in ctx.ops),
     )
@@ -137,9 +146,12 @@ def _special(slot: int, value: Value, name: str) -> tuple[int, int, str, int]:
     return slot, value.bits, kind, int(number or 0)
 
 
-def _lay_out(variables: list[Variable]) -> tuple[dict[str, int], int]:
-    """Offsets of variables, and the bytes of those with a size; an `.extern` array comes last."""
-    offsets, at = {}, 0
+def _lay_out(variables: list[Variable], first: int = 0) -> tuple[dict[str, int], int]:
+    """Offsets of variables from `first` on, and the end of those with a size.
+
+    An `.extern` array comes last.
+    """
+    offsets, at = {}, first
     for variable in sorted(variables, key=lambda v: v.extern):
         start = -(-at // variable.align) * variable.align
         offsets[variable.name] = start

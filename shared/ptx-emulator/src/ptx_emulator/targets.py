@@ -18,6 +18,11 @@ class Target:
     max_shared_bytes: int
     num_sms: int
 
+    @property
+    def shared_base(self) -> int:
+        """The address where a CTA's own shared memory begins; ptxas lays it out so, behind reserved bytes."""
+        return 1024 if self.sm >= 90 else 0
+
 
 _TARGETS = {
     80: Target("sm_80", 80, 166912, 108),

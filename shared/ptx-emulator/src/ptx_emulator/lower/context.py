@@ -105,7 +105,7 @@ class Lowering:
     function: Function
     target: str  # `.target` of the module, such as sm_100a
     symbols: dict[str, int]  # addresses of global and const variables
-    shared: dict[str, int]  # offsets of shared variables
+    shared: dict[str, int]  # addresses of shared variables, in the window of a CTA
     local: dict[str, int]  # offsets of local variables
     ops: list[Op] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)

@@ -105,13 +105,14 @@ const char* ptxe_operations() {
 Program* ptxe_program(const char* name, const PackedInstruction* code, uint64_t num_instructions, const uint32_t* args,
                       uint64_t num_args, const PackedConstant* constants, uint64_t num_constants,
                       const PackedSpecial* specials, uint64_t num_specials, uint32_t register_bytes,
-                      uint32_t local_bytes, uint32_t static_shared_bytes,
+                      uint32_t local_bytes, uint32_t shared_base, uint32_t static_shared_bytes,
                       uint64_t notable_classes) {
   auto program = std::make_unique<Program>();
   program->name = name;
   program->args.assign(args, args + num_args);
   program->register_bytes = register_bytes;
   program->local_bytes = local_bytes;
+  program->shared_base = shared_base;
   program->static_shared_bytes = static_shared_bytes;
   program->notable_classes = notable_classes;
   for (uint64_t k = 0; k < num_instructions; ++k) {

@@ -73,11 +73,11 @@ const std::unordered_map<std::string, SpecialValue>& special_table() {
       {"lanemask_gt", PTXE_SPECIAL(0xffffffffull & ~((2ull << lane) - 1))},
       {"lanemask_ge", PTXE_SPECIAL(0xffffffffull & ~((1ull << lane) - 1))},
       {"dynamic_smem_size", PTXE_SPECIAL(w.grid->dynamic_shared_bytes)},
-      {"total_smem_size", PTXE_SPECIAL(w.cta->shared.size())},
+      {"total_smem_size", PTXE_SPECIAL(w.cta->shared.size() - w.cta->shared_base)},
       {"aggr_smem_size", PTXE_SPECIAL(w.cta->shared.size())},
       {"reserved_smem_offset_begin", PTXE_SPECIAL(0)},
-      {"reserved_smem_offset_end", PTXE_SPECIAL(0)},
-      {"reserved_smem_offset_cap", PTXE_SPECIAL(0)},
+      {"reserved_smem_offset_end", PTXE_SPECIAL(w.cta->shared_base)},
+      {"reserved_smem_offset_cap", PTXE_SPECIAL(w.cta->shared_base)},
       {"shared", PTXE_SPECIAL(own_shared_address(*w.cta, static_cast<uint32_t>(number)))},
       {"param", PTXE_SPECIAL(reinterpret_cast<uint64_t>(w.grid->params_base) + number)},
   };
@@ -169,7 +169,8 @@ std::unique_ptr<Cluster> make_cluster(Grid& grid, uint32_t linear) {
     cta.linear = cta.index[0] + grid.size[0] * (cta.index[1] + grid.size[1] * cta.index[2]);
     cta.rank = rank;
     cta.num_threads = grid.block[0] * grid.block[1] * grid.block[2];
-    cta.shared.resize(grid.program->static_shared_bytes + grid.dynamic_shared_bytes);
+    cta.shared_base = grid.program->shared_base;
+    cta.shared.resize(cta.shared_base + grid.program->static_shared_bytes + grid.dynamic_shared_bytes);
     if (grid.machine->target.sm >= 100 && grid.machine->target.sm < 120) cta.tmem.resize(kTmemLanes * kTmemColumns);
     cta.warps.resize(grid.num_warps);
   }

@@ -228,7 +228,8 @@ struct Cta {
   uint32_t linear;        // in the grid
   uint32_t rank;          // %cluster_ctarank
   uint32_t num_threads;
-  std::vector<uint8_t> shared;  // static and dynamic shared memory
+  std::vector<uint8_t> shared;  // by address: what the system reserves, then static and dynamic shared memory
+  uint32_t shared_base;         // where the kernel's own begins
   std::vector<uint32_t> tmem;   // [512 columns][128 lanes], empty before sm_100
   std::vector<Warp> warps;
   StateTable state;

@@ -73,7 +73,7 @@ Whole whole_shared(Warp& w, bool own_only, const Extent& e, uint32_t bytes) {
   Cta* cta = cta_of(*w.cluster, static_cast<uint32_t>(e.low));
   if (!cta || ((own_only || cta->exited) && cta != w.cta)) return {};
   const uint32_t offset = static_cast<uint32_t>(e.low) & kOffsetMask;
-  if (offset + (e.high - e.low) + bytes > cta->shared.size()) return {};
+  if (offset < cta->shared_base || offset + (e.high - e.low) + bytes > cta->shared.size()) return {};
   uint8_t* data = cta->shared.data() + offset;
   return {true, reinterpret_cast<uint64_t>(data) - e.low, Place{Place::Shared, data, cta, offset, nullptr}};
 }

@@ -142,7 +142,8 @@ MBarrierAt target_of(Cluster& cluster, uint32_t address, const Actor& actor, con
   const Origin from{cluster, actor.site};
   Cta* cta = cta_of(cluster, address);
   const uint32_t offset = address & kOffsetMask;
-  if (!cta || offset % kMBarrierBytes != 0 || offset + kMBarrierBytes > cta->shared.size()) {
+  if (!cta || offset % kMBarrierBytes != 0 || offset < cta->shared_base ||
+      offset + kMBarrierBytes > cta->shared.size()) {
     misuse(from, format("%s on address 0x%x, which is no mbarrier of the cluster.", what, address));
     return target;
   }

@@ -137,10 +137,12 @@ Place shared_place(Cluster& cluster, const Cta* own, bool own_only, const Access
   }
   const uint32_t offset = address & kOffsetMask;
   const uint64_t size = cta->shared.size();
-  if (offset + static_cast<uint64_t>(a.bytes) > size) {
+  const uint32_t base = cta->shared_base;
+  if (offset < base || offset + static_cast<uint64_t>(a.bytes) > size) {
     return refuse(refusal, Report::OutOfBounds,
-                  subject(a.kind, a.address, a.bytes) + " " + excess(offset, a.bytes, 0, size) +
-                      " the shared memory of CTA rank " + num(cta->rank) + " (" + num(size) + " bytes)");
+                  subject(a.kind, a.address, a.bytes) + " " + excess(offset, a.bytes, base, size) +
+                      " the shared memory of CTA rank " + num(cta->rank) + " (" + num(size - base) + " bytes" +
+                      (base ? " from " + hex(base) + ", what is before them is reserved)" : ")"));
   }
   if (offset & (a.alignment - 1)) return misaligned(refusal, a.kind, a.address, a.bytes, a.alignment);
   return Place{Place::Shared, cta->shared.data() + offset, cta, offset, nullptr};

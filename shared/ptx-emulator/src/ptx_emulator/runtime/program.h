@@ -35,6 +35,7 @@ struct Program {
   std::vector<Special> specials;
   uint32_t register_bytes = 0;
   uint32_t local_bytes = 0;
+  uint32_t shared_base = 0;  // address of the first byte that is the kernel's own; the system has those before it
   uint32_t static_shared_bytes = 0;
   uint64_t notable_classes = 0;  // a bit for each class of instructions that names what a warp does on the timeline
 };
