@@ -49,7 +49,7 @@ def test_no_spills_and_no_stack(built: dict[tuple[str, str], tuple[Path, str]]) 
                 assert int(stores) == int(loads) == 0, what
             assert int(registers) <= 255, what
             if name == "mla_decode_m64":
-                # With fewer, warps that multiply would wait for ever for registers that the block does not have.
+                # With fewer, warps that multiply would wait for ever for registers that the block lacks.
                 assert int(registers) == LAUNCH_REGISTERS, what
     assert seen == 11 * len({arch for _, arch in built})
 
