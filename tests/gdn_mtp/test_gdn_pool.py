@@ -211,3 +211,13 @@ def test_rollback_to_an_accepted_token_continues_as_if_the_rest_had_not_been():
         token = {name: x[:, t : t + 1] if x.dim() > 1 else x for name, x in inputs.items()}
         run(case, token, sequential, indices)
     torch.testing.assert_close(pool, sequential, rtol=0, atol=1e-5)
+
+
+def test_a_pool_made_in_inference_mode_is_written_outside_of_it():
+    pool, indices = CASE.states(SLOTS), slots_tensor(3, -1, 0, 7)
+    with torch.inference_mode():
+        kept = pool.clone()
+    assert kept.is_inference()
+    output = run(CASE, CASE.inputs(), pool, indices)
+    assert_same_bits(run(CASE, CASE.inputs(), kept, indices), output, "output")
+    assert_same_bits(kept, pool, "pool")

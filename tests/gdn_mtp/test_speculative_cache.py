@@ -169,6 +169,8 @@ def test_saved_and_loaded_states_go_on():
         (lambda saved: saved.update(more=saved["live"]), ArgumentError, "state_dict: entries .*'more'"),
         (lambda saved: saved.update(live=[0] * 6), ArgumentTypeError, "live: list, expected a tensor"),
         (lambda saved: saved.update(gates=saved["gates"][:, 1:]), ArgumentError, "gates: "),
+        (lambda saved: saved.update(gates=saved["gates"].to("meta")), ArgumentError, "gates: .* on meta"),
+        (lambda saved: saved.update(gates=saved["gates"].to_sparse()), ArgumentError, "gates: .*sparse"),
         (lambda saved: saved.update(keys=saved["keys"].float()), ArgumentError, "keys: "),
         (
             lambda saved: saved["cursor"][2].add_(9),
@@ -186,6 +188,37 @@ def test_what_does_not_fit_is_not_loaded(change, error, match):
     with pytest.raises(error, match=match):
         cache.load_state_dict(saved)
     assert cache.updates.isnan().all()
+
+
+def test_tensors_that_ask_for_gradients_are_moved_and_loaded_as_others_are():
+    history = History(SETUP)
+    history.verify([1, 2], 4, 0)
+    history.pool.requires_grad_()
+    history.copy([1], [4])
+    saved = {name: tensor.clone() for name, tensor in history.cache.state_dict().items()}
+    saved["updates"].requires_grad_()
+    loaded = SETUP.cache()
+    loaded.load_state_dict(saved)
+    for own, given in zip(loaded.tensors, history.cache.tensors, strict=True):
+        assert not own.requires_grad
+        assert_same_bits(own, given, "loaded")
+
+
+def test_memory_made_in_inference_mode_is_written_outside_of_it():
+    """Where autograd refuses such a write it does so after it: a pool would be folded, its cache not."""
+    history = History(SETUP)
+    with torch.inference_mode():
+        history.pool, history.cache = history.pool.clone(), SETUP.cache()
+    assert history.pool.is_inference()
+    assert history.cache.updates.is_inference()
+    history.verify([1, 2, 4], 4, 0)
+    history.verify([1, 2, 4], 4, 1, {"num_accepted": int32([1, 0, 4])}, fold="always")
+    history.copy([2], [0])
+    history.commit([1, 2, 0], {"num_accepted": int32([3, 2, 1])})
+    history.cache.reset_slots(index_tensor([4]))
+    assert history.cache.cursor[4].tolist() == [0, 0, 0, 0]
+    history.cache.load_state_dict(SETUP.cache().state_dict())
+    assert history.cache.updates.isnan().all()
 
 
 def test_a_state_dict_is_a_mapping():

@@ -160,7 +160,8 @@ def test_a_provider_that_asks_for_a_workspace_is_refused():
         gdn_mtp.verify(*arguments(History(SETUP), [1], 2))
 
 
-def test_tuning_leaves_the_effect_of_one_call():
+@pytest.mark.parametrize("inference", [False, True])
+def test_tuning_leaves_the_effect_of_one_call(inference):
     class Two:
         workspace_nbytes, prepare = KERNEL.workspace_nbytes, KERNEL.prepare
 
@@ -169,6 +170,8 @@ def test_tuning_leaves_the_effect_of_one_call():
 
     def run():
         history = History(SETUP)
+        with torch.inference_mode(inference):  # memory made there is written outside
+            history.pool, history.cache = history.pool.clone(), SETUP.cache()
         gdn_mtp.verify(*arguments(history, [4, -1, 0], 4))
         acceptance = int32([3, 0, 1])
         output = gdn_mtp.verify(*arguments(history, [4, -1, 0], 4), acceptance, fold="always")

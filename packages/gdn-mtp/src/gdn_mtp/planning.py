@@ -99,6 +99,7 @@ def saved_slots(tensors: Sequence[Tensor], slots: Tensor) -> Callable[[], None]:
     """Save `slots` [n] int64, none negative, of each tensor; the result puts them back."""
     saved = [tensor.index_select(0, slots) for tensor in tensors]
 
+    @torch.inference_mode()
     def restore() -> None:
         for tensor, rows in zip(tensors, saved, strict=True):
             tensor.index_copy_(0, slots, rows)

@@ -48,7 +48,7 @@ def requests_per_chunk(problem: GatedDeltaRuleProblem) -> int:
     return max(1, CHUNK_BYTES // (4 * floats))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def launch(
     problem: GatedDeltaRuleProblem,
     q: Tensor,  # [B, T, H, K]

@@ -78,8 +78,8 @@ class SpeculativeCache:
     Raises ArgumentError or ArgumentTypeError naming the argument.
     Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read and copy.
 
-    A cache belongs to one pool: the first call that succeeds binds it to the pool's address, and another pool
-    is refused from then on. `bind` says that the pool has moved.
+    A cache belongs to one pool: the first call that succeeds, outside code that `torch.compile` traces, binds
+    it to the pool's address, and another pool is refused from then on. `bind` says that the pool has moved.
 
     A slot that gets a new request has to be reset. While tokens are pending, the pool's state alone is not
     the slot's state: `gdn_mtp.commit` folds them before anything else reads it.
@@ -182,6 +182,7 @@ class SpeculativeCache:
         if self._pool_address is None and not needs_op(state_pool):
             self._pool_address = state_pool.data_ptr()
 
+    @torch.inference_mode()
     def reset_slots(self, slots: Tensor) -> None:
         """Forget all tokens of `slots` [n], int32 or int64; a negative one is skipped.
 
@@ -195,6 +196,7 @@ class SpeculativeCache:
         for tensor in (self.cursor, self.live):
             store_slots(tensor, chosen, tensor.new_zeros(len(chosen), *tensor.shape[1:]))
 
+    @torch.inference_mode()
     def copy_slots(self, src: Tensor, dst: Tensor, state_pool: Tensor | None = None) -> None:
         """Make slot dst[i] what slot src[i] is, for all i at once; src and dst [n], int32 or int64.
 
@@ -223,12 +225,13 @@ class SpeculativeCache:
         """The tensors by name, not copied; together with the pool they are the states."""
         return self.tensors._asdict()
 
+    @torch.inference_mode()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a cache of the same sizes into this one, from any device.
 
         Raises ArgumentError or ArgumentTypeError before any change: naming `state_dict` for other entries
-        than `state_dict()` has, the entry for another shape or dtype, `cache` for a cursor out of range.
-        Waits for the device.
+        than `state_dict()` has, the entry for another shape or dtype or one that is sparse or on the meta
+        device, `cache` for a cursor out of range. Waits for the device.
         """
         expected = sorted(CacheTensors._fields)
         if not isinstance(state_dict, Mapping):
@@ -241,6 +244,8 @@ class SpeculativeCache:
             given = state_dict[name]
             if not isinstance(given, Tensor):
                 raise ArgumentTypeError(name, f"{type(given).__name__}, expected a tensor")
+            if given.is_meta or given.layout != torch.strided:
+                raise ArgumentError(name, f"{given.layout} on {given.device}, expected dense values")
             if (given.shape, given.dtype) != (own.shape, own.dtype):
                 came, fitting = (f"{list(x.shape)} {x.dtype}" for x in (given, own))
                 raise ArgumentError(name, f"{came}, expected {fitting}")

@@ -47,7 +47,7 @@ class TorchKernel:
         return partial(modes[problem.mode], problem)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def verify(
     problem: SpeculativeProblem,
     q: Tensor,  # [B, T, H, K]
@@ -95,7 +95,7 @@ def verify(
         _record(cache, ring, folds, counts, k[rows], window)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def commit(
     problem: SpeculativeProblem,
     state: Tensor,
@@ -118,7 +118,7 @@ def commit(
         _store_cursor(cache, ring, ring.length > 0, torch.zeros_like(ring.length))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def materialize(
     problem: SpeculativeProblem,
     state: Tensor,
