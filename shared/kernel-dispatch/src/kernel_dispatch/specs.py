@@ -21,6 +21,7 @@ from .debug import debug_mode
 from .errors import ArgumentError, ArgumentTypeError
 
 Layout = Literal["any", "inner", "contiguous"]
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def check_scale(
     a NumPy scalar) as a float. A tensor's value is read on the CPU and in debug mode only.
 
     Raises ArgumentTypeError for another type or dtype, ArgumentError for more elements, another device, NaN,
-    infinity, or a number beyond the range of a float.
+    infinity, or a number beyond the range of float32, in which kernels take it.
     """
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
@@ -237,9 +238,11 @@ def check_scale(
     try:
         number = float(value)
     except OverflowError:  # the number is not shown: it may have thousands of digits
-        came = f"{type(value).__name__} beyond the range of a float"
+        came = f"{type(value).__name__} beyond the range of float32"
         raise ArgumentError(name, f"{came}, expected a finite number") from None
     _check_finite(name, number)
+    if abs(number) > FLOAT32_MAX:
+        raise ArgumentError(name, f"{number} beyond the range of float32, expected a finite number")
     return number
 
 

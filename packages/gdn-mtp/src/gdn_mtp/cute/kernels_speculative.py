@@ -31,7 +31,7 @@ TACTICS = {
 }
 
 # (tiles of 16 rows per SM, at most, tactic) by regime: H100 80GB HBM3, November 2026, 16 key and 32 value
-# heads, batches of 1 to 64
+# heads, batches of 1 to 64; no record is kept of these times
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "short": ((NO_LIMIT, "w4t1s"),),
     "long": ((40, "w4t1s"), (NO_LIMIT, "w4t2s")),

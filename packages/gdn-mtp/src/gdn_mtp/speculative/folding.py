@@ -13,7 +13,7 @@ FLOAT_BYTES = 4
 
 # What reading a byte of a pending token costs, its products included, in bytes of a state that a fold writes;
 # by the dtype of the states. Times on an H100 80GB HBM3, November 2026, fitted by folds and pending tokens:
-# bench_gdn_spec.py --heads 16/16/32 --batch 64 --capacity 32 --fold 0 4 8 12 16 24
+# bench_gdn_spec.py --heads 16/16/32 --batch 64 --capacity 32 --fold 0 4 8 12 16 24; no record is kept of them
 PENDING_COST = {torch.float32: 1.7, torch.bfloat16: 1.5}
 
 
