@@ -42,7 +42,7 @@ from _gdn_variants import import_peer, progress
 from gdn_mtp import SpeculativeCache
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import gated_delta_rule_reference
-from gdn_mtp.speculative.folding import fold_limit
+from gdn_mtp.speculative.folding import fold_limit, token_nbytes
 from gdn_mtp.speculative.problem import SpeculativeProblem
 from kernel_dispatch import as_arch, resolve
 from kernel_testing import (
@@ -92,11 +92,6 @@ class Cell:
     def slot_nbytes(self) -> int:
         """Bytes of one request's state."""
         return self.HV * HEAD_DIM * HEAD_DIM * torch.finfo(self.state_dtype).bits // 8
-
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes of a token in a ring: k in bf16, u, gate and the factor of k."""
-        return self.H * (2 * HEAD_DIM + 4) + self.HV * 4 * (HEAD_DIM + 1)
 
     @property
     def io_nbytes(self) -> int:
@@ -158,7 +153,7 @@ class Row:
         """Of a step, on average."""
         cell = self.cell
         states = cell.slot_nbytes * (1 + self.folds_per_step)
-        ring = cell.token_nbytes * (self.pending_per_step + cell.T)
+        ring = token_nbytes(cell.problem()) * (self.pending_per_step + cell.T)
         return cell.B * (states + ring + cell.io_nbytes)
 
     def fraction(self, variant: str = "ours") -> float | None:

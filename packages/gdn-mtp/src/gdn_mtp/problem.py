@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from kernel_dispatch import ArgumentError, ArgumentTypeError, bucket_batch
@@ -64,23 +64,10 @@ class GatedDeltaRuleProblem:
     state_rows: StateRows = "contiguous"
 
     def __post_init__(self) -> None:
-        for name in ("B", "T", "H", "HV", "K", "V"):
-            check_size(name, getattr(self, name))
-        if self.HV % self.H:
-            raise ArgumentError("HV", f"{self.HV}, expected a multiple of H = {self.H}")
-        for name in ("gate_dtype", "out_dtype"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.io_dtype)  # a frozen dataclass has no other way
         check_fields(
             self,
-            dtypes={
-                "io_dtype": INPUT_DTYPES,
-                "gate_dtype": INPUT_DTYPES,
-                "dt_bias_dtype": BIAS_DTYPES,
-                "out_dtype": INPUT_DTYPES,
-                "state_dtype": STATE_DTYPES,
-                "index_dtype": (None, *INDEX_DTYPES),
-            },
+            sizes=("B", "T", "H", "HV", "K", "V"),
+            index_dtypes=(None, *INDEX_DTYPES),
             choices={
                 "state_layout": get_args(StateLayout),
                 "intermediate": get_args(Intermediate),
@@ -155,14 +142,33 @@ def check_size(name: str, value: int) -> None:
 
 
 def check_fields(
-    problem: object,
+    problem: Any,
     *,
-    dtypes: Mapping[str, tuple[torch.dtype | None, ...]],
+    sizes: Sequence[str],
+    index_dtypes: tuple[torch.dtype | None, ...],
     choices: Mapping[str, tuple[str, ...]],
     flags: Sequence[str],
 ) -> None:
-    """Raises unless the fields hold one of the dtypes or words that they may, and the flags are bools."""
-    for name, allowed in dtypes.items():
+    """Check the fields that the problems of all functions have; dtypes that are not given become io_dtype.
+
+    sizes, flags: names of fields. index_dtypes, choices: what index_dtype and other fields may be. Raises
+    ArgumentError or ArgumentTypeError naming the field.
+    """
+    for name in sizes:
+        check_size(name, getattr(problem, name))
+    if problem.HV % problem.H:
+        raise ArgumentError("HV", f"{problem.HV}, expected a multiple of H = {problem.H}")
+    for name in ("gate_dtype", "out_dtype"):
+        if getattr(problem, name) is None:
+            object.__setattr__(problem, name, problem.io_dtype)  # a frozen dataclass has no other way
+    for name, allowed in (
+        ("io_dtype", INPUT_DTYPES),
+        ("gate_dtype", INPUT_DTYPES),
+        ("dt_bias_dtype", BIAS_DTYPES),
+        ("out_dtype", INPUT_DTYPES),
+        ("state_dtype", STATE_DTYPES),
+        ("index_dtype", index_dtypes),
+    ):
         value = getattr(problem, name)
         if value not in allowed:
             raise ArgumentTypeError(name, f"{value}, expected one of {', '.join(map(str, allowed))}")

@@ -53,10 +53,6 @@ class TokenChunks(TileCopies):
 
     # Global memory
 
-    def first_later_block(self):
-        """The first block that waits for another one's place on the GPU, which runs so many at a time."""
-        return cute.arch.nsmid() * self.config.blocks_per_sm
-
     # What is prefetched to L2 while the previous grid still runs will be read as that grid leaves it: L2 is
     # coherent.
 

@@ -61,14 +61,18 @@ class Pending:
 class RingTiles(TokenChunks):
     """Reads pending tokens, and advances tiles of the state by them."""
 
+    def load_window(self, cache, slot):
+        """Start and length of a slot's pending tokens, and the length of its last window."""
+        cursor = cache.cursor[slot, None].iterator
+        return tuple(read_l2(cursor + i, Int32) for i in range(3))
+
     @cute.jit
     def load_cursor(self, cache, num_accepted, accepted_nodes, slot, place):
         """What `accept` goes by: the start, length and window of the ring, its live tokens, what is accepted.
 
         That is a number of tokens, or this lane's node, or None.
         """
-        cursor = cache.cursor[slot, None].iterator
-        start, length, window = (read_l2(cursor + i, Int32) for i in range(3))
+        start, length, window = self.load_window(cache, slot)
         live = read_l2(cache.live.iterator + slot, Int32)
         accepted = None
         if cutlass.const_expr(self.config.accept == "counts"):
@@ -121,8 +125,7 @@ class RingTiles(TokenChunks):
         cfg = self.config
         slot = read_index(state_indices, place.request)
         if (slot >= 0) & (slot < cache.live.shape[0]):
-            cursor = cache.cursor[slot, None].iterator
-            start, length, window = (read_l2(cursor + i, Int32) for i in range(3))
+            start, length, window = self.load_window(cache, slot)
             prefetch_l2(cache.live.iterator + slot)
             if cutlass.const_expr(cfg.accept == "none"):
                 window = Int32(0)

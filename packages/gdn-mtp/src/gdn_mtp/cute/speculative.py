@@ -155,7 +155,7 @@ class Verify(RingTiles):
         self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if (request * v.shape[2] + hv) * (cfg.V // cfg.tactic.rows) + v_block < self.first_later_block():
+            if self.in_first_wave(v_block, hv, request, v.shape[2]):
                 here = Place(request, hv, request, row, warp, lane)
                 if warp == 0:
                     self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
@@ -215,6 +215,12 @@ class Verify(RingTiles):
                 self.move_cursor(cache, reader, pending, fold, Int32(count))
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def in_first_wave(self, v_block, hv, request, heads):
+        """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
+        cfg = self.config
+        block = (request * heads + hv) * (cfg.V // cfg.tactic.rows) + v_block
+        return block < cute.arch.nsmid() * cfg.blocks_per_sm
 
     # The ring
 

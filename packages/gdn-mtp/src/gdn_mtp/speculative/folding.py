@@ -34,6 +34,12 @@ def check_threshold(fold: str | int, capacity: int, max_tokens: int) -> None:
         raise ArgumentError("fold", f"{fold}, expected {expected}")
 
 
+def token_nbytes(problem: SpeculativeProblem) -> int:
+    """Bytes of a token in a ring: k and its factor, u and the gate."""
+    keys = problem.H * (problem.K * problem.io_dtype.itemsize + FLOAT_BYTES)
+    return keys + problem.HV * (problem.V + 1) * FLOAT_BYTES
+
+
 def fold_limit(problem: SpeculativeProblem, max_tokens: int, fold: str | int) -> int:
     """`fold_above` for a verify of `problem` on a cache for `max_tokens`, if half of the drafts are accepted.
 
@@ -41,13 +47,12 @@ def fold_limit(problem: SpeculativeProblem, max_tokens: int, fold: str | int) ->
     """
     check_policy(fold)
     check_threshold(fold, problem.capacity, max_tokens)
-    key_bytes = problem.H * (problem.K * problem.io_dtype.itemsize + FLOAT_BYTES)
     return fold_above(
         fold,
         problem.capacity,
         max_tokens,
         accepted=(problem.T + 1) / 2,
-        token_bytes=key_bytes + problem.HV * (problem.V + 1) * FLOAT_BYTES,
+        token_bytes=token_nbytes(problem),
         state_bytes=problem.HV * problem.V * problem.K * problem.state_dtype.itemsize,
         pending_cost=PENDING_COST[problem.state_dtype],
     )

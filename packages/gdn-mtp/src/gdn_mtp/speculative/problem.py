@@ -7,10 +7,7 @@ import torch
 from kernel_dispatch import ArgumentError, bucket_batch
 
 from gdn_mtp.problem import (
-    BIAS_DTYPES,
     INDEX_DTYPES,
-    INPUT_DTYPES,
-    STATE_DTYPES,
     StateRows,
     check_fields,
     check_size,
@@ -68,28 +65,15 @@ class SpeculativeProblem:
     state_rows: StateRows = "contiguous"
 
     def __post_init__(self) -> None:
-        for name in ("B", "H", "HV", "K", "V", "capacity"):
-            check_size(name, getattr(self, name))
-        if self.HV % self.H:
-            raise ArgumentError("HV", f"{self.HV}, expected a multiple of H = {self.H}")
-        if self.capacity > MAX_CAPACITY:
-            raise ArgumentError("capacity", f"{self.capacity}, expected at most {MAX_CAPACITY}")
-        for name in ("gate_dtype", "out_dtype"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.io_dtype)  # a frozen dataclass has no other way
         check_fields(
             self,
-            dtypes={
-                "io_dtype": INPUT_DTYPES,
-                "gate_dtype": INPUT_DTYPES,
-                "dt_bias_dtype": BIAS_DTYPES,
-                "out_dtype": INPUT_DTYPES,
-                "state_dtype": STATE_DTYPES,
-                "index_dtype": INDEX_DTYPES,
-            },
+            sizes=("B", "H", "HV", "K", "V", "capacity"),
+            index_dtypes=INDEX_DTYPES,
             choices={"mode": get_args(Mode), "accept": get_args(Accept), "state_rows": get_args(StateRows)},
             flags=("use_qk_l2norm", "variable_tokens", "tree", "tensor_scale", "debug"),
         )
+        if self.capacity > MAX_CAPACITY:
+            raise ArgumentError("capacity", f"{self.capacity}, expected at most {MAX_CAPACITY}")
         self._check_mode()
 
     def _check_mode(self) -> None:
