@@ -1,10 +1,10 @@
 """Compiles functions once per configuration and loads them, where it can be without the compiler.
 
 A function is traced and compiled by CuTe DSL for the architecture named, no GPU needed. Where there is a C
-compiler it is linked into a library, which loads with only the DSL's runtime library and TVM-FFI, and which
-launches by `launch.c`; where there is none, the DSL loads the object file, which launches by the CUDA
-runtime. Functions take PyTorch tensors, whose shapes, strides, dtypes, devices and alignment they check, and
-launch on PyTorch's current stream of the device that the tensors are on.
+compiler it is linked into a library, which loads with only the DSL's runtime library and TVM-FFI, is called
+by `call.c` and launches by `launch.c`; where there is none, the DSL loads the object file, which is called by
+TVM-FFI and launches by the CUDA runtime. Functions take PyTorch tensors, whose shapes, strides, dtypes,
+devices and alignment they check, and launch on PyTorch's current stream of the device of the tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernel_dispatch import CompileCache, CompileKey, source_hash, toolchain_ver
 
 from .load import load_library
 
-LAUNCH_SOURCE = Path(__file__).with_name("launch.c")
+LINKED_SOURCES = tuple(Path(__file__).with_name(name) for name in ("call.c", "launch.c"))
 DISTRIBUTIONS = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
 
 VARIABLE_PREFIX = "CUTE_DSL_"  # of the variables that the DSL reads
@@ -54,7 +54,7 @@ class Compiled:
 
     @property
     def library(self) -> Path:
-        """The object file linked with `launch.c`."""
+        """The object file linked with `call.c` and `launch.c`."""
         return self.directory / f"{self.name}.so"
 
     @property
@@ -138,12 +138,17 @@ def dsl_variables() -> dict[str, str]:
 
 def _link(compiler: str, compiled: Compiled) -> None:
     import cutlass.cute as cute
+    import tvm_ffi.libinfo
 
     runtime = cute.runtime.find_runtime_libraries(enable_tvm_ffi=True)
-    parts = [str(compiled.object_file), str(LAUNCH_SOURCE), *runtime]
-    # Not linked to a C library, it takes that of the process, which may be older than the one here.
-    flags = ("-O2", "-fPIC", "-shared", "-nodefaultlibs")
-    command = [compiler, *flags, "-o", str(compiled.library), *parts]
+    parts = [str(compiled.object_file), *map(str, LINKED_SOURCES), *runtime]
+    includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
+    named = (f"-DFUNCTION=__tvm_ffi_{compiled.name}", f'-DNAME="{compiled.name}"')
+    # Not linked to a C library, it takes that of the process, which may be older than the one here; but the
+    # function that it calls is its own, whichever else has that name.
+    flags = ("-O2", "-fPIC", "-shared", "-nodefaultlibs", "-Wl,-Bsymbolic")
+    options = (*flags, *named, *(f"-I{folder}" for folder in includes))
+    command = [compiler, *options, "-o", str(compiled.library), *parts]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
@@ -154,7 +159,7 @@ def _toolchain() -> dict[str, str]:
 
 @cache
 def _hash_of(sources: tuple[Path, ...]) -> str:
-    return source_hash(*sources, Path(__file__), LAUNCH_SOURCE)
+    return source_hash(*sources, Path(__file__), *LINKED_SOURCES)
 
 
 @cache
