@@ -15,7 +15,7 @@ from kernel_testing import cubin_resources
 
 ARCHS = ("sm_90a", "sm_100a", "sm_120a")
 REGISTERS_PER_SM = 65536
-SMALL, LARGE = 1, 64  # batches whose tactics differ
+SMALL, LARGE = 1, 128  # batches whose tactics differ
 
 
 def problem(**fields) -> SpeculativeProblem:
@@ -28,6 +28,12 @@ PROBLEMS = {
     "T4-bf16state": problem(state_dtype=BF16),
     "T4-bf16state-small": problem(state_dtype=BF16, B=SMALL),
     "T4-bf16state-tree": problem(state_dtype=BF16, tree=True, accept="nodes"),
+    "T8-bf16state-tree-small": problem(
+        T=8, capacity=24, state_dtype=BF16, B=SMALL, tree=True, accept="nodes"
+    ),
+    "T8-bf16state-variable-small": problem(
+        T=8, capacity=24, state_dtype=BF16, B=SMALL, variable_tokens=True, tensor_scale=True
+    ),
     "T6-tree-fp16": problem(T=6, capacity=24, tree=True, accept="nodes", io_dtype=FP16, gate_dtype=FP16),
     "T8": problem(T=8, capacity=24),
     "T8-bf16state": problem(T=8, capacity=24, state_dtype=BF16),
@@ -35,6 +41,7 @@ PROBLEMS = {
     "T8-fp32-K64": problem(T=8, capacity=24, K=64, V=64, io_dtype=FP32, gate_dtype=FP32),
     "T8-fp32-bf16state": problem(T=8, capacity=24, io_dtype=FP32, gate_dtype=FP32, state_dtype=BF16),
     "T16-variable": problem(T=16, capacity=32, variable_tokens=True),
+    "T16-bf16state-small": problem(T=16, capacity=32, state_dtype=BF16, B=SMALL),
     "T16-bf16state-tree": problem(T=16, capacity=32, state_dtype=BF16, tree=True, accept="nodes"),
     "commit": replace(problem(), mode="commit", T=0),
     "materialize": replace(problem(state_dtype=BF16), mode="materialize", T=0),

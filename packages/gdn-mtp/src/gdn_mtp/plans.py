@@ -78,36 +78,41 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
         checks itself, so the call can be captured in a CUDA graph; on the CPU and in debug mode the arguments
         are checked as a functional call's are.
         """
-        tensors = (
-            q,
-            k,
-            v,
-            A_log,
-            a,
-            dt_bias,
-            b,
-            state,
-            initial_state_indices,
-            output_state_indices,
-            intermediate_states_buffer,
-            ssm_state_indices,
-            output,
-        )
+        reads, writes = initial_state_indices, output_state_indices
+        buffer, scatter = intermediate_states_buffer, ssm_state_indices
         if self.always_checked or debug_mode():
-            self._check(CallTensors._make(tensors), scale)
-        self.launch(tensors, scale, output)
+            self._check(
+                CallTensors(q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, output),
+                scale,
+            )
+        self.launch(scale, output, q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter)
 
-    def launch(self, tensors: TensorTuple, scale: float | Tensor | None, output: Tensor) -> None:
-        """Launch on checked tensors in the order of `CallTensors`; `output` stands in for the last.
+    def launch(
+        self,
+        scale: float | Tensor | None,
+        output: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        A_log: Tensor,
+        a: Tensor,
+        dt_bias: Tensor,
+        b: Tensor,
+        state: Tensor,
+        reads: Tensor | None,
+        writes: Tensor | None,
+        buffer: Tensor | None,
+        scatter: Tensor | None,
+    ) -> None:
+        """Launch on checked tensors, after the first two in the order of `CallTensors`.
 
         Index tensors reach the launcher with the dtype of the first.
         """
-        q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, _ = tensors
         if writes is not None and reads is not None:
             writes = writes.to(reads.dtype)
         if scatter is not None and reads is not None:
             scatter = scatter.to(reads.dtype)
-        scale = self._launch_scale(scale)
+        scale = self._default_scale if scale is None else self._launch_scale(scale)
         self._launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
 
     def _check(self, tensors: CallTensors, scale: float | Tensor | None) -> None:
@@ -197,7 +202,7 @@ def run_known(
     elif scale is not None:
         check_scale("scale", scale, known.device)
     output = _output_of(tensors)
-    known.launch(tensors, scale, output)
+    known.launch(scale, output, *tensors[:-1])
     return output
 
 
@@ -210,12 +215,12 @@ def run_new(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, 
     device = tensors.q.device
 
     def make_run(selection: Selection) -> Callable[[], None]:
-        return partial(Plan(problem, device, selection).launch, tensors, scale, output)
+        return partial(Plan(problem, device, selection).launch, scale, output, *tensors[:-1])
 
     selection = select(problem, device, flags.backend, make_run, partial(_snapshot, problem, tensors))
     plan = Plan(problem, device, selection)
     _PLANS.put(_key(form, tensors, scale, flags), plan, given(tensors))
-    plan.launch(tensors, scale, output)
+    plan.launch(scale, output, *tensors[:-1])
     return output
 
 

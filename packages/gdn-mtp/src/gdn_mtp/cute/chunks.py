@@ -25,6 +25,9 @@ from .fragments import (
     bulk_prefetch_l2,
     dot,
     load_shared,
+    load_values,
+    load_words,
+    mma_bf16,
     mma_split,
     parts,
     prefetch_l2,
@@ -128,12 +131,12 @@ class TokenChunks(TileCopies):
         first = 2 * place.t
         if cutlass.const_expr(self.packed(c)):
             first = select(place.t < 2, Int32(n), 2 * place.t - 4)
+        output = tensors.output[place.request, None, place.hv, None]
         for e in cutlass.range_constexpr(2):
             if first + e < n:
                 for half in cutlass.range_constexpr(2):
-                    value = o[2 * half + e].to(tensors.output.element_type)
-                    at = row + place.tile_row(half)
-                    tensors.output[place.request, t0 + first + e, place.hv, at] = value
+                    value = o[2 * half + e].to(output.element_type)
+                    output[t0 + first + e, row + place.tile_row(half)] = value
 
     @cute.jit
     def zero_output(self, tensors, place):
@@ -154,6 +157,10 @@ class TokenChunks(TileCopies):
         token = cfg.chunks[c][0] + x + (cfg.T if is_q else 0)
         return token * cfg.token_stride + cfg.token_skew(x)
 
+    def token_pointer(self, shared, offset):
+        """k or q of a token, which lies at `offset` of shared.kq."""
+        return shared.kq.iterator + cute.assume(offset, divby=4)
+
     @cute.jit
     def stage_tokens(self, tokens, scale, shared, place):
         """Write this warp's tokens to shared memory as given, and the factors that scale them."""
@@ -164,9 +171,10 @@ class TokenChunks(TileCopies):
                 token = [[value.to(Float32) for value in x] for x in tokens[i]]
                 for is_q in cutlass.range_constexpr(2):
                     x = token[is_q]
+                    staged = tokens[i][is_q] if cfg.bf16_products else x
                     offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t % CHUNK_TOKENS)
                     for j in cutlass.range_constexpr(len(x)):
-                        shared.kq[offset + place.lane + WARP_LANES * j] = x[j]
+                        shared.kq[offset + place.lane + WARP_LANES * j] = staged[j]
                     if cutlass.const_expr(is_q == 0 and shared.pairs is not None):
                         self.stage_pairs(x, t, shared, place)
                     factor = Float32(1.0)
@@ -253,21 +261,26 @@ class TokenChunks(TileCopies):
                 shared.matrices[base + SOLVE * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = x[i]
                 shared.matrices[base + READ * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = y[i]
 
+    def load_operand(self, shared, place, buffer):
+        """A tile as `operand_products` takes it."""
+        load = self.load_tile_words if self.config.bf16_products else self.load_tile
+        return load(shared, place, buffer)
+
+    def operand_products(self, operand, shared, place, c):
+        """`state_products` of a tile that `load_operand` gave."""
+        products = self.bf16_state_products if self.config.bf16_products else self.state_products
+        return products(operand, shared, place, c)
+
     def state_products(self, s, shared, place, c):
         """[S k_j, S q_j] of chunk c in accumulator layout: tokens 2t and 2t + 1 of rows g and g + 8.
 
         Packed, it is one accumulator: lanes t = 0, 1 have S k_j of tokens 2t and 2t + 1, lanes t = 2, 3 have
         S q_j of tokens 2t - 4 and 2t - 3.
         """
-        n = self.config.chunks[c][1]
-        g = place.g
-        mine = cutlass.min(g % 4 if self.packed(c) else g, n - 1)
-        operands = [self.token_offset(False, c, mine), self.token_offset(True, c, mine)]
-        if self.packed(c):
-            operands = [select(g < 4, *operands)]
+        operands = self.token_operands(shared, place, c)
         chains = [[[Float32(0.0)] * 4 for _ in range(4)] for _ in operands]
         for column, at in self.quads(place.t):
-            b = [load_shared(shared.kq, operand, column, 4) for operand in operands]
+            b = [load_values(x + cute.assume(column, divby=4), x.value_type, 4) for x in operands]
             for e in (0, 2):
                 x = at + e
                 a_parts = parts([s[0][x], s[1][x], s[0][x + 1], s[1][x + 1]], self.exact_state)
@@ -276,6 +289,53 @@ class TokenChunks(TileCopies):
                     for low, a_part in enumerate(a_parts):
                         chains[i][e + low] = mma_split(chains[i][e + low], [a_part], b_parts[: 2 - low])
         return [sum_chains(x) for x in chains]
+
+    def bf16_state_products(self, words, shared, place, c):
+        """`state_products` of a tile as it is in memory."""
+        operands = self.token_operands(shared, place, c)
+        chains = [[[Float32(0.0)] * 4 for _ in range(2)] for _ in operands]
+        for i, column in self.runs(place):
+            rows = [x[4 * i : 4 * i + 4] for x in words]
+            for x, pointer in zip(chains, operands, strict=True):
+                add_products_bf16(x, rows, load_words(pointer + column))
+        return [sum_chains(x) for x in chains]
+
+    def token_operands(self, shared, place, c):
+        """k and q of the token whose products this lane brings; packed, only one of them."""
+        g = place.g
+        mine = cutlass.min(g % 4 if self.packed(c) else g, self.config.chunks[c][1] - 1)
+        offsets = [self.token_offset(False, c, mine), self.token_offset(True, c, mine)]
+        if self.packed(c):
+            offsets = [select(g < 4, *offsets)]
+        return [self.token_pointer(shared, offset) for offset in offsets]
+
+    def key_products(self, key, dtype, shared, place, c):
+        """k_g.x_j and q_g.x_j of chunk c as an accumulator; `key` points to x_g, of `dtype`."""
+        mine = cutlass.min(place.g, self.config.chunks[c][1] - 1)
+        k, q = (self.token_pointer(shared, self.token_offset(x, c, mine)) for x in (False, True))
+        if self.config.bf16_products:
+            return self.bf16_key_products(key, k, q, place)
+        chains = [[Float32(0.0)] * 4 for _ in range(4)]
+        for i in range(self.config.K // 16):
+            column = cute.assume(16 * i + 4 * place.t, divby=4)
+            own_k, own_q = (load_values(x + column, x.value_type, 4) for x in (k, q))
+            x = load_values(key + column, dtype, 4)
+            for e in (0, 2):
+                a_parts = parts([own_k[e], own_q[e], own_k[e + 1], own_q[e + 1]], self.exact_io)
+                chain = (2 * i + e // 2) % 4
+                chains[chain] = mma_split(chains[chain], a_parts, parts(x[e : e + 2], self.exact_io))
+        return sum_chains(chains)
+
+    def bf16_key_products(self, key, k, q, place):
+        """`key_products` of bfloat16 keys at `key`, and k and q."""
+        chains = [[Float32(0.0)] * 4 for _ in range(2)]
+        for _, column in self.runs(place):
+            add_products_bf16(chains, [load_words(x + column) for x in (k, q)], load_words(key + column))
+        return sum_chains(chains)
+
+    def runs(self, place):
+        """(number, first column) of each run of eight columns that a lane has."""
+        return [(i, cute.assume(32 * i + 8 * place.t, divby=8)) for i in range(self.config.K // 32)]
 
     def solve(self, products, v, shared, place, c):
         """(u, o) of chunk c as accumulators; packed, both are one, laid out as the products are."""
@@ -312,9 +372,18 @@ class TokenChunks(TileCopies):
         return parts(values, False)
 
 
+def add_products_bf16(chains, rows, columns):
+    """Add to two accumulators the products of eight columns: of rows g and g + 8 with token g."""
+    for e in range(2):
+        a = [row[x] for x in (2 * e, 2 * e + 1) for row in rows]
+        chains[e] = mma_bf16(chains[e], a, columns[2 * e : 2 * e + 2])
+
+
 def sum_chains(chains):
-    """Four accumulators added up."""
-    return [(chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]) for i in range(4)]
+    """Two or four accumulators added up."""
+    if len(chains) > 2:
+        chains = [sum_chains(chains[:2]), sum_chains(chains[2:])]
+    return [x + y for x, y in zip(*chains, strict=True)]
 
 
 def as_operand(acc):

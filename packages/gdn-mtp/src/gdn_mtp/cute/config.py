@@ -105,11 +105,18 @@ class TokenTiles(Footprint):
 
     T: int
     K: int
+    V: int
+    io_dtype: str
     tactic: Tactic
 
     @property
     def warps(self) -> int:
         return self.tactic.warps
+
+    @property
+    def blocks_per_head(self) -> int:
+        """Thread blocks that share the state of a value head."""
+        return self.V // self.tactic.rows
 
     @property
     def chunks(self) -> tuple[tuple[int, int], ...]:
@@ -142,15 +149,32 @@ class TokenTiles(Footprint):
 
     @property
     def token_stride(self) -> int:
-        """Floats from one token's k or q to the next in shared memory; the slack takes `token_skew`."""
+        """Elements from one token's k or q to the next in shared memory; the slack takes `token_skew`."""
         return self.K + 32
 
+    @property
+    def bf16_products(self) -> bool:
+        """Whether states as they are in memory meet keys and queries as they are given, all in bfloat16."""
+        return self.state_dtype == self.io_dtype == "bfloat16"
+
+    @property
+    def token_dtype(self) -> str:
+        """Of k and q in shared memory."""
+        return "bfloat16" if self.bf16_products else "float32"
+
+    @property
+    def token_bytes(self) -> int:
+        """Shared memory of k and q of all tokens."""
+        return 2 * self.T * self.token_stride * (2 if self.bf16_products else 4)
+
     def token_skew(self, x: int) -> int:
-        """Offset in floats of chunk token x (also a traced integer) that avoids bank conflicts.
+        """Offset in elements of chunk token x (also a traced integer) that avoids bank conflicts.
 
         k is read as rows x and x + 1 side by side, in 16-byte vectors, and as rows x, x + 2, x + 4, x + 6 in
-        8-byte vectors; the skew of a token spreads both over the 32 banks.
+        8-byte vectors; the skew of a token spreads both over the 32 banks. The stride does it for bfloat16.
         """
+        if self.bf16_products:
+            return 0
         if self.vector_elements == 4:
             return (8 * (x // 2) + 16 * (x % 2)) % 32
         return 16 * (x // 4) + 4 * ((x // 2) % 2) + 4 * (x % 2)
@@ -212,6 +236,10 @@ class KernelConfig(TokenTiles, Config):
         return self.intermediate != "none"
 
     @property
+    def bf16_products(self) -> bool:
+        return self.T > 1 and super().bf16_products
+
+    @property
     def prefetch(self) -> bool:
         """Whether to bring the state to L2 before the previous grid ends; not while stores keep L2 busy."""
         return self.tactic.trigger != "late" or not self.stores_every_state
@@ -237,14 +265,18 @@ class KernelConfig(TokenTiles, Config):
         tiles = self.tactic.warps * (
             self.buffers_per_warp * self.buffer_bytes + 8 * self.tactic.tiles_per_warp
         )
-        floats = 2 * self.T * self.token_stride + self.T * GATE_COLUMNS + self.pairs_floats
+        floats = self.T * GATE_COLUMNS + self.pairs_floats
         floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
-        return tiles + 4 * floats
+        return tiles + self.token_bytes + 4 * floats
 
     @property
     def warps_per_sm(self) -> int:
         """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
-        if self.K > 128 or len(self.chunks) > 1:
+        if self.K > 128:
+            return 8
+        if self.bf16_products:
+            return 16
+        if len(self.chunks) > 1:
             return 8
         many = self.io_dtype == "float32" and self.tactic.tiles_per_warp > 1
         return 12 if self.stores_every_state or many else 16

@@ -113,13 +113,14 @@ class SpeculativeConfig(TokenTiles):
         """Shared memory of a block: tiles and barriers, pending tokens, k and q, matrices, gates."""
         tiles = self.tactic.warps * self.tactic.tiles_per_warp * (self.buffer_bytes + 8)
         ring = self.ring_rows * (self.key_stride * self.io_bytes + 4 * self.update_stride) + 8
-        floats = RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS
-        floats += self.T * (2 * self.token_stride + GATE_COLUMNS)
-        return tiles + ring + 4 * floats
+        floats = RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS + self.T * GATE_COLUMNS
+        return tiles + ring + self.token_bytes + 4 * floats
 
     @property
     def warps_per_sm(self) -> int:
-        """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
+        """96, 128, 168 or 255 registers per thread, enough for the compiler to spill none."""
         if len(self.chunks) > 1:
-            return 8
-        return 12 if self.tree and self.tactic.tiles_per_warp > 1 else 16
+            return 16 if self.bf16_products else 8
+        if self.tactic.tiles_per_warp > 1:
+            return 12 if self.tree else 16
+        return 20 if self.bf16_products and self.mode == "verify" else 16

@@ -21,6 +21,7 @@ NUMERIC = {
 
 _TF32_MASK = 0xFFFFE000 - (1 << 32)  # sign, exponent and the ten mantissa bits that tf32 keeps, as int32
 _EVICT_FIRST = 0x12F0000000000000  # what createpolicy.fractional.L2::evict_first gives for all of an access
+_MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 _MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
 
 
@@ -36,16 +37,21 @@ def split_tf32(x):
     return high, x - high
 
 
-def mma(acc: Sequence, a: Sequence, b: Sequence) -> list:
+def mma(acc: Sequence, a: Sequence, b: Sequence, instruction: str = _MMA) -> list:
     """acc + a b of one m16n8k8 step: acc 4, a 4, b 2 float32 registers in the instruction's layout."""
     return list(
         cute.arch.inline_ptx(
-            _MMA + " {{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}},"
+            instruction + " {{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}},"
             " {{$r6}, {$r7}, {$r8}, {$r9}};",
             write_only_types=[Float32] * 4,
             read_only_args=[*a, *b, *acc],
         )
     )
+
+
+def mma_bf16(acc: Sequence, a: Sequence, b: Sequence) -> list:
+    """acc + a b of one m16n8k16 step of bfloat16: a 4, b 2 registers of two values each."""
+    return mma(acc, a, b, _MMA_BF16)
 
 
 def mma_split(acc: Sequence, a_parts: Sequence[Sequence], b_parts: Sequence[Sequence]) -> list:
@@ -70,6 +76,14 @@ def load_vector(pointer, dtype) -> list:
     fragment = cute.make_rmem_tensor((VECTOR_BYTES * 8 // dtype.width,), dtype)
     cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(fragment.shape)), fragment)
     return [fragment[i].to(Float32) for i in range(cute.size(fragment))]
+
+
+def load_words(pointer) -> list:
+    """The 16 bytes of shared memory at `pointer` as four int32 registers."""
+    fragment = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
+    words = cute.make_tensor(cute.recast_ptr(pointer, dtype=Int32), cute.make_layout(fragment.shape))
+    cute.autovec_copy(words, fragment)
+    return [fragment[i] for i in range(VECTOR_BYTES // 4)]
 
 
 def store_vector(pointer, values: Sequence, dtype) -> None:

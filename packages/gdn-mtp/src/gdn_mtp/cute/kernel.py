@@ -8,11 +8,12 @@ a chunk of tokens obeys
 so the state meets the keys and queries of all tokens in two small matrix products. (Chunk form of the delta
 rule: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024.)
 
-Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which keeps float32 accuracy. Every
-warp owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back, and lane (g, t) =
+Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which keeps float32 accuracy; those of
+keys and queries with each other and with a state that is read are m16n8k16 bf16 where all are bfloat16. Every warp
+owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back, and lane (g, t) =
 (lane / 4, lane % 4) holds two rows in registers, of each every fourth 16-byte vector from t on. They are rows
 g and g + 8 of a product; which of the tile's they are, `Place.tile_row` says.
-Grid: (V / rows per block, HV, B); a block whose request is padding writes zeros to its output.
+Grid: (V / rows per block * HV / H, H, B); a block whose request is padding writes zeros to its output.
 A non-finite value in a request's inputs may reach all of that request's outputs, earlier tokens included.
 """
 
@@ -26,7 +27,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int64
 from cutlass.memory import SmemAllocator
 
-from .chunks import LOWER, QUERY, TokenChunks, as_operand, sum_chains
+from .chunks import LOWER, QUERY, TokenChunks, as_operand
 from .config import (
     CHUNK_TOKENS,
     GATE_COLUMNS,
@@ -39,6 +40,7 @@ from .config import (
 from .fragments import (
     NUMERIC,
     load_shared,
+    load_values,
     mma_split,
     parts,
     read_index,
@@ -55,7 +57,7 @@ from .gates import (
     load_gates,
     stage_gates,
 )
-from .tiles import Place, Shared
+from .tiles import Place, Shared, allocate_tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class GatedDeltaRule(TokenChunks):
             q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
             intermediate_states, ssm_state_indices, output,
         ).launch(
-            grid=(cfg.V // cfg.tactic.rows, v.shape[2], v.shape[0]),
+            grid=self.grid(v.shape[2], q.shape[2], v.shape[0]),
             block=(cfg.tactic.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=cfg.blocks_per_sm,
@@ -98,13 +100,12 @@ class GatedDeltaRule(TokenChunks):
         intermediate_states, ssm_state_indices, output,
     ):  # fmt: skip
         cfg = self.config
-        v_block, hv, request = cute.arch.block_idx()
+        v_block, head, hv, _, request = self.block_place()
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
         tensors = Tensors(q, k, v, state, intermediate_states, ssm_state_indices, output)
         shared = self.allocate()
         row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
-        head = hv // (v.shape[2] // q.shape[2])
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             here = Place(request, hv, request, row, warp, lane)
@@ -162,7 +163,7 @@ class GatedDeltaRule(TokenChunks):
         return Shared(
             tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
             mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
-            kq=smem.allocate_tensor(Float32, cute.make_layout(2 * cfg.T * cfg.token_stride), 16),
+            kq=allocate_tokens(cfg, smem),
             pairs=pairs,
             matrices=smem.allocate_tensor(Float32, cute.make_layout(matrices), 16),
             gate=smem.allocate_tensor(Float32, cute.make_layout(cfg.T * GATE_COLUMNS), 16),
@@ -220,7 +221,8 @@ class GatedDeltaRule(TokenChunks):
         """S k (or S q) of token 0 for rows g and g + 8."""
         total = [Float32(0.0), Float32(0.0)]
         for column, at in self.quads(place.t):
-            x = load_shared(shared.kq, self.token_offset(is_q, 0, 0), column, 4)
+            token = self.token_pointer(shared, self.token_offset(is_q, 0, 0))
+            x = load_values(token + cute.assume(column, divby=4), token.value_type, 4)
             for e in range(4):
                 total = [total[half] + s[half][at + e] * x[e] for half in range(2)]
         for step in (1, 2):
@@ -243,16 +245,8 @@ class GatedDeltaRule(TokenChunks):
         t0, n = cfg.chunks[c]
         g, t = place.g, place.t
         mine = cutlass.min(g, n - 1)
-        chains = [[Float32(0.0)] * 4 for _ in range(4)]
-        for i in range(cfg.K // 16):
-            k = load_shared(shared.kq, self.token_offset(False, c, mine), 16 * i + 4 * t, 4)
-            q = load_shared(shared.kq, self.token_offset(True, c, mine), 16 * i + 4 * t, 4)
-            for e in (0, 2):
-                a_parts = parts([k[e], q[e], k[e + 1], q[e + 1]], self.exact_io)
-                b_parts = parts([k[e], k[e + 1]], self.exact_io)
-                chain = (2 * i + e // 2) % 4
-                chains[chain] = mma_split(chains[chain], a_parts, b_parts)
-        products = sum_chains(chains)
+        key = self.token_pointer(shared, self.token_offset(False, c, mine))
+        products = self.key_products(key, key.value_type, shared, place, c)
         beta, k_scale, q_scale = (self.gate(shared, t0 + mine, x) for x in (BETA, K_SCALE, Q_SCALE))
         for e in range(2):
             j = 2 * t + e
@@ -272,19 +266,26 @@ class GatedDeltaRule(TokenChunks):
         cfg = self.config
         row = self.tile_row(place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
-        s = self.load_tile(shared, place, tile)
+        operand = self.load_operand(shared, place, tile)
+        s = None if cfg.bf16_products else operand
         self.launch_dependents("early")
         for c in cutlass.range_constexpr(len(cfg.chunks)):
-            products = self.state_products(s, shared, place, c)
+            if cutlass.const_expr(c == 0):
+                products = self.operand_products(operand, shared, place, c)
+            else:
+                products = self.state_products(s, shared, place, c)
             if cutlass.const_expr(tile == 0 and c == 0):
                 cute.arch.sync_threads()
             u, o = self.solve(products, v[c], shared, place, c)
             self.store_output(tensors, o, place, row, c)
             if cutlass.const_expr(cfg.stores_every_state):
+                if cutlass.const_expr(s is None):
+                    s = self.load_tile(shared, place, tile)
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
-                if cutlass.const_expr(len(cfg.chunks) == 1):  # read again: until here no registers hold it
+                if cutlass.const_expr(c == 0 and (s is None or len(cfg.chunks) == 1)):
+                    # Read again: until here no registers hold it.
                     cute.arch.sync_warp()
                     s = self.load_tile(shared, place, tile)
                 self.advance_chunk(s, u, shared, place, c)
@@ -312,7 +313,8 @@ class GatedDeltaRule(TokenChunks):
     def advance(self, s, u, shared, place, decay, c, j):
         """S <- decay S + u k_j^T for token j of chunk c, in place."""
         for column, at in self.quads(place.t):
-            k = load_shared(shared.kq, self.token_offset(False, c, j), column, 4)
+            token = self.token_pointer(shared, self.token_offset(False, c, j))
+            k = load_values(token + cute.assume(column, divby=4), token.value_type, 4)
             for half in range(2):
                 for e in range(4):
                     s[half][at + e] = decay * s[half][at + e] + u[half] * k[e]

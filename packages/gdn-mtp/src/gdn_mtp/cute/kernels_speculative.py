@@ -30,18 +30,20 @@ TACTICS = {
     )
 }
 
-# (tiles of 16 rows per SM, at most, tactic) by regime: H100 80GB HBM3, November 2026, 16 key and 32 value
-# heads, batches of 1 to 64; no record is kept of these times
+# (tiles of 16 rows per SM, at most, tactic) by regime: bench_gdn_spec.py --tactics, H100 80GB HBM3, 16 key and
+# 32 value heads
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "short": ((NO_LIMIT, "w4t1s"),),
-    "long": ((40, "w4t1s"), (NO_LIMIT, "w4t2s")),
+    "one chunk": ((NO_LIMIT, "w4t1s"),),
+    "bf16 state": ((160, "w4t1s"), (NO_LIMIT, "w4t2s")),
+    "many chunks": ((40, "w4t1s"), (NO_LIMIT, "w4t2s")),
 }
 
 
 def regime(problem: SpeculativeProblem) -> str:
-    """The key of a problem in `HEURISTIC`: "long" where a block does much beside moving the state."""
-    short = problem.state_dtype == torch.float32 and problem.T <= CHUNK_TOKENS
-    return "short" if short or problem.mode != "verify" else "long"
+    """The key of a problem in `HEURISTIC`; those of a verify of many tokens or bf16 states do much else."""
+    if problem.mode == "verify" and problem.state_dtype == torch.bfloat16:
+        return "bf16 state"
+    return "many chunks" if problem.T > CHUNK_TOKENS else "one chunk"
 
 
 class SpeculativeKernels:

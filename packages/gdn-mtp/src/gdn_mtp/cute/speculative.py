@@ -12,7 +12,7 @@ state before a bfloat16 pool rounds it.
 Loads are started in the order in which they are waited for: what comes late delays what comes after it. First
 the cursor, then the new tokens, the pending ones as soon as the cursor says which, the state last.
 
-Grid: (V / rows per block, HV, B). Each block reads the request's cursor; the last to have done so moves it.
+Grid: (V / rows per block * HV / H, H, B). Each block reads the request's cursor; the last one moves it.
 Ring positions that are written are not read in the same launch: pending and new tokens fit the ring together.
 """
 
@@ -26,7 +26,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.memory import SmemAllocator
 
-from .chunks import LOWER, QUERY, as_operand, sum_chains
+from .chunks import LOWER, QUERY, as_operand
 from .config import (
     CHUNK_TOKENS,
     GATE_COLUMNS,
@@ -39,8 +39,6 @@ from .config import (
 from .config_speculative import RING_WEIGHTS
 from .fragments import (
     NUMERIC,
-    load_shared,
-    load_values,
     mma_split,
     parts,
     read_index,
@@ -49,7 +47,7 @@ from .fragments import (
 )
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
 from .ring import Cache, RingTiles
-from .tiles import Place
+from .tiles import Place, allocate_tokens
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def allocate(cfg) -> Shared:
     tokens = {}
     if cfg.T:
         tokens = {
-            "kq": floats(2 * cfg.T * cfg.token_stride),
+            "kq": allocate_tokens(cfg, smem),
             "matrices": floats(cfg.num_matrices * MATRIX_FLOATS),
             "gate": floats(cfg.T * GATE_COLUMNS),
         }
@@ -128,7 +126,7 @@ class Verify(RingTiles):
             q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale, cursor,
             live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output,
         ).launch(
-            grid=(cfg.V // cfg.tactic.rows, v.shape[2], v.shape[0]),
+            grid=self.grid(v.shape[2], q.shape[2], v.shape[0]),
             block=(cfg.tactic.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=cfg.blocks_per_sm,
@@ -142,7 +140,7 @@ class Verify(RingTiles):
         cursor, live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output,
     ):  # fmt: skip
         cfg = self.config
-        v_block, hv, request = cute.arch.block_idx()
+        v_block, head, hv, member, request = self.block_place()
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
         tensors = Tensors(q, k, v, state, output)
@@ -150,12 +148,10 @@ class Verify(RingTiles):
         shared = allocate(cfg)
         block_row = v_block * cfg.tactic.rows
         row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
-        group = v.shape[2] // q.shape[2]
-        head = hv // group
         self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if self.in_first_wave(v_block, hv, request, v.shape[2]):
+            if self.in_first_wave():
                 here = Place(request, hv, request, row, warp, lane)
                 if warp == 0:
                     self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
@@ -202,7 +198,7 @@ class Verify(RingTiles):
             if v_block == 0:
                 if (warp == cfg.tactic.warps - 1) & (lane < count):
                     cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
-                if hv % group == 0:
+                if member == 0:
                     self.record_keys(tokens, cache, pending, window, count, shared, place)
             self.make_matrices(pending, count, shared, place)
             if warp == 0:
@@ -216,11 +212,11 @@ class Verify(RingTiles):
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def in_first_wave(self, v_block, hv, request, heads):
+    def in_first_wave(self):
         """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
-        cfg = self.config
-        block = (request * heads + hv) * (cfg.V // cfg.tactic.rows) + v_block
-        return block < cute.arch.nsmid() * cfg.blocks_per_sm
+        x, y, z = cute.arch.block_idx()
+        blocks_x, blocks_y, _ = cute.arch.grid_dim()
+        return (z * blocks_y + y) * blocks_x + x < cute.arch.nsmid() * self.config.blocks_per_sm
 
     # The ring
 
@@ -244,12 +240,12 @@ class Verify(RingTiles):
         """Write u, in accumulator layout, of the tokens of chunk c that exist."""
         t0, n = self.config.chunks[c]
         first = 2 * place.t
+        updates = cache.updates[pending.slot, None, place.hv, None]
         for e in cutlass.range_constexpr(2):
             if (first + e < n) & (t0 + first + e < count):
                 position = self.wrapped(window + t0 + first + e)
                 for half in cutlass.range_constexpr(2):
-                    at = row + place.tile_row(half)
-                    cache.updates[pending.slot, position, place.hv, at] = u[2 * half + e]
+                    updates[position, row + place.tile_row(half)] = u[2 * half + e]
 
     # Matrices: products of keys and queries, no state
 
@@ -273,23 +269,6 @@ class Verify(RingTiles):
                 for c in cutlass.range_constexpr(len(cfg.chunks)):
                     self.pending_products(pending, shared, place, p, c)
 
-    def operands(self, shared, place, c, columns):
-        """The split first operand [k; q] of chunk c at four columns: one for each two of them."""
-        mine = cutlass.min(place.g, self.config.chunks[c][1] - 1)
-        k, q = (load_shared(shared.kq, self.token_offset(x, c, mine), columns, 4) for x in (False, True))
-        return [parts([k[e], q[e], k[e + 1], q[e + 1]], self.exact_io) for e in (0, 2)]
-
-    def key_products(self, load_keys, shared, place, c):
-        """k_g.x_j and q_g.x_j of chunk c as an accumulator; load_keys(column) gives four columns of x_g."""
-        chains = [[Float32(0.0)] * 4 for _ in range(4)]
-        for i in range(self.config.K // 16):
-            column = 16 * i + 4 * place.t
-            x = load_keys(column)
-            for e, a_parts in zip((0, 2), self.operands(shared, place, c, column), strict=True):
-                chain = (2 * i + e // 2) % 4
-                chains[chain] = mma_split(chains[chain], a_parts, parts(x[e : e + 2], self.exact_io))
-        return sum_chains(chains)
-
     @cute.jit
     def store_products(self, kk, qk, shared, place, c, matrix):
         """Write rows g of two [8, 8] matrices, columns 2t and 2t + 1; packed, of one: k's rows, then q's."""
@@ -308,11 +287,7 @@ class Verify(RingTiles):
     def pending_products(self, pending, shared, place, p, c):
         """Write k_t.k_j and q_t.k_j of new chunk c and pending chunk p, unscaled."""
         key = self.key_pointer(pending, shared, p, place.g)
-
-        def load_keys(column):
-            return load_values(key + cute.assume(column, divby=4), shared.ring_keys.element_type, 4)
-
-        products = self.key_products(load_keys, shared, place, c)
+        products = self.key_products(key, shared.ring_keys.element_type, shared, place, c)
         matrix = self.config.pending_matrix(0, c) + 2 * len(self.config.chunks) * p
         self.store_products(products[:2], products[2:], shared, place, c, matrix)
 
@@ -324,8 +299,8 @@ class Verify(RingTiles):
         cfg = self.config
         (t0, n), (j0, m) = cfg.chunks[c], cfg.chunks[d]
         g, t = place.g, place.t
-        keys = self.token_offset(False, d, cutlass.min(g, m - 1))
-        products = self.key_products(lambda column: load_shared(shared.kq, keys, column, 4), shared, place, c)
+        key = self.token_pointer(shared, self.token_offset(False, d, cutlass.min(g, m - 1)))
+        products = self.key_products(key, shared.kq.element_type, shared, place, c)
         row = t0 + cutlass.min(g, n - 1)
         beta, k_scale, q_scale, log_decay = (
             self.gate(shared, row, x) for x in (BETA, K_SCALE, Q_SCALE, LOG_DECAY)
@@ -363,23 +338,23 @@ class Verify(RingTiles):
         """All tokens of the call on one tile. The first tile also waits for the matrices."""
         cfg = self.config
         row = self.tile_row(place, tile)
+        cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
+        operand = self.load_operand(shared, place, tile)
+        chunks = range(len(cfg.chunks))
+        state_products = [self.operand_products(operand, shared, place, c) for c in chunks]
+        self.launch_dependents("early")
         if cutlass.const_expr(tile == 0):
             cute.arch.sync_threads()
         corrections = [
-            [cute.make_rmem_tensor((4,), Float32) for _ in range(self.accumulators(c))]
-            for c in range(len(cfg.chunks))
+            [cute.make_rmem_tensor((4,), Float32) for _ in range(self.accumulators(c))] for c in chunks
         ]
         self.pending_corrections(corrections, pending, shared, place, tile)
-        cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
-        s = self.load_tile(shared, place, tile)
         decay = self.pending_decay(shared)
-        self.launch_dependents("early")
         u = None
         for c in cutlass.range_constexpr(len(cfg.chunks)):
-            products = self.state_products(s, shared, place, c)
             products = [
                 [decay * x + y[i] for i, x in enumerate(product)]
-                for product, y in zip(products, corrections[c], strict=True)
+                for product, y in zip(state_products[c], corrections[c], strict=True)
             ]
             weighed = self.weigh_existing(products, v[c], count, shared, place, c)
             if cutlass.const_expr(c > 0):

@@ -30,7 +30,7 @@ class Fold(RingTiles):
             state, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted, accepted_nodes,
             states,
         ).launch(
-            grid=(cfg.V // cfg.tactic.rows, state.shape[1], state_indices.shape[0]),
+            grid=self.grid(state.shape[1], keys.shape[2], state_indices.shape[0]),
             block=(cfg.tactic.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=cfg.blocks_per_sm,
@@ -44,14 +44,13 @@ class Fold(RingTiles):
         states,
     ):  # fmt: skip
         cfg = self.config
-        v_block, hv, request = cute.arch.block_idx()
+        v_block, head, hv, _, request = self.block_place()
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
         cache = Cache(keys, updates, gates, k_scale, cursor, live)
         shared = allocate(cfg)
         block_row = v_block * cfg.tactic.rows
         row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
-        head = hv // (state.shape[1] // keys.shape[2])
         self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):

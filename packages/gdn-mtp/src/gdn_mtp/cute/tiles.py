@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 
 from .config import MMA_ROWS, PART_ROWS, KernelConfig
-from .fragments import bulk_load, bulk_store, load_vector, store_vector
+from .fragments import NUMERIC, bulk_load, bulk_store, load_vector, load_words, store_vector
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Shared:
 
     tiles: Any  # [K, (8, 2), buffers per warp, warps], the state's dtype
     mbars: Any  # one per tile, warp-major
-    kq: Any  # k then q of every token, unscaled float32, `token_stride` apart
-    pairs: Any  # as kq, k of tokens 2p and 2p + 1 side by side; columns 4i, 4i + 2, 4i + 1, 4i + 3, or None
+    kq: Any  # k then q of every token, unscaled, `token_stride` apart, in `TokenTiles.token_dtype`
+    pairs: Any  # float32 k of tokens 2p and 2p + 1 side by side; columns 4i, 4i + 2, 4i + 1, 4i + 3, or None
     matrices: Any  # [chunks, 4, 8, 8]
     gate: Any  # [T, GATE_COLUMNS]
 
@@ -48,6 +48,12 @@ class Place:
         return PART_ROWS * (self.g % 2) + self.g // 2 + PART_ROWS // 2 * half
 
 
+def allocate_tokens(cfg, smem):
+    """Shared memory of k and q of all tokens: `Shared.kq`."""
+    size = 2 * cfg.T * cfg.token_stride
+    return smem.allocate_tensor(NUMERIC[cfg.token_dtype], cute.make_layout(size), 16)
+
+
 class TileCopies:
     """Moves tiles for one `KernelConfig`.
 
@@ -59,6 +65,18 @@ class TileCopies:
 
     def __init__(self, config: KernelConfig):
         self.config = config
+
+    def grid(self, value_heads, key_heads, requests):
+        """Thread blocks of a launch, in the order of requests, value heads and rows."""
+        return value_heads // key_heads * self.config.blocks_per_head, key_heads, requests
+
+    def block_place(self):
+        """(block of rows, key head, value head, number of that among those of the key head, request)."""
+        x, head, request = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        member = x // self.config.blocks_per_head
+        value_head = head * (blocks // self.config.blocks_per_head) + member
+        return x % self.config.blocks_per_head, head, value_head, member, request
 
     def tile_row(self, place, tile):
         """First row of a tile of this warp."""
@@ -133,6 +151,13 @@ class TileCopies:
             pointer = self.vector_pointer(shared, place, buffer, half, i)
             s[half] += load_vector(pointer, shared.tiles.element_type)
         return s
+
+    def load_tile_words(self, shared, place, buffer):
+        """`load_tile` of bfloat16 rows as they are, two values a register."""
+        words = [[], []]
+        for half, i in self.vectors():
+            words[half] += load_words(self.vector_pointer(shared, place, buffer, half, i))
+        return words
 
     @cute.jit
     def stage_tile(self, s, shared, place, buffer, pending):
