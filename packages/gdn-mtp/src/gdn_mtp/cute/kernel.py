@@ -8,9 +8,9 @@ a chunk of tokens obeys
 so the state meets the keys and queries of all tokens in two small matrix products. (Chunk form of the delta
 rule: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024.)
 
-Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which keeps float32 accuracy; those of
-keys and queries with each other and with a state that is read are m16n8k16 bf16 where all are bfloat16. Every warp
-owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back, and lane (g, t) =
+Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which keeps float32 accuracy; those
+of keys and queries with each other and with a state that is read are m16n8k16 bf16 where all are bfloat16.
+Every warp owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back. Lane (g, t) =
 (lane / 4, lane % 4) holds two rows in registers, of each every fourth 16-byte vector from t on. They are rows
 g and g + 8 of a product; which of the tile's they are, `Place.tile_row` says.
 Grid: (V / rows per block * HV / H, H, B); a block whose request is padding writes zeros to its output.

@@ -36,8 +36,7 @@ TACTICS = {
 KMAJOR_TACTIC = "c32"
 KMAJOR_COLUMNS = 32
 
-# (tiles of 16 rows per SM, at most, tactic) by regime: bench_gdn_mtp.py --tactics, H100 80GB HBM3, November
-# 2026, 16 key and 32 value heads, batches of 1 to 64; no record is kept of these times
+# (tiles of 16 rows per SM, at most, tactic) by regime: benchmarks/results/gdn_mtp-h100-tactics
 NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "final state, one token": ((8, "w2t1s"), (40, "w4t1e"), (NO_LIMIT, "w4t1s")),

@@ -30,8 +30,7 @@ TACTICS = {
     )
 }
 
-# (tiles of 16 rows per SM, at most, tactic) by regime: bench_gdn_spec.py --tactics, H100 80GB HBM3, 16 key and
-# 32 value heads
+# (tiles of 16 rows per SM, at most, tactic) by regime: benchmarks/results/gdn_spec-h100-tactics
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "one chunk": ((NO_LIMIT, "w4t1s"),),
     "bf16 state": ((160, "w4t1s"), (NO_LIMIT, "w4t2s")),
