@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from kernel_testing import assert_close_elementwise
@@ -70,7 +71,7 @@ class Call:
         self.kv_cache = torch.empty(
             num_pages, cell.page_size, HEAD_DIM, dtype=problem.kv_dtype, device=device
         )
-        for pages in self.kv_cache.split(4096):
+        for pages in self.kv_cache.split(4096):  # type: ignore[no-untyped-call]
             pages.copy_(torch.randn(pages.shape, device=device))
         order = torch.randperm(num_pages, device=device, dtype=torch.int32)
         self.block_tables = order.view(cell.batch, problem.max_pages)
@@ -80,7 +81,7 @@ class Call:
         self.workspace = torch.empty(max(workspace_nbytes, 1), dtype=torch.uint8, device=device)
 
     @property
-    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
+    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """What `Plan.run` takes."""
         named = {
             "out": self.out,

@@ -15,6 +15,7 @@ if ours is wrong or there is no GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -89,7 +90,7 @@ def tactic_plans(cell: Cell, backend: str, device: torch.device, every: bool) ->
 
 def measure(
     cell: Cell, options: argparse.Namespace, backend: str, device: torch.device, with_torch: bool
-) -> dict:
+) -> dict[str, Any]:
     """Times in microseconds by variant, each checked first."""
     plans = {
         f"{backend} {name}": made
@@ -150,23 +151,22 @@ def resources(backend: str) -> dict[str, dict[str, int]]:
     attributes = driver.CUfunction_attribute
     arch, index = as_arch(None).name, torch.cuda.current_device()
     found = {}
-    for unit in DTYPE_UNITS.values():
-        for tile in TILE_ROWS:
-            function = load_kernel(unit, f"mla_decode_m{tile}", arch, index)
-            kernel = driver.CUkernel(int(function))
-            _, loaded = driver.cuKernelGetFunction(kernel)
-            _, registers = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, loaded)
-            _, local = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, loaded)
-            _, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                loaded, block_threads(tile), SMEM_BYTES
-            )
-            figures = {
-                "registers": registers,
-                "local_bytes": local,
-                "smem_bytes": SMEM_BYTES,
-                "blocks_per_sm": blocks,
-            }
-            found[f"{unit} m{tile}"] = figures
+    for unit, tile, kind in itertools.product(DTYPE_UNITS.values(), TILE_ROWS, ("decode", "merge")):
+        function = load_kernel(unit, f"mla_{kind}_m{tile}", arch, index)
+        kernel = driver.CUkernel(int(function))
+        _, loaded = driver.cuKernelGetFunction(kernel)
+        _, registers = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_NUM_REGS, loaded)
+        _, local = driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, loaded)
+        _, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            loaded, block_threads(tile), SMEM_BYTES
+        )
+        figures = {
+            "registers": registers,
+            "local_bytes": local,
+            "smem_bytes": SMEM_BYTES,
+            "blocks_per_sm": blocks,
+        }
+        found[f"{unit} {kind} m{tile}"] = figures
     return found
 
 

@@ -68,7 +68,12 @@ def test_matches_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "tactic", [f"m{tile}{end}" for tile in config.TILE_ROWS for end in ("", config.WHOLE)]
+    "tactic",
+    [
+        f"m{tile}{end}"
+        for tile in config.TILE_ROWS
+        for end in ("", *(f"-c{size}" for size in config.CLUSTER_SIZES), config.WHOLE)
+    ],
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
 def test_every_tactic(dtype: str, tactic: str) -> None:

@@ -71,11 +71,17 @@ def splits_of(inputs: Inputs, tile: int, sm_count: int) -> SplitPlan:
 
 
 def launches(
-    inputs: Inputs, arch: str, tile: int, splits: SplitPlan, options: tuple[str, ...] = (), sm_count: int = 1
+    inputs: Inputs,
+    arch: str,
+    tile: int,
+    splits: SplitPlan,
+    options: tuple[str, ...] = (),
+    sm_count: int = 1,
+    cluster_size: int = 1,
 ) -> Any:
-    problem = DecodeProblem(**inputs.sizes)
-    launcher = launch.Launcher(problem, Division(tile, splits), None, None, 0, pdl=True)
-    workspace = torch.full((max(1, splits.workspace_bytes),), 255, dtype=torch.uint8)
+    problem, division = DecodeProblem(**inputs.sizes), Division(tile, splits, cluster_size)
+    launcher = launch.Launcher(problem, division, None, None, 0, pdl=True)
+    workspace = torch.full((max(1, division.partials.workspace_bytes),), 255, dtype=torch.uint8)
     parameters = bytearray(launch.PARAMETER_BYTES)
     parameters[: launch.TENSOR_MAP_BYTES] = tensor_map(inputs).encode()
     query, _, tables, lengths = inputs.positional
@@ -96,15 +102,16 @@ def launches(
     stream = [
         one(
             unit,
-            f"mla_decode_m{tile}",
+            division.kernel_name,
             grid=grid,
+            cluster=(1, cluster_size, 1),
             block=config.block_threads(tile),
             shared_bytes=config.SMEM_BYTES,
         )
     ]
-    if splits.num_splits > 1:
-        grid, block = launch.combine_sizes(problem, splits.num_splits)
-        name = launch.combine_name(problem, splits.num_splits, sm_count)
+    if division.num_partials > 1:
+        grid, block = launch.combine_sizes(problem, division.num_partials)
+        name = launch.combine_name(problem, division.num_partials, sm_count)
         stream.append(one("combine", name, grid=grid, block=block))
     return ptx_emulator.Launches(stream)
 
@@ -140,6 +147,34 @@ def test_splits_of_odd_lengths_and_without_keys(dtype: str, tile: int, num_split
     splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=num_splits)
     options = ptx_emulator.Options(schedule="random", seed=num_splits)
     launches(inputs, "sm_120a", tile, splits).run(options)
+    inputs.check(inputs.out, inputs.lse)
+
+
+def merge_case(dtype: str, tile: int) -> Case:
+    """Splits with several steps, one, or no key; a token that sees no key; none; no token; an absent page."""
+    lengths, q_lens = (530, 45, 2, 0, 100), (1, 2, 3, 1, 0)
+    heads = tile // 2 - 1
+    return Case(lengths, dtype, heads, q_lens=q_lens, page_size=32, absent=((0, 2),))
+
+
+@pytest.mark.parametrize(("cluster_size", "num_partials"), [(2, 1), (2, 3), (4, 1), (8, 2)])
+@pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
+def test_clusters_merge_their_splits(dtype: str, tile: int, cluster_size: int, num_partials: int) -> None:
+    inputs = Inputs(merge_case(dtype, tile))
+    splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=cluster_size * num_partials)
+    options = ptx_emulator.Options(schedule="random", seed=cluster_size)
+    launches(inputs, "sm_120a", tile, splits, cluster_size=cluster_size).run(options)
+    inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cluster_size", [2, 8], ids="cluster-{}".format)
+@pytest.mark.parametrize("tile", config.TILE_ROWS)
+def test_merging_under_every_schedule(tile: int, cluster_size: int, schedule: str) -> None:
+    inputs = Inputs(merge_case("bf16", tile))
+    splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=cluster_size)
+    options = ptx_emulator.Options(schedule=schedule)
+    launches(inputs, "sm_90a", tile, splits, cluster_size=cluster_size).run(options)
     inputs.check(inputs.out, inputs.lse)
 
 

@@ -76,7 +76,7 @@ def test_the_tile_follows_the_rows(num_heads: int, q_len: int, tile: int) -> Non
     problem = replace(PROBLEM, num_heads=num_heads, q_len=q_len)
     names = config.tactics(problem)
     assert names[0] == f"m{tile}"
-    assert len(set(names)) == 2 * len(config.TILE_ROWS)
+    assert len(set(names)) == (2 + len(config.CLUSTER_SIZES)) * len(config.TILE_ROWS)
 
 
 def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> None:
@@ -84,8 +84,54 @@ def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> Non
     needed = workspace_nbytes(PROBLEM, arch, "sm120")
     for name in config.tactics(PROBLEM):
         division = Division.of(PROBLEM, arch, name)
-        assert division.splits.workspace_bytes <= needed
+        assert division.partials.workspace_bytes <= needed
         assert (division.num_splits == 1) == name.endswith(config.WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "batch", "max_seq_len", "num_splits", "cluster_size"),
+    [
+        (128, 32, 4096, 2, 2),  # a cluster, hence no combine kernel
+        (128, 64, 8192, 1, 1),
+        (64, 32, 8192, 4, 1),
+        (128, 4, 8192, 16, 2),
+        (32, 1, 65536, 116, 4),
+        (16, 1, 8192, 128, 1),
+        (16, 1, 1, 1, 1),
+    ],
+)
+def test_clusters_of_the_heuristic(
+    num_heads: int, batch: int, max_seq_len: int, num_splits: int, cluster_size: int
+) -> None:
+    sizes = {"num_heads": num_heads, "batch": batch, "max_seq_len": max_seq_len, "max_pages": None}
+    problem = replace(PROBLEM, q_len=1, **sizes)
+    division = Division.of(problem, as_arch("sm_90a"), config.tactics(problem)[0])
+    assert (division.num_splits, division.cluster_size) == (num_splits, cluster_size)
+
+
+@pytest.mark.parametrize("name", [f"-c{size}" for size in config.CLUSTER_SIZES])
+@pytest.mark.parametrize("max_seq_len", [1, 40, 70, 130, 300, 8192])
+def test_clusters_are_whole_and_no_larger_than_the_keys(max_seq_len: int, name: str) -> None:
+    problem = replace(PROBLEM, max_seq_len=max_seq_len, max_pages=None)
+    division = Division.of(problem, as_arch("sm_120a"), f"m32{name}")
+    assert division.cluster_size in config.CLUSTER_SIZES
+    assert division.num_splits == division.num_partials * division.cluster_size
+    assert division.num_splits <= division.splits.key_tiles
+    assert division.kernel_name == ("mla_decode_m32" if division.cluster_size == 1 else "mla_merge_m32")
+
+
+@pytest.mark.parametrize(("tactic", "cluster_size"), [("m64-c4", 4), ("m64-c1", 1)])
+def test_a_launch_has_its_cluster(tactic: str, cluster_size: int) -> None:
+    problem = replace(PROBLEM, batch=1, num_heads=64, max_seq_len=65536, max_pages=None)
+    division = Division.of(problem, as_arch("sm_90a"), tactic)
+    launcher = launch.Launcher(problem, division, "decode", "combine", 0, pdl=True)
+    (decode, _), (combine, _) = launcher._state.configs
+    by_name = {attribute.id.name: attribute.value for attribute in decode.attrs}
+    assert "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION" in by_name
+    clusters = [value.clusterDim for name, value in by_name.items() if name.endswith("CLUSTER_DIMENSION")]
+    assert [(size.x, size.y, size.z) for size in clusters] == [(1, cluster_size, 1)] * (cluster_size > 1)
+    assert decode.gridDimY % cluster_size == 0
+    assert combine.numAttrs == 1
 
 
 def test_a_cache_is_cut_into_chunks_of_64_columns() -> None:
@@ -111,7 +157,7 @@ def test_parameters_fill_the_struct() -> None:
 
 def test_the_combine_kernel_follows_the_grid() -> None:
     problem = replace(PROBLEM, batch=1, q_len=1)
-    (blocks, _, _), (lanes, warps, items) = launch.combine_sizes(problem, num_splits=64)
+    (blocks, _, _), (lanes, warps, items) = launch.combine_sizes(problem, num_partials=64)
     assert (lanes, warps * items) == (32, launch.COMBINE_WARPS)
     assert blocks * items == problem.rows * config.COMBINE_ITEMS_PER_ROW
     assert launch.combine_name(problem, 64, sm_count=blocks) == "mla_combine"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kernel_dispatch import Arch
@@ -24,6 +24,18 @@ DTYPE_UNITS = {
 }
 
 WHOLE = "-whole"  # end of the name of a tactic that does not split the keys of a request
+CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their results in shared memory
+
+
+# (keys of a split, splits of a request) from which on a cluster has so many blocks, the first row that fits.
+# With few keys the barriers of a cluster cost more than partial results; two splits in a cluster need no
+# combine kernel. us on an H100, 2026-11-21, bf16, by blocks of a cluster 1 / 2 / 4:
+#   128 heads, B = 32, 4,096 keys, 2 splits: 124 / 120; 64 heads, B = 32, 8,192 keys, 4 splits: 132 / 134
+#   128 heads, B = 4, 8,192 keys, 16 splits: 45.9 / 44.9 / 53.1
+#   B = 1, 65,536 keys, 128 heads, 64 splits: 72.7 / 73.9 / 76.6; with others of these kernels 71.8 / 74.4 for
+#   2 / 4; 64 heads, 128 splits: 53.3 / 50.7 / 49.8; 32 heads: 41.4 / 40.8 / 39.7; 16: 37.2 / 36.9 / 36.6
+#   B = 1, 8,192 keys, 16 heads, 128 splits: 13.6 / 14.2 / 13.1
+CLUSTERS = ((256, 96, 4), (256, 16, 2), (0, 3, 1), (256, 2, 2), (0, 0, 1))
 
 
 def objection(problem: DecodeProblem, arch: Arch) -> str | None:
@@ -58,24 +70,71 @@ class Division:
     """How the work of a problem is divided among blocks.
 
     tile_rows: (token, head) rows of a block. splits: over how many blocks the keys of a request are spread.
+    cluster_size: blocks that merge their results before they store them; num_splits is a multiple of it.
     """
 
     tile_rows: int
     splits: SplitPlan
+    cluster_size: int
 
     @property
     def num_splits(self) -> int:
         """Blocks that share the keys of a request."""
         return self.splits.num_splits
 
+    @property
+    def kernel_name(self) -> str:
+        """The kernel of the tile that merges in clusters, or the one that does not."""
+        return f"mla_{'merge' if self.cluster_size > 1 else 'decode'}_m{self.tile_rows}"
+
+    @property
+    def partials(self) -> SplitPlan:
+        """What is stored for each request, a result of every cluster: the sizes of the workspace."""
+        return replace(self.splits, num_splits=self.num_splits // self.cluster_size)
+
+    @property
+    def num_partials(self) -> int:
+        """Results that are stored for each request; one is the output itself."""
+        return self.num_splits // self.cluster_size
+
     @staticmethod
     def of(problem: DecodeProblem, arch: Arch, tactic: str) -> Division:
         """The division that a tactic names."""
-        tile_rows = int(tactic.removesuffix(WHOLE).removeprefix("m"))
-        # With one SM to fill, nothing is split.
-        sm_count = 1 if tactic.endswith(WHOLE) else arch.sm_count
-        splits = plan_splits(problem, sm_count=sm_count, tile_m=tile_rows, tile_n=TILE_KEYS)
-        return Division(tile_rows, splits)
+        tile, _, cluster = tactic.removesuffix(WHOLE).partition("-c")
+        tile_rows = int(tile.removeprefix("m"))
+        if tactic.endswith(WHOLE):
+            return Division._of(problem, tile_rows, 1, 1)
+        if cluster:
+            return Division._of(problem, tile_rows, int(cluster), resident_clusters(arch, int(cluster)))
+        alone = Division._of(problem, tile_rows, 1, resident_clusters(arch, 1))
+        keys = problem.max_seq_len // alone.num_splits
+        size = next(size for few, splits, size in CLUSTERS if keys >= few and alone.num_splits >= splits)
+        return Division._of(problem, tile_rows, size, resident_clusters(arch, size))
+
+    @staticmethod
+    def _of(problem: DecodeProblem, tile_rows: int, cluster_size: int, clusters: int) -> Division:
+        """Clusters of a size, as many as are resident at a time, or fewer or smaller ones if keys are few.
+
+        Of the numbers of clusters with the same longest split the smallest: it leaves less to combine.
+        """
+        whole = plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
+        while cluster_size > whole.key_tiles:
+            cluster_size //= 2
+        row_tiles = problem.batch * -(-problem.rows // tile_rows)
+        most = max(1, min(clusters // row_tiles, whole.key_tiles // cluster_size))
+        longest_split = -(-whole.key_tiles // (most * cluster_size))
+        partials = -(-whole.key_tiles // (longest_split * cluster_size))
+        return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
+
+
+def resident_clusters(arch: Arch, cluster_size: int) -> int:
+    """Clusters that an idle GPU holds at a time, a block on every SM.
+
+    Clusters of two fill all SMs, larger ones leave some of a GPC over: of 132 SMs of an H100 30 clusters of
+    four and 15 of eight take 120, by cuOccupancyMaxActiveClusters, 2026-11-21.
+    """
+    usable = arch.sm_count if cluster_size <= 2 else arch.sm_count * 10 // 11
+    return max(1, usable // cluster_size)
 
 
 def preferred_tile(problem: DecodeProblem) -> int:
@@ -84,7 +143,8 @@ def preferred_tile(problem: DecodeProblem) -> int:
 
 
 def tactics(problem: DecodeProblem) -> list[str]:
-    """Names of the tactics, the heuristic's choice first."""
+    """Names of the tactics, the heuristic's choice first: tiles, then sizes of clusters, then `-whole`."""
     preferred = preferred_tile(problem)
     tiles = sorted(TILE_ROWS, key=lambda tile: tile != preferred)
-    return [f"m{tile}" for tile in tiles] + [f"m{tile}{WHOLE}" for tile in tiles]
+    ends = ["", *(f"-c{size}" for size in CLUSTER_SIZES), WHOLE]
+    return [f"m{tile}{end}" for end in ends for tile in tiles]

@@ -8,7 +8,7 @@ import torch
 from kernel_dispatch import Arch, ArgumentError
 from mla_core import DecodeProblem
 
-from .config import DTYPE_UNITS, SMEM_BYTES, TILE_ROWS, Division, tactics
+from .config import DTYPE_UNITS, SMEM_BYTES, Division, tactics
 from .launch import Launcher, combine_name
 from .load import load_kernel
 
@@ -18,10 +18,13 @@ class DecodeKernels:
 
     def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
         """Partial results of the tactic that needs the most."""
-        return max(Division.of(problem, arch, f"m{tile}").splits.workspace_bytes for tile in TILE_ROWS)
+        return max(Division.of(problem, arch, name).partials.workspace_bytes for name in tactics(problem))
 
     def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
-        """The tile that fits the rows first; `-whole` does not split the keys of a request."""
+        """The tile that fits the rows first.
+
+        `-c2` has clusters of two blocks that merge their results; `-whole` does not split a request's keys.
+        """
         return tactics(problem)
 
     def prepare(
@@ -36,12 +39,10 @@ class DecodeKernels:
             )
         division = Division.of(problem, arch, tactic)
         index = torch.cuda.current_device() if device.index is None else device.index
-        decode = load_kernel(
-            DTYPE_UNITS[problem.q_dtype], f"mla_decode_m{division.tile_rows}", arch.name, index
-        )
+        decode = load_kernel(DTYPE_UNITS[problem.q_dtype], division.kernel_name, arch.name, index)
         combine = None
-        if division.num_splits > 1:
-            name = combine_name(problem, division.num_splits, arch.sm_count)
+        if division.num_partials > 1:
+            name = combine_name(problem, division.num_partials, arch.sm_count)
             combine = load_kernel("combine", name, arch.name, index)
         pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
         return Launcher(problem, division, decode, combine, index, pdl)

@@ -26,7 +26,7 @@ from .config import (
 )
 
 COMBINE_WARPS = 16  # of a block of the combine kernel
-COMBINE_SPLITS_PER_WARP = 4  # at least, where an item has several warps
+COMBINE_PARTIALS_PER_WARP = 4  # at least, where an item has several warps
 CHUNK_ELEMENTS = 64
 CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
 TENSOR_MAP_BYTES = 128
@@ -153,7 +153,7 @@ class Launcher:
         lse: torch.Tensor | None,
         workspace: torch.Tensor | None,
     ) -> None:
-        problem, splits = self.problem, self.division.splits
+        problem, division = self.problem, self.division
         # A ragged query has no dimension of requests.
         query_stride = query.stride() if cum_seq_lens_q is None else (0, *query.stride())
         out_stride = out.stride() if cum_seq_lens_q is None else (0, *out.stride())
@@ -167,7 +167,7 @@ class Launcher:
         )
         out_aligned = out_address % (2 * out.element_size()) == 0 and not any(s % 2 for s in out_stride[:3])
         o_partial = 0
-        if self.division.num_splits > 1:
+        if division.num_partials > 1:
             assert workspace is not None
             o_partial = workspace.data_ptr()
         softmax_on_device = isinstance(softmax_scale, torch.Tensor)
@@ -179,7 +179,7 @@ class Launcher:
             out_address,
             0 if lse is None else lse.data_ptr(),
             o_partial,
-            o_partial + splits.o_partial_bytes if o_partial else 0,
+            o_partial + division.partials.o_partial_bytes if o_partial else 0,
             block_tables.data_ptr(),
             seq_lens.data_ptr(),
             0 if cum_seq_lens_q is None else cum_seq_lens_q.data_ptr(),
@@ -195,37 +195,46 @@ class Launcher:
             problem.q_len,
             problem.num_heads,
             problem.page_size.bit_length() - 1,
-            self.division.num_splits,
+            division.num_splits,
             self._out_type,
             query_aligned,
             out_aligned,
-            0,
-            0,
+            division.num_partials,
+            division.splits.key_tiles,
         )
 
     def _make_configs(self) -> list[tuple[Any, Any]]:
-        problem, num_splits = self.problem, self.division.num_splits
-        row_tiles = -(-problem.rows // self.division.tile_rows)
-        grid = (row_tiles, num_splits, problem.batch)
-        configs = [
-            (self._config(grid, (block_threads(self.division.tile_rows), 1, 1), SMEM_BYTES), self._decode)
-        ]
-        if num_splits > 1:
-            configs.append((self._config(*combine_sizes(problem, num_splits), 0), self._combine))
+        problem, division = self.problem, self.division
+        row_tiles = -(-problem.rows // division.tile_rows)
+        grid = (row_tiles, division.num_splits, problem.batch)
+        block = (block_threads(division.tile_rows), 1, 1)
+        configs = [(self._config(grid, block, SMEM_BYTES, division.cluster_size), self._decode)]
+        if division.num_partials > 1:
+            configs.append((self._config(*combine_sizes(problem, division.num_partials), 0), self._combine))
         return configs
 
-    def _config(self, grid: tuple[int, int, int], block: tuple[int, int, int], smem_bytes: int) -> Any:
+    def _config(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], smem_bytes: int, cluster_size: int = 1
+    ) -> Any:
         driver = _driver()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block
         config.sharedMemBytes = smem_bytes
+        attributes = []
         if self._pdl:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+            attributes.append(attribute)
+        if cluster_size > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attribute.value.clusterDim
+            size.x, size.y, size.z = 1, cluster_size, 1
+            attributes.append(attribute)
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
         return config
 
 
@@ -235,20 +244,20 @@ def _scale_key(scale: float | torch.Tensor) -> Any:
 
 
 def combine_sizes(
-    problem: DecodeProblem, num_splits: int
+    problem: DecodeProblem, num_partials: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Grid and block of the combine kernel; an item is a row and a quarter of its columns."""
     warps = 1
-    while warps < COMBINE_WARPS and warps * COMBINE_SPLITS_PER_WARP < num_splits:
+    while warps < COMBINE_WARPS and warps * COMBINE_PARTIALS_PER_WARP < num_partials:
         warps *= 2
     items = COMBINE_WARPS // warps
     total = problem.batch * problem.rows * COMBINE_ITEMS_PER_ROW
     return (-(-total // items), 1, 1), (32, warps, items)
 
 
-def combine_name(problem: DecodeProblem, num_splits: int, sm_count: int) -> str:
+def combine_name(problem: DecodeProblem, num_partials: int, sm_count: int) -> str:
     """The combine kernel for a grid: where no SM gets a second block, the one that takes a whole SM."""
-    (blocks, _, _), _ = combine_sizes(problem, num_splits)
+    (blocks, _, _), _ = combine_sizes(problem, num_partials)
     return "mla_combine" if blocks <= sm_count else "mla_combine_many"
 
 

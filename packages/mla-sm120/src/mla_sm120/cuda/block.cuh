@@ -16,6 +16,13 @@ struct Block {
   int first_key;    // of the split
   int end_key;
 
+  // The request alone, for the place of a row where queries are not ragged.
+  __device__ __forceinline__ static Block at(int request) {
+    Block b{};
+    b.request = request;
+    return b;
+  }
+
   __device__ __forceinline__ static Block of(const DecodeParams& p, int tile_m) {
     Block b;
     b.request = static_cast<int>(blockIdx.z);

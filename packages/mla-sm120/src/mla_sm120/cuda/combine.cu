@@ -1,6 +1,6 @@
-// Merges the partial results of the splits of a row: weights 2^(lse_partial - lse), in a fixed order.
+// Merges the partial results of a row, one of every cluster: weights 2^(lse_partial - lse), in a fixed order.
 // An item is a row and a quarter of the columns, of which lane i has columns 4 i to 4 i + 3. Block (32, warps, items):
-// warp w of an item has the splits w, w + warps, ..., a batch of which are on their way before the weights are known.
+// warp w of an item has the partials w, w + warps, ..., a batch of which are on their way before the weights are known.
 #include "block.cuh"
 #include "kernel.h"
 #include "store.cuh"
@@ -38,38 +38,38 @@ __device__ __forceinline__ void combine(const DecodeParams& p) {
   const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int split = first + i * stride;
-      const int64 at = static_cast<int64>(split) * total_rows;
-      lse[i] = split < p.num_splits ? lse_partial[at] : -infinity();
+      const int partial = first + i * stride;
+      const int64 at = static_cast<int64>(partial) * total_rows;
+      lse[i] = partial < p.num_partials ? lse_partial[at] : -infinity();
       o[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (split < p.num_splits) o[i] = *reinterpret_cast<const float4*>(o_partial + at * kLatentDim);
+      if (partial < p.num_partials) o[i] = *reinterpret_cast<const float4*>(o_partial + at * kLatentDim);
     }
   };
   load(warp);
   float lse_max = -infinity();
-  for (int split = lane; split < p.num_splits; split += 32)
-    lse_max = fmaxf(lse_max, lse_partial[static_cast<int64>(split) * total_rows]);
+  for (int partial = lane; partial < p.num_partials; partial += 32)
+    lse_max = fmaxf(lse_max, lse_partial[static_cast<int64>(partial) * total_rows]);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, lanes));
-  if (lse_max == -infinity()) lse_max = 0.0f;  // no split has a key
+  if (lse_max == -infinity()) lse_max = 0.0f;  // no partial result has a key
   float total = 0.0f;
-  for (int split = lane; split < p.num_splits; split += 32)
-    total += exp2_approx(lse_partial[static_cast<int64>(split) * total_rows] - lse_max);
+  for (int partial = lane; partial < p.num_partials; partial += 32)
+    total += exp2_approx(lse_partial[static_cast<int64>(partial) * total_rows] - lse_max);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
 
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (int split = warp;;) {
+  for (int partial = warp;;) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (lse[i] == -infinity()) continue;  // nothing was written there
       const float weight = exp2_approx(lse[i] - lse_max);
       sum.x += weight * o[i].x, sum.y += weight * o[i].y, sum.z += weight * o[i].z, sum.w += weight * o[i].w;
     }
-    split += kBatch * stride;
-    if (split >= p.num_splits) break;
-    load(split);
+    partial += kBatch * stride;
+    if (partial >= p.num_partials) break;
+    load(partial);
   }
   const int first = threadIdx.z * stride;
   sums[first + warp][lane] = sum;

@@ -22,6 +22,14 @@ constexpr int kBoxKeys = 16;  // keys of one TMA copy; divides every page size, 
 constexpr int kChunkElements = 64;  // columns that lie together in shared memory; one swizzle span per key
 constexpr int kChunks = kHeadDim / kChunkElements;
 
+constexpr int kMaxCluster = 8;  // blocks whose results are merged in shared memory; more is not portable
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kIsSm120 = true;
+#else
+constexpr bool kIsSm120 = false;
+#endif
+
 constexpr int kKStepBytes = 32;  // reduced per mma: 16 elements of two bytes or 32 of one
 constexpr int kOctetRows = 8;    // rows of a half of an mma accumulator
 constexpr int kFragmentBytes = 32 * 16;  // 16 bytes of every lane: an accumulator of mma, or its first operand
@@ -54,9 +62,10 @@ struct Swizzle {
 
 constexpr int kSoftmaxRows = 16;  // of a warp that takes the softmax
 
-template <typename Element_, int kTileM_>
+template <typename Element_, int kTileM_, bool kMerges_>
 struct Config {
   using Element = Element_;
+  static constexpr bool kMerges = kMerges_;  // whether a cluster merges what its blocks have, each of other keys
   static constexpr int kTileM = kTileM_;  // (token, head) rows of a block
   static_assert(kTileM == 16 || kTileM == 32 || kTileM == 64, "rows per block");
 
@@ -87,8 +96,12 @@ struct Config {
   static constexpr int kWarpChunks = 2;
   static_assert(kGroupWarps * kWarpChunks * kChunkElements == kLatentDim, "the chunks of a group are all there are");
   static constexpr int kColumnTiles = kWarpChunks * kChunkElements / 8;
+  static constexpr int kColumnPairs = kColumnTiles / 2;  // what one load brings, and the unit that clusters share out
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
-  static constexpr int kAhead = 1;  // loads of keys or values that are under way while one is multiplied
+  // Loads of keys or values that are under way while one is multiplied. Three need more registers than SM120 and e4m3
+  // have. B = 32, 128 heads, bf16, merged: 119.9 us for 3, 126.5 for 1 (H100, 2026-11-21); the registers that the
+  // compiler then chooses matter as much as the loads.
+  static constexpr int kAhead = kMerges && kBytes == 2 && !kIsSm120 ? 3 : 1;
 
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
   // each of them has a part in what the later one needs.
@@ -99,8 +112,9 @@ struct Config {
   //     ends with a barrier of the compute warps.
   //   weights, decays, grown: softmax -> compute, by weights; back by logits of two steps later, which a compute warp
   //     signals after O of this one. Hence two of each.
-  //   scales: softmax -> compute, by weights of the last step.
-  // Shared memory: ring of boxes | partial logits | weights | state. Partial logits are fragments
+  //   scales, and lse where a cluster merges: softmax -> compute, by weights of the last step. What merging does with
+  //     the memory before the state is said in merge.cuh.
+  // Shared memory: ring of boxes | partial logits | weights | unused | state, at the end. Partial logits are fragments
   // [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
   static constexpr int kPartBytes = 2 * kMTiles * kFragmentBytes;  // of a warp
   static constexpr int kGroupBytes = kGroupWarps * kPartBytes;
@@ -109,21 +123,23 @@ struct Config {
   static constexpr int kStepWeightBytes = kRowGroups * kGroupWeightBytes;
   static constexpr int kMaxBoxes = 10;
   static constexpr int kStateBytes =
-      kMaxBoxes * (8 + 8) + 5 * 8 + 2 * kTileM * 4 + kTileM * 4 + kMaxBoxes * 4 + 2 * kRowGroups * 4;
+      kMaxBoxes * (8 + 8) + 5 * 8 + 2 * kTileM * 4 + 2 * kTileM * 4 + kMaxBoxes * 4 + 2 * kRowGroups * 4;
   static constexpr int kFittingBoxes =
       (kMaxSmemBytes - kPartialBytes - 2 * kStepWeightBytes - kStateBytes) / kBoxBytes;
   static constexpr int kNumBoxes = kFittingBoxes < kMaxBoxes ? kFittingBoxes : kMaxBoxes;
   static_assert(kNumBoxes >= 4 * kStepBoxes, "keys of one step, values of the step before, and as many in flight");
   static constexpr int kPartialOffset = kNumBoxes * kBoxBytes;
   static constexpr int kWeightOffset = kPartialOffset + kPartialBytes;
-  static constexpr int kFullOffset = kWeightOffset + 2 * kStepWeightBytes;  // uint64 [kMaxBoxes]
-  static constexpr int kEmptyOffset = kFullOffset + kMaxBoxes * 8;          // uint64 [kMaxBoxes]
+  static constexpr int kFullOffset = (kMaxSmemBytes - kStateBytes) / 8 * 8;  // uint64 [kMaxBoxes]
+  static_assert(kWeightOffset + 2 * kStepWeightBytes <= kFullOffset, "the ring, logits, weights and state fit");
+  static constexpr int kEmptyOffset = kFullOffset + kMaxBoxes * 8;    // uint64 [kMaxBoxes]
   static constexpr int kLogitsOffset = kEmptyOffset + kMaxBoxes * 8;  // uint64 [2 row groups]: logits are there
   static constexpr int kWeightsOffset = kLogitsOffset + 2 * 8;        // uint64 [2 row groups]: weights are there
   static constexpr int kLastOffset = kWeightsOffset + 2 * 8;          // uint64: the last keys are there
   static constexpr int kDecayOffset = kLastOffset + 8;                // float [parity of the step][kTileM]
   static constexpr int kScaleOffset = kDecayOffset + 2 * kTileM * 4;  // float [kTileM], of the outputs
-  static constexpr int kAbsentOffset = kScaleOffset + kTileM * 4;     // int32 [kMaxBoxes]
+  static constexpr int kLseOffset = kScaleOffset + kTileM * 4;        // float [kTileM], log2, of the block's keys
+  static constexpr int kAbsentOffset = kLseOffset + kTileM * 4;       // int32 [kMaxBoxes]
   static constexpr int kGrownOffset = kAbsentOffset + kMaxBoxes * 4;  // uint8 [parity of the step][kRowGroups][4]
   static constexpr int kSmemBytes = kGrownOffset + 2 * kRowGroups * 4;
   static_assert(kSmemBytes == kFullOffset + kStateBytes, "the state is what it says");

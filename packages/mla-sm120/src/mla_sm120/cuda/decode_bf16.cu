@@ -1,5 +1,5 @@
 #include "kernel.cuh"
 
-MLA_DEFINE_DECODE(mla_decode_m16, Bf16, 16)
-MLA_DEFINE_DECODE(mla_decode_m32, Bf16, 32)
-MLA_DEFINE_DECODE(mla_decode_m64, Bf16, 64)
+MLA_DEFINE_DECODE(m16, Bf16, 16)
+MLA_DEFINE_DECODE(m32, Bf16, 32)
+MLA_DEFINE_DECODE(m64, Bf16, 64)

@@ -1,5 +1,5 @@
 #include "kernel.cuh"
 
-MLA_DEFINE_DECODE(mla_decode_m16, Fp16, 16)
-MLA_DEFINE_DECODE(mla_decode_m32, Fp16, 32)
-MLA_DEFINE_DECODE(mla_decode_m64, Fp16, 64)
+MLA_DEFINE_DECODE(m16, Fp16, 16)
+MLA_DEFINE_DECODE(m32, Fp16, 32)
+MLA_DEFINE_DECODE(m64, Fp16, 64)

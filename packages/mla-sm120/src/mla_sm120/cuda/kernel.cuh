@@ -3,43 +3,26 @@
 // with K [keys, 576] and V its first 512 columns. Keys come by TMA, 16 at a time, into a ring. The rows are one or two
 // groups that go through the keys on their own, each with four warps that multiply, and one for every sixteen rows that
 // takes the softmax. Each of the four reduces its part of the head dimension of S and has 128 columns of O. They
-// compute S of a step before O of the step before it, so that its softmax is taken meanwhile.
+// compute S of a step before O of the step before it, so that its softmax is taken meanwhile. Splits are blocks, whose
+// results are merged in clusters, see merge.cuh, or stored from registers, and merged by the combine kernel.
 // Not supported: other head dimensions; pages that are no multiple of 16 keys.
 #pragma once
 
 #include "kernel.h"
 #include "math.cuh"
+#include "merge.cuh"
 #include "softmax.cuh"
 
 namespace mla {
-
-// Calls `store` with the function that gives a row's place in what this block writes.
-template <class Store>
-__device__ __forceinline__ void for_output(const DecodeParams& p, const Block& block, const Store& store) {
-  const bool ragged = p.cum_seq_lens_q != nullptr;
-  const auto offset = [&](int row) {
-    return block.offset(row, p.num_heads, p.out_stride[0], p.out_stride[1], p.out_stride[2], ragged);
-  };
-  unsigned char* out = static_cast<unsigned char*>(p.out);
-  if (p.num_splits > 1) {
-    store([&](int row) { return p.o_partial + partial_row(p, blockIdx.y, block.request, row) * kLatentDim; });
-  } else if (p.out_type == kOutBf16) {
-    store([&](int row) { return OutRow<Bf16>{out + offset(row) * 2}; });
-  } else if (p.out_type == kOutFp16) {
-    store([&](int row) { return OutRow<Fp16>{out + offset(row) * 2}; });
-  } else {
-    store([&](int row) { return OutRow<E4m3>{out + offset(row)}; });
-  }
-}
 
 // A split without keys: zeros, unless the combine kernel sees by the LSE that there is nothing.
 template <class C>
 __device__ __forceinline__ void store_nothing(const DecodeParams& p, const Block& block) {
   const int end = min(block.first_row + C::kTileM, block.num_rows);
   for (int row = block.first_row + threadIdx.x; row < end; row += C::kThreads)
-    store_lse(p, block, row, -infinity());
-  if (p.num_splits > 1) return;
-  for_output(p, block, [&](auto row_at) {
+    store_lse<C>(p, block, row, -infinity());
+  if (p.num_partials > 1) return;
+  for_output<C>(p, block, [&](auto row_at) {
     for (int row = block.first_row + static_cast<int>(threadIdx.x) / 32; row < end; row += C::kThreads / 32) {
       for (int column = threadIdx.x % 32 * 2; column < kLatentDim; column += 64)
         store_pair(row_at(row), column, 0.0f, 0.0f, p.out_aligned);
@@ -51,7 +34,7 @@ __device__ __forceinline__ void store_nothing(const DecodeParams& p, const Block
 template <class C>
 __device__ __forceinline__ void store_outputs(const DecodeParams& p, const Block& block, uint32 scales,
                                               const Outputs<C>& out, const Role<C>& role, int lane) {
-  for_output(p, block, [&](auto row_at) {
+  for_output<C>(p, block, [&](auto row_at) {
 #pragma unroll
     for (int octet = 0; octet < C::kGroupOctets; ++octet) {
       const int tile_row = role.row_group * C::kGroupRows + octet * kOctetRows + lane / 4;
@@ -75,6 +58,27 @@ __device__ __forceinline__ void store_outputs(const DecodeParams& p, const Block
       }
     }
   });
+}
+
+// Brings to the L2 cache what the block begins with, as far as it can tell before the grid before it has ended and
+// before it has read the length of its request, which it takes to be the longest there may be.
+template <class C>
+__device__ __forceinline__ void prefetch(const DecodeParams& p) {
+  constexpr int kLineBytes = 128;
+  constexpr int kRowLines = (kHeadDim * C::kBytes + kLineBytes - 1) / kLineBytes;
+  if (p.cum_seq_lens_q == nullptr) {
+    for (int line = threadIdx.x; line < C::kTileM * kRowLines; line += C::kThreads) {
+      const int row = static_cast<int>(blockIdx.x) * C::kTileM + line / kRowLines;
+      if (row >= p.q_len * p.num_heads) break;
+      const int64 offset = Block::at(blockIdx.z).offset(row, p.num_heads, p.query_stride[0], p.query_stride[1],
+                                                        p.query_stride[2], false);
+      prefetch_l2(static_cast<const unsigned char*>(p.query) + offset * C::kBytes + line % kRowLines * kLineBytes);
+    }
+  }
+  const int64 first_tile = static_cast<int64>(p.key_tiles) * blockIdx.y / p.num_splits;
+  if (threadIdx.x == C::kComputeThreads) prefetch_l2(p.seq_lens + blockIdx.z);
+  if (threadIdx.x == C::kComputeThreads + 32)
+    prefetch_l2(p.block_tables + blockIdx.z * p.table_stride + (first_tile * kTileKeys >> p.page_size_log2));
 }
 
 // What a compute warp does with the keys of its split.
@@ -130,7 +134,6 @@ struct Warp {
 
   // O += P V of a step, with what its softmax made of the sums so far.
   __device__ __forceinline__ void weigh(int index) {
-    constexpr int kPairs = C::kColumnTiles / 2;  // of column tiles: what one load brings
     const uint32 smem = behind.smem;
     const uint32 grown = ld_shared(Softmax<C>::grown(smem, role.row_group, index));
     uint32 a[C::kMTiles][4];
@@ -141,9 +144,9 @@ struct Warp {
     for (int pair = 0; pair < C::kAhead; ++pair) values.load(b[pair], pair);
     if (grown != 0) out.shrink(smem, role, grown, index, lane());
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int pair = 0; pair < C::kColumnPairs; ++pair) {
       const int next = pair + C::kAhead;
-      if (next < kPairs) values.load(b[next % (C::kAhead + 1)], next);
+      if (next < C::kColumnPairs) values.load(b[next % (C::kAhead + 1)], next);
       out.add(a, b[pair % (C::kAhead + 1)], pair);
     }
     __syncwarp();
@@ -172,8 +175,12 @@ struct Warp {
     weigh(index);
   }
 
-  __device__ __forceinline__ void store(const DecodeParams& p, const Block& block) const {
-    store_outputs<C>(p, block, behind.smem + C::kScaleOffset, out, role, lane());
+  __device__ __forceinline__ void store(const DecodeParams& p, const Block& block) {
+    if constexpr (C::kMerges) {
+      merge_results<C>(p, block, behind.smem, role, out, lane());
+    } else {
+      store_outputs<C>(p, block, behind.smem + C::kScaleOffset, out, role, lane());
+    }
   }
 };
 
@@ -194,6 +201,18 @@ __device__ __forceinline__ void init_state(const DecodeParams& p, uint32 smem) {
   fence_mbar_init();
 }
 
+// What the compute warps of a block without keys merge with the others of its cluster, who wait for it.
+template <class C>
+__device__ __forceinline__ void merge_nothing(const DecodeParams& p, uint32 smem, int warp, int lane) {
+  const Role<C> role(warp);
+  Outputs<C> out{};
+  if (threadIdx.x < C::kTileM) {
+    st_shared(smem + C::kScaleOffset + threadIdx.x * 4, 0.0f);
+    st_shared(smem + C::kLseOffset + threadIdx.x * 4, -infinity());
+  }
+  merge_results<C>(p, Block::of(p, C::kTileM), smem, role, out, lane);
+}
+
 template <class C>
 __device__ __forceinline__ void decode(const DecodeParams& p) {
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
@@ -203,18 +222,21 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   launch_dependents();  // they wait for the end of this grid
   if (threadIdx.x == 0) init_state<C>(p, smem);
+  if constexpr (C::kMerges) prefetch<C>(p);
   __syncthreads();
   wait_for_previous_grid();
 
   Block block = Block::of(p, C::kTileM);
   if (block.first_row >= block.num_rows) return;
-  if (block.first_key >= block.end_key) return store_nothing<C>(p, block);
+  if constexpr (!C::kMerges) {
+    if (block.first_key >= block.end_key) return store_nothing<C>(p, block);
+  }
 
   const int first_key = uniform(block.first_key), end_key = uniform(block.end_key);
   if (warp >= C::kComputeWarps) {
     if constexpr (C::kTileM == 64) give_registers_back<kOtherRegisters>();
     const int index = warp - C::kComputeWarps;
-    if (index > C::kSoftmaxWarps) return;
+    if (index > C::kSoftmaxWarps || (C::kMerges && first_key >= end_key)) return;
     Loader<C> loader(p, smem, first_key, end_key);
     if (index < C::kSoftmaxWarps) {
       Softmax<C>(p, block, smem, index).run(p, first_key, end_key, loader);
@@ -224,6 +246,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     return;
   }
   if constexpr (C::kTileM == 64) take_registers<kComputeRegisters>();
+  if constexpr (C::kMerges) {
+    if (first_key >= end_key) return merge_nothing<C>(p, smem, warp, lane);
+  }
   Warp<C> state(smem, warp, lane);
   load_query<C>(p, block, smem + C::kPartialOffset, state.role, state.query);
   state.run((end_key - first_key + C::kStepKeys - 1) / C::kStepKeys);
@@ -232,10 +257,13 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
 }  // namespace mla
 
-#define MLA_DEFINE_DECODE(name, Element, tile_m)                                           \
+#define MLA_DEFINE_KERNEL(name, Element, tile_m, merges)                                   \
   MLA_DECLARE_DECODE(name);                                                                \
   extern "C" __global__ void                                                               \
-      __launch_bounds__(mla::Config<mla::Element, tile_m>::kThreads, 1)                    \
+      __launch_bounds__(mla::Config<mla::Element, tile_m, merges>::kThreads, 1)            \
           name(const __grid_constant__ mla::DecodeParams params) {                         \
-    mla::decode<mla::Config<mla::Element, tile_m>>(params);                                \
+    mla::decode<mla::Config<mla::Element, tile_m, merges>>(params);                        \
   }
+#define MLA_DEFINE_DECODE(tile, Element, tile_m)                \
+  MLA_DEFINE_KERNEL(mla_decode_##tile, Element, tile_m, false)  \
+  MLA_DEFINE_KERNEL(mla_merge_##tile, Element, tile_m, true)

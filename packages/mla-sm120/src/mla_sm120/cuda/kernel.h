@@ -1,10 +1,10 @@
-// The kernels of the instantiation files: one decode kernel per dtype and tile, one combine kernel.
+// The kernels of the instantiation files: two decode kernels per dtype and tile, two combine kernels.
 #pragma once
 
 #include "config.h"
 
-// Decode: grid (row tiles of a request, num_splits, batch), Config::kThreads threads, Config::kSmemBytes of shared
-// memory.
+// Decode: grid (row tiles of a request, num_splits, batch), Config::kThreads threads, kMaxSmemBytes of shared memory.
+// mla_merge_*: in clusters of (1, num_splits / num_partials, 1), which is 2, 4 or 8 blocks. mla_decode_*: no clusters.
 #define MLA_DECLARE_DECODE(name) \
   extern "C" __global__ void name(const __grid_constant__ mla::DecodeParams params)
 

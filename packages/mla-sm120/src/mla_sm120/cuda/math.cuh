@@ -7,10 +7,10 @@ namespace mla {
 
 // Whether the values of fp8 are transposed by ldmatrix, which only compute capability 12.x can, or by ldmatrix
 // of pairs of bytes and byte permutations; MLA_PORTABLE_TRANSPOSE selects the latter everywhere.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200 && !defined(MLA_PORTABLE_TRANSPOSE)
-constexpr bool kNativeByteTranspose = true;
-#else
+#if defined(MLA_PORTABLE_TRANSPOSE)
 constexpr bool kNativeByteTranspose = false;
+#else
+constexpr bool kNativeByteTranspose = kIsSm120;
 #endif
 
 // What a warp adds to the address of a box of keys: that of the row that the lane reads by ldmatrix, at the warp's

@@ -25,8 +25,8 @@ struct DecodeParams {
   const void* query;            // [batch, q_len, num_heads, 576], or ragged [total_q, num_heads, 576]
   void* out;                    // as query, with 512 in place of 576
   float* lse;                   // as query, without the last dimension; may be null
-  float* o_partial;             // [num_splits, batch * q_len * num_heads, 512]; null with one split
-  float* lse_partial;           // [num_splits, batch * q_len * num_heads], log2; null with one split
+  float* o_partial;             // [num_partials, batch * q_len * num_heads, 512]; null with one partial result
+  float* lse_partial;           // [num_partials, batch * q_len * num_heads], log2; null with one partial result
   const int32* block_tables;    // [batch, max_pages]
   const int32* seq_lens;        // [batch]
   const int32* cum_seq_lens_q;  // [batch + 1]; null where the query is not ragged
@@ -46,7 +46,8 @@ struct DecodeParams {
   int32 out_type;               // OutType
   int32 query_aligned;          // whether every query row starts at a multiple of 16 bytes
   int32 out_aligned;            // whether every output row starts at a multiple of two elements
-  int32 reserved[2];
+  int32 num_partials;           // of a request: num_splits over the blocks of a cluster, which has one
+  int32 key_tiles;              // of the longest sequence there may be, each of kTileKeys keys
 };
 
 static_assert(sizeof(DecodeParams) == 384, "launch.py packs 384 bytes");

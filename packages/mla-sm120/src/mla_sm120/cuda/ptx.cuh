@@ -46,6 +46,56 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- clusters: blocks that differ in y only, whose rank is that of their y
+
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Of the cluster in the grid.
+__device__ __forceinline__ int cluster_y() {
+  int y;
+  asm("mov.u32 %0, %%clusterid.y;" : "=r"(y));
+  return y;
+}
+
+// Where the same place of shared memory is in the block of a rank.
+__device__ __forceinline__ uint32 cluster_address(uint32 address, int rank) {
+  uint32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+__device__ __forceinline__ void st_cluster(uint32 address, float4 value) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ float ld_cluster_float(uint32 address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// All warps of the cluster that have not ended.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// ---- registers
+
 // Registers of a thread from here on, for all warps of a group of four.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers_back() {
@@ -69,6 +119,11 @@ __device__ __forceinline__ void tma_load_box(uint32 target, const TensorMap* map
       " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
       "l"(map), "r"(mbar), "r"(0), "r"(key), "r"(0), "r"(page)
       : "memory");
+}
+
+// Brings a line to the L2 cache, where all blocks and all grids see the same.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // ---- dependent launches

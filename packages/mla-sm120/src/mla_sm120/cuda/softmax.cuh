@@ -37,11 +37,12 @@ struct Softmax {
                          index % C::kMTiles * 2 * kFragmentBytes + lane * 16;
     // Not kept from one step to the next where registers are scarcest.
     const int limit = C::kBytes == 1 ? static_cast<int>(recomputed(key_limit[0])) : key_limit[0];
+    const int lower_limit = C::kBytes == 1 && C::kMerges ? static_cast<int>(recomputed(key_limit[1])) : key_limit[1];
     bool all_seen = true;
 #pragma unroll
     for (int box = 0; box < C::kStepBoxes; ++box) {
       const bool absent = ld_shared(ring.after(box).absent()) != 0;
-      all_seen &= !absent && min(limit, key_limit[1]) >= first_key + C::kStepKeys;
+      all_seen &= !absent && min(limit, lower_limit) >= first_key + C::kStepKeys;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const uint32 part = parts + box * C::kKSplits * C::kPartBytes + n * kFragmentBytes;
@@ -135,9 +136,9 @@ struct Softmax {
               make_uint4(a[0], a[1], a[2], a[3]));
   }
 
-  // The scales of the outputs, to the compute warps, and the LSE.
+  // The scales of the outputs, to the compute warps, and the LSE, to them too where it is merged.
   __device__ __forceinline__ void finish(const DecodeParams& p, const Block& block) const {
-    const float output_scale = p.num_splits > 1 ? 1.0f : scale_value(p.output_scale_device, p.output_scale);
+    const float output_scale = p.num_partials > 1 ? 1.0f : scale_value(p.output_scale_device, p.output_scale);
     const float unit = output_scale / C::Element::kWeightScale;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -146,12 +147,16 @@ struct Softmax {
       const int row_of_request = block.first_row + row(r);
       if (lane % 4 != 0) continue;
       st_shared(smem + C::kScaleOffset + row(r) * 4, total == 0.0f ? 0.0f : unit / total);
-      if (row_of_request < block.num_rows)
-        store_lse(p, block, row_of_request, total == 0.0f ? -infinity() : max[r] + log2_approx(total));
+      const float lse = total == 0.0f ? -infinity() : max[r] + log2_approx(total);
+      if constexpr (C::kMerges) {
+        st_shared(smem + C::kLseOffset + row(r) * 4, lse);
+      } else if (row_of_request < block.num_rows) {
+        store_lse<C>(p, block, row_of_request, lse);
+      }
     }
   }
 
-  // Owns: the weights of all steps, the LSE, and the scales of the outputs; where no other warp copies keys, these
+  // Owns: the weights of all steps, and the LSE and the scales of the outputs; where no other warp copies keys, these
   // do so in turn, two steps ahead.
   __device__ __forceinline__ void run(const DecodeParams& p, int first_key, int end_key, Loader<C>& loader) {
     const auto load = [&](bool mine) {
