@@ -139,3 +139,33 @@ def test_report_names_the_launch_that_is_not_waited_for() -> None:
     bodies = [one_writer(part) for part in (FIRST, LAUNCH, f"{WAIT}\n{LAST}")]
     result = run_chain(*bodies, early=False)
     assert "waits for launch 1 alone, which may end before launch 0" in result.reports[0].message
+
+
+COUNTER = """
+griddepcontrol.launch_dependents;
+griddepcontrol.wait;
+mov.u32 %r2, %ctaid.x;
+mul.wide.u32 %rd2, %r2, 128;
+add.u64 %rd2, %rd1, %rd2;
+add.u64 %rd2, %rd2, %rd0;
+ld.global.u32 %r3, [%rd2];
+add.u32 %r3, %r3, 1;
+st.global.u32 [%rd2], %r3;
+"""
+BLOCKS, LAUNCHES = 3, 400
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_every_launch_of_a_long_chain_runs(workers: int) -> None:
+    """Also where a worker wakes late, long after others have found nothing more to do without it."""
+    module = LoadedModule(kernel_text(COUNTER, 1), "sm_90a")
+    for _ in range(15):
+        counts = np.zeros(BLOCKS * 32, np.uint32)
+        machine = Machine("sm_90a", Options(workers=workers))
+        machine.add_range("counts", counts.ctypes.data, counts.nbytes)
+        machine.attach(module)
+        params = counts.ctypes.data.to_bytes(8, "little")
+        for _ in range(LAUNCHES):
+            machine.enqueue(module.kernel(), (BLOCKS, 1, 1), (32, 1, 1), params=params, pdl=True)
+        assert not machine.synchronize().reports
+        assert (counts == LAUNCHES).all()

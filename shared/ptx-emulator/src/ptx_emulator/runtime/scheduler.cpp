@@ -277,10 +277,28 @@ bool all_complete_before(const Grid& grid) {
                      [](const Grid& earlier) { return earlier.complete(); });
 }
 
+// What workers know of each other.
+struct Crew {
+  static constexpr uint64_t kBusy = ~0ull, kEnded = ~1ull;
+
+  std::vector<std::atomic<uint64_t>> idle_since;  // per worker: the epoch at which it found nothing to do
+  std::atomic<uint32_t> live{0};                  // clusters that have started and not finished
+
+  explicit Crew(uint32_t workers) : idle_since(workers) {
+    for (auto& epoch : idle_since) epoch = kBusy;
+  }
+
+  // Whether no worker can go on: every one has tried all that it has since the epoch began.
+  bool at_an_end(uint64_t epoch) const {
+    return std::all_of(idle_since.begin(), idle_since.end(),
+                       [=](const auto& since) { return since == epoch || since == kEnded; });
+  }
+};
+
 class Worker {
  public:
-  Worker(Machine& machine, std::atomic<uint32_t>& idle, std::atomic<uint32_t>& ended)
-      : machine_(machine), idle_(idle), ended_(ended) {}
+  Worker(Machine& machine, Crew& crew, uint32_t index)
+      : machine_(machine), crew_(crew), idle_since_(crew.idle_since[index]) {}
 
   void run() {
     while (!machine_.stopped) {
@@ -290,7 +308,7 @@ class Worker {
       if (unpark()) continue;
       if (!wait_for_others(seen)) break;
     }
-    ended_.fetch_add(1);
+    idle_since_ = Crew::kEnded;
   }
 
  private:
@@ -304,8 +322,10 @@ class Worker {
       run.run();
       progressed |= run.cluster->progress != before || run.last == Outcome::Finished;
     }
-    live_.erase(std::remove_if(live_.begin(), live_.end(), [](const auto& r) { return r->last == Outcome::Finished; }),
-                live_.end());
+    const auto finished =
+        std::remove_if(live_.begin(), live_.end(), [](const auto& r) { return r->last == Outcome::Finished; });
+    crew_.live.fetch_sub(static_cast<uint32_t>(live_.end() - finished));
+    live_.erase(finished, live_.end());
     if (progressed) machine_.epoch.fetch_add(1);
     return progressed;
   }
@@ -325,6 +345,7 @@ class Worker {
       if (grid->next_cluster >= grid->num_clusters || !may_start(*grid)) continue;
       if (live_.size() * grid->cluster[0] * grid->cluster[1] * grid->cluster[2] >= machine_.target.num_sms) continue;
       live_.push_back(std::make_unique<ClusterRun>(make_cluster(*grid, grid->next_cluster.fetch_add(1))));
+      crew_.live.fetch_add(1);
       machine_.epoch.fetch_add(1);
       return true;
     }
@@ -346,19 +367,18 @@ class Worker {
   }
 
   // Sleeps until another worker has made progress since `seen`; false if none can: then all is at an end, or
-  // deadlocked.
+  // deadlocked, which a worker reports that has a cluster to tell of.
   bool wait_for_others(uint64_t seen) {
     const bool hung = std::all_of(live_.begin(), live_.end(), [](const auto& run) {
       return run->last == Outcome::Stuck || run->quiet_steps > kHungSteps;
     });
     if (!hung) return true;
-    idle_.fetch_add(1);
+    idle_since_ = seen;
     while (machine_.epoch == seen && !machine_.stopped) {
-      if (idle_ + ended_ >= machine_.options.workers) {
-        const std::lock_guard<std::mutex> hold(machine_.starting);
-        std::this_thread::sleep_for(kIdleSleep);
-        if (machine_.epoch != seen || machine_.stopped) break;
-        idle_.fetch_sub(1);
+      const bool tells = !live_.empty() || !crew_.live;
+      if (tells && crew_.at_an_end(seen) && machine_.epoch == seen) {
+        const std::lock_guard<std::mutex> hold(machine_.starting);  // one report, if several find out
+        if (machine_.stopped) break;
         std::vector<ClusterRun*> runs;
         for (auto& run : live_) runs.push_back(run.get());
         report_deadlock(machine_, runs);
@@ -366,13 +386,13 @@ class Worker {
       }
       std::this_thread::sleep_for(kIdleSleep);
     }
-    idle_.fetch_sub(1);
+    idle_since_ = Crew::kBusy;
     return !machine_.stopped;
   }
 
   Machine& machine_;
-  std::atomic<uint32_t>& idle_;
-  std::atomic<uint32_t>& ended_;
+  Crew& crew_;
+  std::atomic<uint64_t>& idle_since_;
   std::vector<std::unique_ptr<ClusterRun>> live_;
 };
 
@@ -410,11 +430,10 @@ bool cancel_next_cluster(Warp& w, uint32_t first_cta[3]) {
 }
 
 void synchronize(Machine& machine) {
-  std::atomic<uint32_t> idle{0};
-  std::atomic<uint32_t> ended{0};
+  Crew crew(machine.options.workers);
   auto work = [&](uint32_t index) {
     worker_index = index;
-    Worker(machine, idle, ended).run();
+    Worker(machine, crew, index).run();
   };
   std::vector<std::thread> threads;
   for (uint32_t index = 1; index < machine.options.workers; ++index) threads.emplace_back(work, index);
