@@ -307,15 +307,16 @@ def device(session: nox.Session) -> None:
 # What compute-sanitizer looks at: a package's tests, and per tool a pytest selection, every path, small.
 SANITIZED = {
     "gdn-mtp": (
-        "test_gdn_cute.py",
+        ("test_gdn_cute.py", "test_speculative_kernel.py"),
         {
-            "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)",
+            "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)"
+            " or test_history",
             "racecheck": "(every_tactic and (w2t1 or w4t1r or w4t2) and (1- or 8-))"
-            " or (k_major_states and 128)",
+            " or (k_major_states and 128) or test_history",
         },
     ),
     "mla-sm120": (
-        "test_sm120_cuda.py",
+        ("test_sm120_cuda.py",),
         {
             "memcheck": "every_tactic or absent_pages or strided_tensors or (B4 and q2.1.4.0)",
             "racecheck": "every_tactic or (B4 and q2.1.4.0)",
@@ -335,15 +336,15 @@ def sanitize(session: nox.Session, package: str) -> None:
         session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
     use_base(session)
     install_packages(session, closure([package, *TEST_HELPERS]))
-    file, selections = SANITIZED[package]
+    files, selections = SANITIZED[package]
     for tool, selection in selections.items():
         report = ROOT / "benchmarks" / "results" / f"{PACKAGES[package].tests.name}-{tool}.txt"
         options = SANITIZER_OPTIONS.get(tool, ())
         sanitizer = ("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9")
         sanitizer += ("--log-file", str(report))
         tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
-        target = str(PACKAGES[package].tests / file)
-        run_code(session, *sanitizer, *tests, target, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        targets = [str(PACKAGES[package].tests / file) for file in files]
+        run_code(session, *sanitizer, *tests, *targets, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 @nox.session(reuse_venv=True)
