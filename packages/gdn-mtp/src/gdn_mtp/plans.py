@@ -85,7 +85,8 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
                 CallTensors(q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, output),
                 scale,
             )
-        self.launch(scale, output, q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter)
+        scale = self._default_scale if scale is None else self._launch_scale(scale)
+        self._launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
 
     def launch(
         self,
@@ -104,9 +105,9 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
         buffer: Tensor | None,
         scatter: Tensor | None,
     ) -> None:
-        """Launch on checked tensors, after the first two in the order of `CallTensors`.
+        """Launch on tensors of a function call, checked, after the first two in the order of `CallTensors`.
 
-        Index tensors reach the launcher with the dtype of the first.
+        Index tensors, which may differ in dtype there, reach the launcher with that of the first.
         """
         if writes is not None and reads is not None:
             writes = writes.to(reads.dtype)
