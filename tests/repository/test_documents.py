@@ -85,3 +85,10 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = "python -m pip install nox && python -m nox"
     assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == command
     assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_tables_of_times_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gdn_tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| 512 |" in (ROOT / "packages" / "gdn-mtp" / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,111 @@
+"""The tables of times in gdn-mtp's README, made from the recorded results.
+
+    python benchmarks/gdn_tables.py --check
+    python benchmarks/gdn_tables.py --write
+
+Each stands between `<!-- table NAME -->` and `<!-- end of table -->`. With `--check` the exit status is 1 if one
+is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "packages" / "gdn-mtp" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+CALLS = {  # (tokens, mode): what heads its column
+    (1, "update"): "T = 1",
+    (4, "update"): "T = 4, state updated",
+    (8, "update"): "T = 8, state updated",
+    (4, "cache+update"): "T = 4, every state kept",
+    (8, "cache+update"): "T = 8, every state kept",
+}
+STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
+
+
+def rows_of(*names: str) -> list[dict[str, Any]]:
+    """The rows of recorded results, with 16 query and key heads and 32 value heads."""
+    read = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names)
+    return [row for content in read for row in content["rows"] if row["heads"] == "16/16/32"]
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---"] * len(header)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+def calls() -> str:
+    """Microseconds of a call, the fraction of the copy bandwidth, FlashInfer's time over ours."""
+    rows = {
+        (row["B"], (row["T"], row["mode"])): row
+        for row in rows_of("gdn_mtp-h100/results.json")
+        if row["state_dtype"] == "fp32"
+    }
+
+    def cell(row: dict[str, Any]) -> str:
+        ratio = row["ratio"].get("flashinfer")
+        times = "-" if ratio is None else f"{ratio:.2f}x"
+        return f"{row['us']['ours']:.1f} ({row['fraction_of_copy']:.2f}, {times})"
+
+    batches = sorted({B for B, _ in rows})
+    lines = [[str(B), *(cell(rows[B, column]) for column in CALLS)] for B in batches]
+    return table(["B", *CALLS.values()], lines)
+
+
+def steps(*names: str) -> str:
+    """Microseconds of a speculative step, the fraction of the copy bandwidth, FlashInfer's time over ours."""
+    rows = {(row["T"], row["state_dtype"], row["B"]): row for row in rows_of(*names)}
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['us']['ours']:.1f} ({row['fraction_of_copy']:.2f}, {row['ratio']['flashinfer']:.2f}x)"
+
+    batches = sorted({B for _, _, B in rows})
+    lines = [[str(B), *(cell(rows[T, dtype, B]) for T, dtype in STEPS)] for B in batches]
+    return table(["B", *(f"T = {T}, {dtype} states" for T, dtype in STEPS)], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "calls": calls,
+    "steps_h100": lambda: steps(
+        *(f"gdn_spec-h100/flashinfer-16-16-32-{dtype}.json" for dtype in ("fp32", "bf16"))
+    ),
+    "steps_h200": lambda: steps("gdn_spec-h200/results.json"),
+}
+
+
+def filled(text: str) -> str:
+    """The README's text with every table made anew."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--check", action="store_true", help="compare only")
+    group.add_argument("--write", action="store_true", help="change the README")
+    options = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if options.write:
+        README.write_text(after, encoding="utf-8")
+    elif after != before:
+        print(f"{README}: its tables are not what the results say", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
