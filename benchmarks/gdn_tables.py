@@ -3,8 +3,8 @@
     python benchmarks/gdn_tables.py --check
     python benchmarks/gdn_tables.py --write
 
-Each stands between `<!-- table NAME -->` and `<!-- end of table -->`. With `--check` the exit status is 1 if one
-is not what the results say.
+Each stands between `<!-- table NAME -->` and `<!-- end of table -->`. With `--check` the exit status is 1 where
+one is not what the results say.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ FoldPolicy = Literal["auto", "always", "full"]
 FLOAT_BYTES = 4
 
 # What reading a byte of a pending token costs, its products included, in bytes of a state that a fold writes;
-# by the dtype of the states. Fitted to the times in benchmarks/results/gdn_spec-h100/folds-*.json by folds and
-# pending tokens: 1.5 and 2.0 of fp32 states with 4 and 8 tokens, 1.3 and 1.5 of bf16 ones.
+# by the dtype of the states. Fitted to the times in benchmarks/results/gdn_spec-h100/folds-*.json, by folds
+# and pending tokens: 1.5 and 2.0 for fp32 states with 4 and 8 tokens, 1.3 and 1.5 for bf16 ones.
 PENDING_COST = {torch.float32: 1.7, torch.bfloat16: 1.4}
 
 
