@@ -3,7 +3,7 @@
     python benchmarks/gdn_tables.py --check
     python benchmarks/gdn_tables.py --write
 
-Each stands between `<!-- table NAME -->` and `<!-- end of table -->`. With `--check` the exit status is 1 where
+Each stands between `<!-- table NAME -->` and `<!-- end of table -->`. With `--check` the exit status is 1 if
 one is not what the results say.
 """
 
