@@ -29,11 +29,12 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 
 # (keys of a split, splits of a request) from which on a cluster has so many blocks, the first row that fits.
 # With few keys the barriers of a cluster cost more than partial results; two splits in a cluster need no
-# combine kernel. us on an H100, 2026-11-21, bf16, by blocks of a cluster 1 / 2 / 4:
-#   128 heads, B = 32, 4,096 keys, 2 splits: 124 / 120; 64 heads, B = 32, 8,192 keys, 4 splits: 132 / 134
-#   128 heads, B = 4, 8,192 keys, 16 splits: 45.9 / 44.9 / 53.1
-#   B = 1, 65,536 keys, 128 heads, 64 splits: 72.7 / 73.9 / 76.6; with others of these kernels 71.8 / 74.4 for
-#   2 / 4; 64 heads, 128 splits: 53.3 / 50.7 / 49.8; 32 heads: 41.4 / 40.8 / 39.7; 16: 37.2 / 36.9 / 36.6
+# combine kernel. us on an H100, bf16, by blocks of a cluster 1 / 2 / 4, in
+# benchmarks/results/mla_sm120-h100-tactics:
+#   128 heads, B = 32, 4,096 keys, 2 splits: 123.7 / 118.8; B = 1, 65,536 keys, 64 splits: 68.9 / 66.5 / 70.4
+#   B = 1, 65,536 keys, 128 splits, 64 heads: 51.5 / 49.7 / 49.0; 32: 39.9 / 39.8 / 38.8; 16: 35.9 / 36.0 / 35.8
+# Without a record, of kernels on the way to the present ones:
+#   64 heads, B = 32, 8,192 keys, 4 splits: 132 / 134; 128 heads, B = 4, 8,192 keys, 16 splits: 45.9 / 44.9 / 53.1
 #   B = 1, 8,192 keys, 16 heads, 128 splits: 13.6 / 14.2 / 13.1
 CLUSTERS = ((256, 96, 4), (256, 16, 2), (0, 3, 1), (256, 2, 2), (0, 0, 1))
 
