@@ -39,6 +39,7 @@ class Case:
     state: torch.dtype = FP32
     l2norm: bool = True
     scale: float | None = None
+    slow: bool = False  # hardly anything is forgotten or learned
 
     def __str__(self) -> str:
         sizes = f"B{self.B}-T{self.T}-H{self.H}-HV{self.HV}-K{self.K}-V{self.V}"
@@ -58,6 +59,8 @@ class Case:
             "v": normal(self.B, self.T, self.HV, self.V),
         }
         gates = {"a": normal(self.B, self.T, self.HV), "b": normal(self.B, self.T, self.HV)}
+        if self.slow:
+            gates = {"a": gates["a"] - 8.0, "b": gates["b"] - 4.0}
         dtypes = {
             "A_log": FP32,
             "dt_bias": self.bias,

@@ -43,7 +43,9 @@ def problem(**changes: object) -> GatedDeltaRuleProblem:
         (problem(V=32), "V = 32"),
         (problem(T=17), "at most 16 tokens"),
         (problem(state_rows="any"), "16-byte aligned"),
-        (problem(B=70000), "65535"),
+        (problem(B=70000), "B = 70000"),
+        (problem(H=70000, HV=140000), "H = 70000"),
+        (replace(KMAJOR, HV=70000), "HV = 70000"),
         (replace(KMAJOR, T=2), "K-major"),
         (replace(KMAJOR, index_dtype=torch.int32), "K-major"),
         (replace(KMAJOR, update_state=False), "always updated"),
@@ -104,6 +106,8 @@ COMPILED = {
     "T8": problem(T=8),
     "T8-buffer": problem(T=8, intermediate="buffer"),
     "T8-bf16state": problem(T=8, state_dtype=BF16),
+    "T16-bf16state": problem(T=16, state_dtype=BF16),
+    "T16-bf16state-buffer": problem(T=16, state_dtype=BF16, intermediate="buffer", index_dtype=torch.int64),
     "T3-scatter": problem(T=3, intermediate="scatter"),
     "T16-aligned": problem(T=16, state_rows="aligned"),
     "T8-K256": problem(T=8, K=256, V=256),
@@ -267,10 +271,20 @@ def test_sizes_and_modes(head, state, tokens, mode):
 
 @needs_hopper
 @pytest.mark.parametrize("mode", ["none", "buffer"])
+@pytest.mark.parametrize("io", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_states_that_are_hardly_forgotten_over_two_chunks(state, io, mode):
+    """The second chunk meets the state of the first, which a bf16 pool does not round in between."""
+    run(Case(B=2, T=16, H=1, HV=2, K=128, V=128, io=io, gates=io, state=state, slow=True), mode=mode)
+
+
+@needs_hopper
+@pytest.mark.parametrize("mode", ["none", "buffer"])
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 @pytest.mark.parametrize("tactic", TACTICS)
-def test_every_tactic(tactic, tokens, mode):
-    run(Case(B=5, T=tokens, H=2, HV=4, K=128, V=128), tactic, mode=mode)
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_every_tactic(state, tactic, tokens, mode):
+    run(Case(B=5, T=tokens, H=2, HV=4, K=128, V=128, state=state), tactic, mode=mode)
 
 
 @needs_hopper

@@ -89,7 +89,19 @@ def on_cpu(case: Case) -> dict[str, Tensor]:
     ids=id_of,
 )
 def test_pool_of_states(arch: str, tactic: str, tokens: int, state: torch.dtype, cached: bool) -> None:
-    case = Case(B=3, T=tokens, H=1, HV=2, K=64, V=64, state=state)
+    check(Case(B=3, T=tokens, H=1, HV=2, K=64, V=64, state=state), arch, tactic, cached)
+
+
+@pytest.mark.parametrize(("io", "cached"), [(FP32, False), (FP32, True), (BF16, False)], ids=id_of)
+def test_the_second_chunk_meets_the_state_as_it_advanced(io: torch.dtype, cached: bool) -> None:
+    """With a bf16 pool it is not what bf16 or tf32 hold; of what is hardly forgotten that is seen."""
+    case = Case(B=3, T=16, H=1, HV=1, K=64, V=64, io=io, gates=io, state=BF16, slow=True)
+    check(case, "sm_90a", "w4t1s", cached)
+
+
+def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
+    """Run a case on a pool under every schedule and hold it against the reference."""
+    state = case.state
     function = emulated(problem_of(case, intermediate="buffer" if cached else "none"), arch, tactic)
     inputs = on_cpu(case)
     indices = torch.tensor([3, -1, 0], dtype=torch.int32)

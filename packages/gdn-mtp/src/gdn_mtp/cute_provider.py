@@ -7,6 +7,7 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 HEAD_DIMS = (64, 128, 256)
 MAX_TOKENS = 16
+MAX_GRID = 65535  # blocks in the second and third dimension of a grid
 
 
 def _supports(problem: GatedDeltaRuleProblem, arch: Arch) -> str | None:
@@ -15,8 +16,10 @@ def _supports(problem: GatedDeltaRuleProblem, arch: Arch) -> str | None:
             return f"{name} = {getattr(problem, name)}, the kernels have {', '.join(map(str, HEAD_DIMS))}"
     if problem.T > MAX_TOKENS:
         return f"T = {problem.T}, the kernels take at most {MAX_TOKENS} tokens"
-    if problem.B > 65535 or problem.HV > 65535:
-        return f"B = {problem.B}, HV = {problem.HV}, a grid has at most 65535 of each"
+    heads = "HV" if problem.state_layout == "kv" else "H"
+    for name in ("B", heads):
+        if getattr(problem, name) > MAX_GRID:
+            return f"{name} = {getattr(problem, name)}, the kernels take at most {MAX_GRID}"
     if problem.state_rows == "any":
         return "the rows of the state or of the intermediate states are not 16-byte aligned"
     if problem.state_layout == "kv":

@@ -32,9 +32,11 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 # combine kernel. us on an H100, bf16, by blocks of a cluster 1 / 2 / 4, in
 # benchmarks/results/mla_sm120-h100-tactics:
 #   128 heads, B = 32, 4,096 keys, 2 splits: 123.7 / 118.8; B = 1, 65,536 keys, 64 splits: 68.9 / 66.5 / 70.4
-#   B = 1, 65,536 keys, 128 splits, 64 heads: 51.5 / 49.7 / 49.0; 32: 39.9 / 39.8 / 38.8; 16: 35.9 / 36.0 / 35.8
+#   B = 1, 65,536 keys, 128 splits, 64 heads: 51.5 / 49.7 / 49.0; 32: 39.9 / 39.8 / 38.8
+#   B = 1, 65,536 keys, 128 splits, 16 heads: 35.9 / 36.0 / 35.8
 # Without a record, of kernels on the way to the present ones:
-#   64 heads, B = 32, 8,192 keys, 4 splits: 132 / 134; 128 heads, B = 4, 8,192 keys, 16 splits: 45.9 / 44.9 / 53.1
+#   64 heads, B = 32, 8,192 keys, 4 splits: 132 / 134
+#   128 heads, B = 4, 8,192 keys, 16 splits: 45.9 / 44.9 / 53.1
 #   B = 1, 8,192 keys, 16 heads, 128 splits: 13.6 / 14.2 / 13.1
 CLUSTERS = ((256, 96, 4), (256, 16, 2), (0, 3, 1), (256, 2, 2), (0, 0, 1))
 

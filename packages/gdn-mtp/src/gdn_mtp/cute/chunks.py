@@ -268,12 +268,14 @@ class TokenChunks(TileCopies):
 
     def operand_products(self, operand, shared, place, c):
         """`state_products` of a tile that `load_operand` gave."""
-        products = self.bf16_state_products if self.config.bf16_products else self.state_products
-        return products(operand, shared, place, c)
+        if self.config.bf16_products:
+            return self.bf16_state_products(operand, shared, place, c)
+        return self.state_products(operand, shared, place, c, self.exact_state)
 
-    def state_products(self, s, shared, place, c):
+    def state_products(self, s, shared, place, c, exact_state):
         """[S k_j, S q_j] of chunk c in accumulator layout: tokens 2t and 2t + 1 of rows g and g + 8.
 
+        exact_state: whether tf32 holds s exactly, as it does bfloat16 from memory, but not what has advanced.
         Packed, it is one accumulator: lanes t = 0, 1 have S k_j of tokens 2t and 2t + 1, lanes t = 2, 3 have
         S q_j of tokens 2t - 4 and 2t - 3.
         """
@@ -283,7 +285,7 @@ class TokenChunks(TileCopies):
             b = [load_values(x + cute.assume(column, divby=4), x.value_type, 4) for x in operands]
             for e in (0, 2):
                 x = at + e
-                a_parts = parts([s[0][x], s[1][x], s[0][x + 1], s[1][x + 1]], self.exact_state)
+                a_parts = parts([s[0][x], s[1][x], s[0][x + 1], s[1][x + 1]], exact_state)
                 for i in range(len(operands)):
                     b_parts = parts(b[i][e : e + 2], self.exact_io)
                     for low, a_part in enumerate(a_parts):
@@ -368,7 +370,7 @@ class TokenChunks(TileCopies):
     def matrix_parts(self, shared, place, matrix):
         """Matrix number `matrix` (M, [8, 8]) as the second operand that gives M w from w."""
         offset = matrix * MATRIX_FLOATS
-        values = load_shared(shared.matrices, offset, CHUNK_TOKENS * place.g + 2 * place.t, 2)
+        values = load_shared(shared.matrices, offset + (CHUNK_TOKENS * place.g + 2 * place.t), 2)
         return parts(values, False)
 
 

@@ -170,8 +170,8 @@ class TokenTiles(Footprint):
     def token_skew(self, x: int) -> int:
         """Offset in elements of chunk token x (also a traced integer) that avoids bank conflicts.
 
-        k is read as rows x and x + 1 side by side, in 16-byte vectors, and as rows x, x + 2, x + 4, x + 6 in
-        8-byte vectors; the skew of a token spreads both over the 32 banks. The stride does it for bfloat16.
+        k is read as rows x and x + 1 side by side, in 16-byte vectors, which the skew of a token spreads over
+        the 32 banks. The stride does it for bfloat16.
         """
         if self.bf16_products:
             return 0
@@ -237,7 +237,7 @@ class KernelConfig(TokenTiles, Config):
 
     @property
     def bf16_products(self) -> bool:
-        return self.T > 1 and super().bf16_products
+        return self.T > 1 and super().bf16_products  # a single token is plain arithmetic, in float32
 
     @property
     def prefetch(self) -> bool:
@@ -274,9 +274,9 @@ class KernelConfig(TokenTiles, Config):
         """128, 168 or 255 registers per thread, enough for the compiler to spill none."""
         if self.K > 128:
             return 8
+        if len(self.chunks) > 1:
+            return 12 if self.bf16_products and not self.stores_every_state else 8
         if self.bf16_products:
             return 16
-        if len(self.chunks) > 1:
-            return 8
         many = self.io_dtype == "float32" and self.tactic.tiles_per_warp > 1
         return 12 if self.stores_every_state or many else 16

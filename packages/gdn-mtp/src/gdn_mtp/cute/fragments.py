@@ -1,4 +1,4 @@
-"""Register fragments: tf32 products of split float32 values, vectors in shared memory, bulk copies."""
+"""Register fragments: products of split float32 and of bfloat16 values, vectors in memory, bulk copies."""
 
 from __future__ import annotations
 
@@ -163,12 +163,9 @@ def _cache_hint(evict_first: bool) -> tuple[str, list[Int64]]:
     return (".L2::cache_hint", [Int64(_EVICT_FIRST)]) if evict_first else ("", [])
 
 
-def load_shared(tensor, row_offset, column, count: int) -> list:
-    """`count` consecutive floats of a 1-D shared tensor, as one access."""
-    fragment = cute.make_rmem_tensor((count,), Float32)
-    pointer = tensor.iterator + cute.assume(row_offset + column, divby=count)
-    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout((count,))), fragment)
-    return [fragment[i] for i in range(count)]
+def load_shared(tensor, offset, count: int) -> list:
+    """`load_values` at `offset`, a multiple of `count`, of a 1-D shared tensor."""
+    return load_values(tensor.iterator + cute.assume(offset, divby=count), tensor.element_type, count)
 
 
 def dot(x: Sequence, y: Sequence):

@@ -190,8 +190,6 @@ class GatedDeltaRule(TokenChunks):
             self.store_slot(tensors, place.write_slot, row, shared, place, buffer)
         cute.arch.cp_async_bulk_commit_group()
 
-    # Shared memory
-
     # One token
 
     @cute.jit
@@ -273,7 +271,7 @@ class GatedDeltaRule(TokenChunks):
             if cutlass.const_expr(c == 0):
                 products = self.operand_products(operand, shared, place, c)
             else:
-                products = self.state_products(s, shared, place, c)
+                products = self.state_products(s, shared, place, c, False)
             if cutlass.const_expr(tile == 0 and c == 0):
                 cute.arch.sync_threads()
             u, o = self.solve(products, v[c], shared, place, c)
@@ -335,7 +333,7 @@ class GatedDeltaRule(TokenChunks):
         a_parts = parts(as_operand([u[x] * weights[x % 2] for x in range(4)]), False)
         pair = (t0 // 2 + cutlass.min(t, (n - 1) // 2)) * self.config.pairs_stride
         for column, at in self.quads(g // 2):
-            k = load_shared(shared.pairs, pair, 2 * column + 4 * (g % 2), 4)
+            k = load_shared(shared.pairs, pair + (2 * column + 4 * (g % 2)), 4)
             for h in (0, 2):
                 places = [(half, at + h + e) for half in range(2) for e in range(2)]
                 acc = [decay * s[half][x] for half, x in places]

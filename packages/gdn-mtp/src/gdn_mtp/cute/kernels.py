@@ -44,7 +44,7 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "final state, many tokens": ((4, "w4t1s"), (8, "w2t1s"), (16, "w4t2s"), (NO_LIMIT, "w4t1e")),
     "final bf16 state, one token": ((NO_LIMIT, "w4t1s"),),
     "final bf16 state, few tokens": ((NO_LIMIT, "w4t1s"),),
-    "final bf16 state, many tokens": ((16, "w4t1s"), (40, "w4t2s"), (NO_LIMIT, "w4t1s")),
+    "final bf16 state, many tokens": ((8, "w4t1s"), (40, "w4t2s"), (NO_LIMIT, "w4t1s")),
     "every state, few tokens": ((4, "w2t1s"), (8, "w2t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every state, many tokens": ((4, "w4t1s"), (8, "w2t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every bf16 state, few tokens": ((4, "w4t1s"), (16, "w4t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),

@@ -1,7 +1,7 @@
 """Fold the pending tokens of a speculative cache into the states of the pool, or into states elsewhere.
 
-The maths is in `ring`. Grid: (V / rows per block, HV, B). A request whose slot is padding leaves the pool as
-it is, and is given zeros elsewhere.
+The maths is in `ring`. Grid: (V / rows per block * HV / H, H, B). A request whose slot is padding leaves the
+pool as it is, and is given zeros elsewhere.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 
-from .config import MMA_ROWS, PART_ROWS, KernelConfig
+from .config import MMA_ROWS, PART_ROWS, TokenTiles
 from .fragments import NUMERIC, bulk_load, bulk_store, load_vector, load_words, store_vector
 
 
@@ -55,7 +55,7 @@ def allocate_tokens(cfg, smem):
 
 
 class TileCopies:
-    """Moves tiles for one `KernelConfig`.
+    """Moves tiles for one `TokenTiles`, a configuration.
 
     Owns the tile buffers and their barriers. Lane (g, t) of a warp holds two rows of a tile, of each every
     fourth 16-byte vector from t on. A buffer is two parts of 8 rows that start in other banks: lanes of even
@@ -63,7 +63,7 @@ class TileCopies:
     for the stores that read it; the kernel waits for the last stores.
     """
 
-    def __init__(self, config: KernelConfig):
+    def __init__(self, config: TokenTiles):
         self.config = config
 
     def grid(self, value_heads, key_heads, requests):

@@ -2,7 +2,7 @@
 
 from kernel_dispatch import Arch, Kernel, Provider
 
-from gdn_mtp.cute_provider import ARCHS
+from gdn_mtp.cute_provider import ARCHS, MAX_GRID
 from gdn_mtp.speculative.problem import SpeculativeProblem
 
 HEAD_DIMS = (64, 128)
@@ -15,8 +15,9 @@ def _supports(problem: SpeculativeProblem, arch: Arch) -> str | None:
             return f"{name} = {getattr(problem, name)}, the kernels have {', '.join(map(str, HEAD_DIMS))}"
     if problem.T > MAX_TOKENS:
         return f"T = {problem.T}, the kernels take at most {MAX_TOKENS} tokens"
-    if problem.B > 65535 or problem.HV > 65535:
-        return f"B = {problem.B}, HV = {problem.HV}, a grid has at most 65535 of each"
+    for name in ("B", "H"):
+        if getattr(problem, name) > MAX_GRID:
+            return f"{name} = {getattr(problem, name)}, the kernels take at most {MAX_GRID}"
     if problem.state_rows == "any":
         return "the rows of the state are not 16-byte aligned"
     return None
