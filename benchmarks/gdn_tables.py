@@ -44,31 +44,28 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
+def cell(row: dict[str, Any]) -> str:
+    """Microseconds of ours, the fraction of the copy bandwidth, FlashInfer's time over ours."""
+    ratio = row["ratio"].get("flashinfer")
+    times = "-" if ratio is None else f"{ratio:.2f}x"
+    return f"{row['us']['ours']:.1f} ({row['fraction_of_copy']:.2f}, {times})"
+
+
 def calls() -> str:
-    """Microseconds of a call, the fraction of the copy bandwidth, FlashInfer's time over ours."""
+    """Calls by batch, of fp32 states."""
     rows = {
         (row["B"], (row["T"], row["mode"])): row
         for row in rows_of("gdn_mtp-h100/results.json")
         if row["state_dtype"] == "fp32"
     }
-
-    def cell(row: dict[str, Any]) -> str:
-        ratio = row["ratio"].get("flashinfer")
-        times = "-" if ratio is None else f"{ratio:.2f}x"
-        return f"{row['us']['ours']:.1f} ({row['fraction_of_copy']:.2f}, {times})"
-
     batches = sorted({B for B, _ in rows})
     lines = [[str(B), *(cell(rows[B, column]) for column in CALLS)] for B in batches]
     return table(["B", *CALLS.values()], lines)
 
 
 def steps(*names: str) -> str:
-    """Microseconds of a speculative step, the fraction of the copy bandwidth, FlashInfer's time over ours."""
+    """Speculative steps by batch."""
     rows = {(row["T"], row["state_dtype"], row["B"]): row for row in rows_of(*names)}
-
-    def cell(row: dict[str, Any]) -> str:
-        return f"{row['us']['ours']:.1f} ({row['fraction_of_copy']:.2f}, {row['ratio']['flashinfer']:.2f}x)"
-
     batches = sorted({B for _, _, B in rows})
     lines = [[str(B), *(cell(rows[T, dtype, B]) for T, dtype in STEPS)] for B in batches]
     return table(["B", *(f"T = {T}, {dtype} states" for T, dtype in STEPS)], lines)

@@ -88,27 +88,12 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
         scale = self._default_scale if scale is None else self._launch_scale(scale)
         self._launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
 
-    def launch(
-        self,
-        scale: float | Tensor | None,
-        output: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        A_log: Tensor,
-        a: Tensor,
-        dt_bias: Tensor,
-        b: Tensor,
-        state: Tensor,
-        reads: Tensor | None,
-        writes: Tensor | None,
-        buffer: Tensor | None,
-        scatter: Tensor | None,
-    ) -> None:
-        """Launch on tensors of a function call, checked, after the first two in the order of `CallTensors`.
+    def launch(self, tensors: TensorTuple, scale: float | Tensor | None, output: Tensor) -> None:
+        """Launch on the checked tensors of a function call; `output` stands in for the last of them.
 
         Index tensors, which may differ in dtype there, reach the launcher with that of the first.
         """
+        q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, _ = tensors
         if writes is not None and reads is not None:
             writes = writes.to(reads.dtype)
         if scatter is not None and reads is not None:
@@ -203,7 +188,7 @@ def run_known(
     elif scale is not None:
         check_scale("scale", scale, known.device)
     output = _output_of(tensors)
-    known.launch(scale, output, *tensors[:-1])
+    known.launch(tensors, scale, output)
     return output
 
 
@@ -216,12 +201,12 @@ def run_new(form: CallForm, tensors: CallTensors, scale: float | Tensor | None, 
     device = tensors.q.device
 
     def make_run(selection: Selection) -> Callable[[], None]:
-        return partial(Plan(problem, device, selection).launch, scale, output, *tensors[:-1])
+        return partial(Plan(problem, device, selection).launch, tensors, scale, output)
 
     selection = select(problem, device, flags.backend, make_run, partial(_snapshot, problem, tensors))
     plan = Plan(problem, device, selection)
     _PLANS.put(_key(form, tensors, scale, flags), plan, given(tensors))
-    plan.launch(scale, output, *tensors[:-1])
+    plan.launch(tensors, scale, output)
     return output
 
 

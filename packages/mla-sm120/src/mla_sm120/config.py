@@ -93,7 +93,7 @@ class Division:
     @property
     def partials(self) -> SplitPlan:
         """What is stored for each request, a result of every cluster: the sizes of the workspace."""
-        return replace(self.splits, num_splits=self.num_splits // self.cluster_size)
+        return replace(self.splits, num_splits=self.num_partials)
 
     @property
     def num_partials(self) -> int:

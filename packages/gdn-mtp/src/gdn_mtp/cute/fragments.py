@@ -73,9 +73,7 @@ def parts(values: Sequence, exact: bool) -> list[list]:
 
 def load_vector(pointer, dtype) -> list:
     """The 16 bytes of shared memory at `pointer` as float32 values."""
-    fragment = cute.make_rmem_tensor((VECTOR_BYTES * 8 // dtype.width,), dtype)
-    cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(fragment.shape)), fragment)
-    return [fragment[i].to(Float32) for i in range(cute.size(fragment))]
+    return load_values(pointer, dtype, VECTOR_BYTES * 8 // dtype.width)
 
 
 def load_words(pointer) -> list:
