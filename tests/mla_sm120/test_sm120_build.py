@@ -114,8 +114,22 @@ def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
     digest.write_text(sources.sources_digest())
     monkeypatch.setattr(load, "PACKAGED", tmp_path)
     assert load.cubin("combine", arch).parent == tmp_path
-    digest.write_text("0" * 64)
+    compiled = []
+
+    def compile_with(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None:
+        compiled.append(options)
+        (into / "compiled").write_text(unit)
+
     monkeypatch.setattr(load, "_nvrtc_version", lambda: "13.0")
-    monkeypatch.setattr(load, "_compile", lambda unit, arch, into: (into / "compiled").write_text(unit))
+    monkeypatch.setattr(load, "_compile", compile_with)
     monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
-    assert tmp_path / "cache" in load.cubin("combine", arch).parents
+    monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_PORTABLE_TRANSPOSE")
+    with_options = load.cubin("combine", arch)
+    assert tmp_path / "cache" in with_options.parents
+    monkeypatch.delenv(load.OPTIONS_VARIABLE)
+    assert load.cubin("combine", arch).parent == tmp_path
+    digest.write_text("0" * 64)
+    without = load.cubin("combine", arch)
+    assert tmp_path / "cache" in without.parents
+    assert with_options != without
+    assert compiled == [(*sources.NVRTC_OPTIONS, "-DMLA_PORTABLE_TRANSPOSE"), sources.NVRTC_OPTIONS]

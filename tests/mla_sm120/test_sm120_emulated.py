@@ -139,6 +139,14 @@ def test_hand_overs_under_every_schedule(dtype: str, tile: int, schedule: str) -
     inputs.check(inputs.out, inputs.lse)
 
 
+@pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
+def test_every_lane_may_arrive(dtype: str, tile: int) -> None:
+    inputs = Inputs(hand_over_case(dtype, tile))
+    whole = splits_of(inputs, tile, sm_count=1)
+    launches(inputs, "sm_90a", tile, whole, ("-DMLA_EVERY_LANE_ARRIVES",)).run(ptx_emulator.Options())
+    inputs.check(inputs.out, inputs.lse)
+
+
 @pytest.mark.parametrize("num_splits", [2, 3])
 @pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
 def test_splits_of_odd_lengths_and_without_keys(dtype: str, tile: int, num_splits: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import kernel_dispatch
 import pytest
 import torch
-from kernel_dispatch import Arch, NoKernelError, as_arch
+from kernel_dispatch import Arch, NoKernelError, Provider, as_arch
 from mla_core import DecodeProblem, workspace_nbytes
 from mla_sm120 import config, launch, provider, sources
 from mla_sm120.config import Division
@@ -50,7 +50,7 @@ def test_declines_with_a_reason(changes: dict[str, int], reason: str) -> None:
         (provider.SM121, "13.0", None),
         (provider.SM121, None, None),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Provider) else str(value),
 )
 def test_each_gpu_names_the_cuda_that_it_needs(
     monkeypatch: pytest.MonkeyPatch,

@@ -1,11 +1,13 @@
 """From sources or packaged cubins to kernels on a device.
 
 A cubin of the wheel is taken if it was compiled from the sources that are installed. Otherwise NVRTC
-compiles, once, into the compile cache.
+compiles, once, into the compile cache. So it does where the environment variable MLA_SM120_NVRTC_OPTIONS,
+read at the first load of a kernel, has further options, such as -DMLA_PORTABLE_TRANSPOSE.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,30 @@ from kernel_dispatch import CompileCache, CompileKey, toolchain_versions
 from .config import SMEM_BYTES
 from .sources import CUDA_FOLDER, HASH_NAME, NVRTC_OPTIONS, cubin_name, sources_digest
 
+OPTIONS_VARIABLE = "MLA_SM120_NVRTC_OPTIONS"
 PACKAGED = Path(__file__).with_name("cubins")
 
 
 def cubin(unit: str, arch: str) -> Path:
     """The file with the kernels of `unit` for `arch`, such as "sm_120a", compiled first if need be."""
     digest = _digest()
+    more_options = tuple(os.environ.get(OPTIONS_VARIABLE, "").split())
     packaged = PACKAGED / cubin_name(unit, arch)
-    if packaged.is_file() and (PACKAGED / HASH_NAME).read_text(encoding="ascii").strip() == digest:
+    if (
+        not more_options
+        and packaged.is_file()
+        and (PACKAGED / HASH_NAME).read_text(encoding="ascii").strip() == digest
+    ):
         return packaged
     key = CompileKey(
         kernel=unit,
         config={},
         arch=arch,
-        options=NVRTC_OPTIONS,
+        options=NVRTC_OPTIONS + more_options,
         toolchain=toolchain_versions("cuda-bindings") | {"nvrtc": _nvrtc_version()},
         source_hash=digest,
     )
-    folder = CompileCache().get_or_build(key, lambda into: _compile(unit, arch, into))
+    folder = CompileCache().get_or_build(key, lambda into: _compile(unit, arch, key.options, into))
     return folder / cubin_name(unit, arch)
 
 
@@ -69,14 +77,13 @@ def _nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
-def _compile(unit: str, arch: str, into: Path) -> None:
+def _compile(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None:
     from cuda.bindings import nvrtc
 
     text = (CUDA_FOLDER / f"{unit}.cu").read_bytes()
     program = _checked(nvrtc.nvrtcCreateProgram(text, f"{unit}.cu".encode(), 0, [], []))
     try:
-        options = [*NVRTC_OPTIONS, f"-arch={arch}", f"--include-path={CUDA_FOLDER}"]
-        words = [option.encode() for option in options]
+        words = [word.encode() for word in (*options, f"-arch={arch}", f"--include-path={CUDA_FOLDER}")]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))

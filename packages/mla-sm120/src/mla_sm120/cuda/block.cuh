@@ -230,13 +230,14 @@ struct Loader {
         mbar_arrive_expect_tx(arrived, C::kBoxBytes);
         tma_load_box(ring.box(), &p.kv_map, arrived, in_page, max(page, -1));
       }
+    } else if (key < end_key && kWarpArrivals > 1) {
+      mbar_arrive(arrived);
     }
     __syncwarp();
     if (!whole) {
       if (key < end_key) mbar_wait(arrived, 0);
       zero_keys_from<C>(ring.box(), max(end_key - key, 0));
-      __syncwarp();
-      if (lane == 0) mbar_arrive(ring.full());
+      mbar_arrive_warp(ring.full(), lane);
     }
     skip();
   }

@@ -15,6 +15,13 @@ constexpr int kComputeRegisters = 232;  // of a thread, where a block has 64 row
 constexpr int kOtherRegisters = 40;
 constexpr int kLaunchRegisters = 65536 / (3 * kGroupThreads) / 8 * 8;  // what such a block starts with
 static_assert(2 * kComputeRegisters + kOtherRegisters <= 3 * kLaunchRegisters, "a block has no others to share out");
+// Lanes of a warp that arrive on an mbarrier: one, after the others have met it. With MLA_EVERY_LANE_ARRIVES all, which is
+// slower, and an order that compute-sanitizer's racecheck follows.
+#if defined(MLA_EVERY_LANE_ARRIVES)
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
 constexpr int kComputeBarrier = 1;  // named barrier of all compute warps; 0 is __syncthreads
 
 constexpr int kTileKeys = 32;  // splits begin at multiples of this
@@ -98,10 +105,14 @@ struct Config {
   static constexpr int kColumnTiles = kWarpChunks * kChunkElements / 8;
   static constexpr int kColumnPairs = kColumnTiles / 2;  // what one load brings, and the unit that clusters share out
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
-  // Loads of keys or values that are under way while one is multiplied. Three need more registers than SM120 and e4m3
-  // have. B = 32, 128 heads, bf16, merged: 119.9 us for 3, 126.5 for 1 (H100, 2026-11-21); the registers that the
-  // compiler then chooses matter as much as the loads.
-  static constexpr int kAhead = kMerges && kBytes == 2 && !kIsSm120 ? 3 : 1;
+  // Whether the last fragment of a warp's query is in shared memory, where 64 rows leave too few registers for keys to
+  // be loaded ahead of their products.
+  static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kMerges && !kIsSm120;
+  // Loads of keys or values that are under way while one is multiplied. More than one need more registers than SM120
+  // and e4m3 have. The registers that the compiler then chooses matter as much as the loads. us on an H100, bf16, 128
+  // heads: merged, B = 32, 4,096 keys 119.9 for 3, 126.5 for 1; otherwise, B = 64, 8,192 keys 380.9 for 2 with a stored
+  // fragment, 398.7 for 1 without, 401.7 for 1 with it.
+  static constexpr int kAhead = kBytes == 1 || kIsSm120 ? 1 : kMerges ? 3 : kStoresQuery ? 2 : 1;
 
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
   // each of them has a part in what the later one needs.
@@ -114,8 +125,9 @@ struct Config {
   //     signals after O of this one. Hence two of each.
   //   scales, and lse where a cluster merges: softmax -> compute, by weights of the last step. What merging does with
   //     the memory before the state is said in merge.cuh.
-  // Shared memory: ring of boxes | partial logits | weights | unused | state, at the end. Partial logits are fragments
-  // [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
+  //   stored query: a warp's own, written before its first step.
+  // Shared memory: ring of boxes | partial logits | weights | stored query | unused | state, at the end. Partial logits
+  // are fragments [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
   static constexpr int kPartBytes = 2 * kMTiles * kFragmentBytes;  // of a warp
   static constexpr int kGroupBytes = kGroupWarps * kPartBytes;
   static constexpr int kPartialBytes = kRowGroups * kGroupBytes;
@@ -123,7 +135,7 @@ struct Config {
   static constexpr int kStepWeightBytes = kRowGroups * kGroupWeightBytes;
   static constexpr int kMaxBoxes = 10;
   static constexpr int kStateBytes =
-      kMaxBoxes * (8 + 8) + 5 * 8 + 2 * kTileM * 4 + 2 * kTileM * 4 + kMaxBoxes * 4 + 2 * kRowGroups * 4;
+      kMaxBoxes * (8 + 8) + 5 * 8 + 2 * kTileM * 4 + 3 * kTileM * 4 + kMaxBoxes * 4 + 2 * kRowGroups * 4;
   static constexpr int kFittingBoxes =
       (kMaxSmemBytes - kPartialBytes - 2 * kStepWeightBytes - kStateBytes) / kBoxBytes;
   static constexpr int kNumBoxes = kFittingBoxes < kMaxBoxes ? kFittingBoxes : kMaxBoxes;
@@ -131,7 +143,9 @@ struct Config {
   static constexpr int kPartialOffset = kNumBoxes * kBoxBytes;
   static constexpr int kWeightOffset = kPartialOffset + kPartialBytes;
   static constexpr int kFullOffset = (kMaxSmemBytes - kStateBytes) / 8 * 8;  // uint64 [kMaxBoxes]
-  static_assert(kWeightOffset + 2 * kStepWeightBytes <= kFullOffset, "the ring, logits, weights and state fit");
+  static constexpr int kQueryOffset = kWeightOffset + 2 * kStepWeightBytes;
+  static constexpr int kQueryBytes = kStoresQuery ? kComputeWarps * kFragmentBytes : 0;
+  static_assert(kQueryOffset + kQueryBytes <= kFullOffset, "the ring, logits, weights, query and state fit");
   static constexpr int kEmptyOffset = kFullOffset + kMaxBoxes * 8;    // uint64 [kMaxBoxes]
   static constexpr int kLogitsOffset = kEmptyOffset + kMaxBoxes * 8;  // uint64 [2 row groups]: logits are there
   static constexpr int kWeightsOffset = kLogitsOffset + 2 * 8;        // uint64 [2 row groups]: weights are there
@@ -139,7 +153,8 @@ struct Config {
   static constexpr int kDecayOffset = kLastOffset + 8;                // float [parity of the step][kTileM]
   static constexpr int kScaleOffset = kDecayOffset + 2 * kTileM * 4;  // float [kTileM], of the outputs
   static constexpr int kLseOffset = kScaleOffset + kTileM * 4;        // float [kTileM], log2, of the block's keys
-  static constexpr int kAbsentOffset = kLseOffset + kTileM * 4;       // int32 [kMaxBoxes]
+  static constexpr int kSharedLseOffset = kLseOffset + kTileM * 4;    // float [kTileM], that other blocks read
+  static constexpr int kAbsentOffset = kSharedLseOffset + kTileM * 4;  // int32 [kMaxBoxes]
   static constexpr int kGrownOffset = kAbsentOffset + kMaxBoxes * 4;  // uint8 [parity of the step][kRowGroups][4]
   static constexpr int kSmemBytes = kGrownOffset + 2 * kRowGroups * 4;
   static_assert(kSmemBytes == kFullOffset + kStateBytes, "the state is what it says");

@@ -99,6 +99,29 @@ struct Warp {
   // Keeps what depends on it from being held in registers, which are scarce.
   __device__ __forceinline__ uint32 lane() const { return recomputed(lane_) % 32; }
 
+  __device__ __forceinline__ uint32 stored_query() const {
+    const int warp = role.row_group * kGroupWarps + role.member;
+    return ahead.smem + C::kQueryOffset + warp * kFragmentBytes + lane() * 16;
+  }
+
+  __device__ __forceinline__ void store_query() const {
+    if constexpr (C::kStoresQuery) {
+      const uint32 (&last)[4] = query[kChunks - 1][C::kMTiles - 1];
+      st_shared(stored_query(), make_uint4(last[0], last[1], last[2], last[3]));
+    }
+  }
+
+  // A chunk of sixteen rows of the query, as an operand.
+  __device__ __forceinline__ void load_query_fragment(int chunk, int m, uint32 (&a)[4]) const {
+    if (C::kStoresQuery && chunk == kChunks - 1 && m == C::kMTiles - 1) {
+      const uint4 fragment = ld_shared_fragment(stored_query());
+      a[0] = fragment.x, a[1] = fragment.y, a[2] = fragment.z, a[3] = fragment.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = query[chunk][m][i];
+    }
+  }
+
   // The warp's part of S of a step.
   __device__ __forceinline__ void logits(float (&s)[C::kMTiles][2][4]) {
     const Ring<C> at = ahead.after(role.step_box());
@@ -114,8 +137,10 @@ struct Warp {
       const uint32 (&now)[4] = b[chunk % (C::kAhead + 1)];
 #pragma unroll
       for (int m = 0; m < C::kMTiles; ++m) {
-        mma(typename C::Element{}, s[m][0], query[chunk][m], now[0], now[1]);
-        mma(typename C::Element{}, s[m][1], query[chunk][m], now[2], now[3]);
+        uint32 a[4];
+        load_query_fragment(chunk, m, a);
+        mma(typename C::Element{}, s[m][0], a, now[0], now[1]);
+        mma(typename C::Element{}, s[m][1], a, now[2], now[3]);
       }
     }
     ahead = ahead.after(C::kStepBoxes);
@@ -123,8 +148,7 @@ struct Warp {
 
   __device__ __forceinline__ void share(const float (&s)[C::kMTiles][2][4]) const {
     share_partial_logits<C>(ahead.smem, role, lane(), s);
-    __syncwarp();
-    if (lane() == 0) mbar_arrive(ahead.smem + C::kLogitsOffset + role.row_group * 8);
+    mbar_arrive_warp(ahead.smem + C::kLogitsOffset + role.row_group * 8, lane());
   }
 
   // After this the weights of a step are there, and the memory of its logits is free.
@@ -149,11 +173,8 @@ struct Warp {
       if (next < C::kColumnPairs) values.load(b[next % (C::kAhead + 1)], next);
       out.add(a, b[pair % (C::kAhead + 1)], pair);
     }
-    __syncwarp();
-    if (lane() == 0) {
 #pragma unroll
-      for (int box = 0; box < C::kStepBoxes; ++box) mbar_arrive(behind.after(box).empty());
-    }
+    for (int box = 0; box < C::kStepBoxes; ++box) mbar_arrive_warp(behind.after(box).empty(), lane());
     behind = behind.after(C::kStepBoxes);
   }
 
@@ -188,15 +209,15 @@ template <class C>
 __device__ __forceinline__ void init_state(const DecodeParams& p, uint32 smem) {
   tma_prefetch_map(&p.kv_map);
   for (int slot = 0; slot < C::kNumBoxes; ++slot) {
-    mbar_init(smem + C::kFullOffset + slot * 8, 1);
-    mbar_init(smem + C::kEmptyOffset + slot * 8, C::kComputeWarps);
+    mbar_init(smem + C::kFullOffset + slot * 8, kWarpArrivals);
+    mbar_init(smem + C::kEmptyOffset + slot * 8, C::kComputeWarps * kWarpArrivals);
     st_shared(smem + C::kAbsentOffset + slot * 4, 0u);
   }
   for (int word = 0; word < 2 * C::kRowGroups; ++word) st_shared(smem + C::kGrownOffset + word * 4, 0u);
-  mbar_init(smem + C::kLastOffset, 1);
+  mbar_init(smem + C::kLastOffset, kWarpArrivals);
   for (int group = 0; group < C::kRowGroups; ++group) {
-    mbar_init(smem + C::kLogitsOffset + group * 8, kGroupWarps);
-    mbar_init(smem + C::kWeightsOffset + group * 8, C::kMTiles);
+    mbar_init(smem + C::kLogitsOffset + group * 8, kGroupWarps * kWarpArrivals);
+    mbar_init(smem + C::kWeightsOffset + group * 8, C::kMTiles * kWarpArrivals);
   }
   fence_mbar_init();
 }
@@ -210,6 +231,7 @@ __device__ __forceinline__ void merge_nothing(const DecodeParams& p, uint32 smem
     st_shared(smem + C::kScaleOffset + threadIdx.x * 4, 0.0f);
     st_shared(smem + C::kLseOffset + threadIdx.x * 4, -infinity());
   }
+  named_barrier(kComputeBarrier, C::kComputeThreads);
   merge_results<C>(p, Block::of(p, C::kTileM), smem, role, out, lane);
 }
 
@@ -251,6 +273,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   }
   Warp<C> state(smem, warp, lane);
   load_query<C>(p, block, smem + C::kPartialOffset, state.role, state.query);
+  state.store_query();
   state.run((end_key - first_key + C::kStepKeys - 1) / C::kStepKeys);
   state.store(p, Block::of(p, C::kTileM));  // read again rather than kept in registers all the while
 }

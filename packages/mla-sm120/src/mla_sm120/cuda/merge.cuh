@@ -38,12 +38,23 @@ struct Results {
     return smem + (sender * pairs + place) * kPairBytes + warp * 2 * kFragmentBytes + lane * 16;
   }
 
-  // From the scale and the LSE of the block's keys to those of the cluster's; the lanes of a row share its loads.
-  __device__ __forceinline__ void weigh(int octet, float& scale, float& lse) const {
-    const uint32 at = smem + C::kLseOffset + tile_row(octet) * 4;
-    const int i = lane % 4;
-    const float first = i < size ? ld_cluster_float(cluster_address(at, i)) : -infinity();
-    const float second = i + 4 < size ? ld_cluster_float(cluster_address(at, i + 4)) : -infinity();
+  // The LSE of the group's rows, to where the cluster reads it. What other blocks read is written by warps that meet them
+  // at the cluster's barrier, which those that take the softmax do not.
+  __device__ __forceinline__ void publish_lse() const {
+    if (role.member > 0 || lane >= C::kGroupRows) return;
+    const int row = role.row_group * C::kGroupRows + lane;
+    st_shared(smem + C::kSharedLseOffset + row * 4, ld_shared_float(smem + C::kLseOffset + row * 4));
+  }
+
+  // The LSE of a row's keys in the block of a rank.
+  __device__ __forceinline__ float lse_of(int octet, int other) const {
+    if (other >= size) return -infinity();
+    return ld_cluster_float(cluster_address(smem + C::kSharedLseOffset + tile_row(octet) * 4, other));
+  }
+
+  // From the scale and the LSE of the block's keys to those of the cluster's. The four lanes of a row have two of the
+  // cluster's LSE each.
+  __device__ __forceinline__ void weigh(float first, float second, float& scale, float& lse) const {
     float most = fmaxf(first, second);
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
@@ -59,7 +70,8 @@ struct Results {
 #pragma unroll
     for (int pair = 0; pair < C::kColumnPairs; ++pair) {
       const int owner = static_cast<int>(static_cast<uint32>(pair * size) / C::kColumnPairs);
-      const uint32 to = cluster_address(received(rank, pair - owner * pairs), owner);
+      const uint32 here = received(rank, pair - owner * pairs);
+      const uint32 to = owner == rank ? here : cluster_address(here, owner);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float (&t)[4] = o[2 * pair + i];
@@ -104,15 +116,21 @@ __device__ __forceinline__ void merge_results(const DecodeParams& p, const Block
                                               const Role<C>& role, const Outputs<C>& out, int lane) {
   const Results<C> results(smem, role, lane);
   // There always are. Without these branches the compiler chooses registers for the main loop that were not measured.
+  results.publish_lse();
   if (results.size > 1) cluster_barrier();
-  float scale[C::kGroupOctets];
+  float first[C::kGroupOctets], second[C::kGroupOctets], scale[C::kGroupOctets];
+#pragma unroll
+  for (int octet = 0; octet < C::kGroupOctets; ++octet) {  // all loads before the first result is needed
+    first[octet] = results.lse_of(octet, lane % 4);
+    second[octet] = results.lse_of(octet, lane % 4 + 4);
+  }
   uint32 wanted = 0;  // octets, whether the lane's row is stored
 #pragma unroll
   for (int octet = 0; octet < C::kGroupOctets; ++octet) {
     const int row = block.first_row + results.tile_row(octet);
     scale[octet] = ld_shared_float(smem + C::kScaleOffset + results.tile_row(octet) * 4);
     float lse = ld_shared_float(smem + C::kLseOffset + results.tile_row(octet) * 4);
-    if (results.size > 1) results.weigh(octet, scale[octet], lse);
+    if (results.size > 1) results.weigh(first[octet], second[octet], scale[octet], lse);
     if (row >= block.num_rows) continue;
     if (results.rank == 0 && role.member == 0 && lane % 4 == 0) store_lse<C>(p, block, row, lse);
     wanted |= static_cast<uint32>(p.num_partials == 1 || lse != -infinity()) << octet;

@@ -19,6 +19,12 @@ __device__ __forceinline__ void mbar_arrive(uint32 mbar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbar) : "memory");
 }
 
+// A warp's arrival, for what all its lanes did before: kWarpArrivals of an mbarrier's count.
+__device__ __forceinline__ void mbar_arrive_warp(uint32 mbar, int lane) {
+  __syncwarp();
+  if (lane < kWarpArrivals) mbar_arrive(mbar);
+}
+
 __device__ __forceinline__ void mbar_arrive_expect_tx(uint32 mbar, uint32 tx_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbar), "r"(tx_bytes) : "memory");
 }

@@ -176,8 +176,7 @@ struct Softmax {
       if (!C::kOwnLoader) load(step % C::kSoftmaxWarps == index);
       take(ring, step, key);
       if (key + C::kStepKeys >= end_key) finish(p, Block::of(p, C::kTileM));  // read again, as registers are scarce
-      __syncwarp();
-      if (lane == 0) mbar_arrive(smem + C::kWeightsOffset + row_group() * 8);
+      mbar_arrive_warp(smem + C::kWeightsOffset + row_group() * 8, lane);
       ring = ring.after(C::kStepBoxes);
     }
   }
