@@ -141,7 +141,7 @@ def test_slots_out_of_range_are_skipped_where_nobody_looks(monkeypatch):
 def test_copy_takes_the_cache_s_own_pool_only():
     history = History(SETUP)
     history.verify([1], 4, 0)
-    with pytest.raises(ArgumentError, match="pool = 5, expected 6"):
+    with pytest.raises(ArgumentError, match=r"^state_pool: pool = 5, expected 6 from cache\.keys$"):
         history.cache.copy_slots(index_tensor([1]), index_tensor([2]), history.pool[:5])
     with pytest.raises(ArgumentError, match="is of the state pool at"):
         history.cache.copy_slots(index_tensor([1]), index_tensor([2]), history.pool.clone())
@@ -175,9 +175,9 @@ def test_saved_and_loaded_states_go_on():
         (
             lambda saved: saved["cursor"][2].add_(9),
             ArgumentError,
-            "slot 2: cursor length = 9, expected 0 to 8",
+            "^cursor: slot 2: cursor length = 9, expected 0 to 8",
         ),
-        (lambda saved: saved["live"][2].add_(1), ArgumentError, "slot 2: live = 0x1, expected bits below 0"),
+        (lambda saved: saved["live"][2].add_(1), ArgumentError, "^live: slot 2: live = 0x1, expected bits"),
     ],
 )
 def test_what_does_not_fit_is_not_loaded(change, error, match):
@@ -231,7 +231,9 @@ def test_a_state_dict_is_a_mapping():
     [
         (None, "state_pool: None, expected a tensor"),
         (torch.zeros(5, 4, 8), "state_pool: shape"),
-        (torch.zeros(6, 4, 8, 16), "state_pool: pool = 6, expected 5"),
+        (torch.zeros(6, 4, 8, 16), r"state_pool: pool = 6, expected 5 from cache\.keys"),
+        (torch.zeros(5, 3, 8, 16), r"state_pool: HV = 3, expected 4 from cache\.updates"),
+        (torch.zeros(5, 4, 8, 17), r"state_pool: K = 17, expected 16 from cache\.keys"),
         (torch.zeros(5, 4, 8, 16, dtype=FP16), "state_pool: dtype"),
         (torch.zeros(5, 4, 8, 16, device="meta"), "state_pool: on meta"),
     ],
@@ -265,6 +267,26 @@ def test_a_cache_is_of_one_pool():
     everything()
     history.cache.bind(moved)
     assert gdn_mtp.commit(moved, indices, history.cache) is moved
+
+
+def test_a_second_cache_of_a_pool_does_not_see_what_the_first_has_pending():
+    """As documented: without a commit in between, the accepted tokens are lost."""
+    history = History(SETUP)
+    history.verify([4], 4, 0)
+    history.verify([4], 4, 1, {"num_accepted": int32([3])}, fold="full")
+    other, indices = SETUP.cache(), index_tensor([4])
+    before = history.pool.clone()
+    assert_same_bits(gdn_mtp.materialize(history.pool, indices, other), before[[4]], "states")
+    assert not torch.equal(gdn_mtp.materialize(history.pool, indices, history.cache), before[[4]])
+
+
+@pytest.mark.parametrize("fold", ["auto", "full", 0])
+def test_with_room_for_two_windows_every_policy_folds_at_once(fold):
+    history = History(Setup(max_tokens=4, capacity=8))
+    history.verify([4], 4, 0)
+    history.verify([4], 4, 1, {"num_accepted": int32([1])}, fold=fold)
+    assert history.cache.cursor[4, 1] == 0
+    history.check_against_sequential_decoding()
 
 
 def test_tensors_have_the_documented_order():

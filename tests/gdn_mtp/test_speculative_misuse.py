@@ -53,7 +53,12 @@ BAD_VALUES = {
         {"parent_indices": int32([[-1, 1, 0, 0]] * 3)},
         r"1 at \[0, 1\], expected -1 to 0",
     ),
-    "parent beyond the root": ("parent_indices", {"parent_indices": int32([[-2] * 4] * 3)}, "-2 at"),
+    "parent beyond the root": ("parent_indices", {"parent_indices": int32([[-1, -2, 0, 0]] * 3)}, "-2 at"),
+    "first token with a parent": (
+        "parent_indices",
+        {"parent_indices": int32([[0] * 4] * 3)},
+        r"0 at \[0, 0\], expected -1$",
+    ),
     "slot beyond the pool": ("state_indices", {"state_indices": index_tensor([6, 0, 1])}, "6 at"),
     "slot named twice": ("state_indices", {"state_indices": index_tensor([4, 4, 1])}, "slot 4 is named"),
 }

@@ -76,7 +76,8 @@ def verify(
     fold: when accepted tokens are folded into the pool, so that it is written: "always" when there are any,
     "full" when the cache has no room for the window after this one, "auto" so that steps cost least, or when
     there are more than an int of 0 to cache.capacity - 2 * cache.max_tokens. A token counts as long as it is
-    in the ring: so do dropped nodes of a tree that lie between accepted ones.
+    in the ring: so do dropped nodes of a tree that lie between accepted ones. With a capacity of two windows,
+    all that there is for max_tokens = 16, every policy is "always".
 
     scale, use_qk_l2norm, output, backend: as in `gated_delta_rule_mtp`.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gdn_mtp.problem import INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES, check_size
 from gdn_mtp.speculative.problem import MAX_CAPACITY
-from gdn_mtp.speculative.values import check_cursor, named_slots, values_are_readable
+from gdn_mtp.speculative.values import cursor_fault, named_slots, values_are_readable
 from gdn_mtp.torch_kernel import store_slots
 
 CURSOR_FIELDS = 4
@@ -73,13 +73,16 @@ class SpeculativeCache:
 
     max_tokens: the largest T of a verify, 1 to 16. capacity: tokens per slot, 2 * max_tokens to 32; None for
     3 * max_tokens rounded up to a multiple of 8. What exceeds 2 * max_tokens is room for accepted tokens that
-    wait to be folded into the pool, so that it is written the more seldom.
+    wait to be folded into the pool, so that it is written the more seldom; with none, as at max_tokens = 16,
+    they are folded at the next verify whatever its `fold` says.
     io_dtype: of q, k and v. device: None for the current CUDA device, or the CPU where there is none.
     Raises ArgumentError or ArgumentTypeError naming the argument.
     Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read and copy.
 
     A cache belongs to one pool: the first call that succeeds, outside code that `torch.compile` traces, binds
     it to the pool's address, and another pool is refused from then on. `bind` says that the pool has moved.
+    A pool does not know its cache: a second one, fresh, is accepted with it, and what is pending in the first
+    is then ignored, so `commit` comes before a change of caches.
 
     A slot that gets a new request has to be reset. While tokens are pending, the pool's state alone is not
     the slot's state: `gdn_mtp.commit` folds them before anything else reads it.
@@ -230,8 +233,8 @@ class SpeculativeCache:
         """Copy the tensors of a cache of the same sizes into this one, from any device.
 
         Raises ArgumentError or ArgumentTypeError before any change: naming `state_dict` for other entries
-        than `state_dict()` has, the entry for another shape or dtype or one that is sparse or on the meta
-        device, `cache` for a cursor out of range. Waits for the device.
+        than `state_dict()` has, else the entry: for another shape or dtype, for a tensor that is sparse or on
+        the meta device, for a cursor or live bits out of range. Waits for the device.
         """
         expected = sorted(CacheTensors._fields)
         if not isinstance(state_dict, Mapping):
@@ -251,18 +254,17 @@ class SpeculativeCache:
                 raise ArgumentError(name, f"{came}, expected {fitting}")
         cursors, lives = state_dict["cursor"].tolist(), state_dict["live"].tolist()
         for slot, (cursor, live) in enumerate(zip(cursors, lives, strict=True)):
-            check_cursor(slot, cursor, live, self.capacity, self.max_tokens)
+            fault = cursor_fault(slot, cursor, live, self.capacity, self.max_tokens)
+            if fault is not None:
+                raise ArgumentError(*fault)
         for name, own in self.tensors._asdict().items():
             own.copy_(state_dict[name])
 
     def _check_sizes(self, state_pool: Tensor) -> None:
         """Raises, naming `state_pool`, unless it is a pool of the cache's sizes on its device."""
-        bind(
-            (TensorSpec("state_pool", ("pool", "HV", "V", "K"), STATE_DTYPES, written=True),),
-            {"state_pool": state_pool},
-            {"pool": self.pool_size, "HV": self.HV, "V": self.V, "K": self.K},
-            self.device,
-        )
+        specs = (*self.specs, TensorSpec("state_pool", ("pool", "HV", "V", "K"), STATE_DTYPES, written=True))
+        own = {f"cache.{name}": tensor for name, tensor in self.state_dict().items()}
+        bind(specs, {**own, "state_pool": state_pool}, device=self.device)
 
     def _checked(self, name: str, slots: Tensor, unique: bool = True) -> Tensor:
         """`slots` as int64, checked; one out of range becomes -1 where values cannot be read."""

@@ -72,7 +72,7 @@ def fold_above(
 
     At most capacity - 2 * max_tokens: the next verify accepts up to max_tokens more, and records as many
     without touching what it reads. "always" leaves none, "full" as many as there is room for, an int as many
-    as it says.
+    as it says. With a capacity of 2 * max_tokens, as for 16 tokens, none can be left: all act as "always".
 
     "auto" costs least if every verify has `accepted` tokens accepted. With a threshold f, a state is written
     every (f + accepted) / accepted calls, and a call reads f / 2 + accepted pending tokens on average, a byte

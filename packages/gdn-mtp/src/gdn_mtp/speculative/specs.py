@@ -21,8 +21,8 @@ from gdn_mtp.speculative.folding import check_policy, check_threshold
 from gdn_mtp.speculative.problem import Accept, Mode, SpeculativeProblem
 from gdn_mtp.speculative.values import (
     check_accepted,
-    check_cursor,
     check_window,
+    cursor_fault,
     named_slots,
     values_are_readable,
 )
@@ -244,7 +244,9 @@ def _check_values(tensors: CallTensors, flags: CallFlags, dims: dict[str, int]) 
     cursors = tensors.cursor.index_select(0, rows).tolist()
     lives = tensors.live.index_select(0, rows).tolist()
     for (_, slot), cursor, live in zip(slots, cursors, lives, strict=True):
-        check_cursor(slot, cursor, live, dims["R"], flags.max_tokens)
+        fault = cursor_fault(slot, cursor, live, dims["R"], flags.max_tokens)
+        if fault is not None:
+            raise ArgumentError("cache", fault[1])
     windows = [window for _, _, window, _ in cursors]
     check_accepted(slots, windows, tensors.num_accepted, tensors.accepted_nodes)
     if flags.mode == "verify":

@@ -24,8 +24,10 @@ def named_slots(name: str, indices: Tensor, pool_size: int) -> list[tuple[int, i
     return [(position, slot) for slot, position in position_of.items()]
 
 
-def check_cursor(slot: int, cursor: list[int], live: int, capacity: int, max_tokens: int) -> None:
-    """Raises ArgumentError naming `cache` where a slot's cursor or live bits cannot have come about."""
+def cursor_fault(
+    slot: int, cursor: list[int], live: int, capacity: int, max_tokens: int
+) -> tuple[str, str] | None:
+    """Which tensor of a cache, "cursor" or "live", holds what cannot have come about in a slot, and what."""
     start, length, window, arrivals = cursor
     for field, value, largest in (
         ("start", start, capacity - 1),
@@ -34,9 +36,10 @@ def check_cursor(slot: int, cursor: list[int], live: int, capacity: int, max_tok
         ("arrivals", arrivals, 0),
     ):
         if not 0 <= value <= largest:
-            raise ArgumentError("cache", f"slot {slot}: cursor {field} = {value}, expected 0 to {largest}")
+            return "cursor", f"slot {slot}: cursor {field} = {value}, expected 0 to {largest}"
     if live < 0 or live >> length:
-        raise ArgumentError("cache", f"slot {slot}: live = {live:#x}, expected bits below {length}")
+        return "live", f"slot {slot}: live = {live:#x}, expected bits below {length}"
+    return None
 
 
 def check_accepted(
@@ -80,6 +83,5 @@ def check_window(
             assert rows is not None
             parent = rows[request][node]
             if not -1 <= parent < node:
-                raise ArgumentError(
-                    "parent_indices", f"{parent} at [{request}, {node}], expected -1 to {node - 1}"
-                )
+                expected = "-1" if node == 0 else f"-1 to {node - 1}"
+                raise ArgumentError("parent_indices", f"{parent} at [{request}, {node}], expected {expected}")
