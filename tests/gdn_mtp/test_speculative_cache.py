@@ -38,12 +38,12 @@ def test_tensors_are_what_the_specs_say(io):
 
 
 @pytest.mark.parametrize("state", [FP32, BF16])
-@pytest.mark.parametrize("HV", [32, 64])
-def test_memory_at_8_tokens_is_a_sixteenth_of_intermediate_states(HV, state):
+@pytest.mark.parametrize(("HV", "part"), [(16, 14), (32, 16), (64, 16)])
+def test_memory_at_8_tokens_is_a_part_of_intermediate_states(HV, part, state):
     H, D, T = 16, 128, 8
     cache = gdn_mtp.SpeculativeCache(3, H, HV, D, D, max_tokens=T, device=DEVICE)
     buffer_bytes = 3 * T * HV * D * D * state.itemsize
-    assert cache.nbytes <= buffer_bytes / 16
+    assert cache.nbytes <= buffer_bytes / part
     assert cache.capacity == 3 * T
 
 
