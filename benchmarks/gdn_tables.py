@@ -29,6 +29,9 @@ CALLS = {  # (tokens, mode): what heads its column
     (4, "cache+update"): "T = 4, every state kept",
     (8, "cache+update"): "T = 8, every state kept",
 }
+# (tokens, batch) of calls with fp32 states, updated: the fraction of the copy bandwidth that they fall short of
+SHORT = {(1, 16): 0.93, (1, 32): 0.93, (1, 64): 0.97, (4, 16): 0.90}
+OTHER_TACTICS = 4  # shown of each, the fastest
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
 
 
@@ -63,6 +66,31 @@ def calls() -> str:
     return table(["B", *CALLS.values()], lines)
 
 
+def shortfalls() -> str:
+    """The calls of `SHORT`: goal, reached, what a plain copy of the bytes reaches, times of the tactics."""
+    floor = json.loads((RESULTS / "copy_floor-h100" / "results.json").read_text(encoding="utf-8"))
+    copies = {row["B"]: row["gb_s"] / floor["copy_gb_s"] for row in floor["rows"] if row["heads"] == 32}
+    ours, tactics = (
+        {(row["T"], row["B"]): row for row in rows_of(name) if _updates_fp32(row)}
+        for name in ("gdn_mtp-h100/results.json", "gdn_mtp-h100-tactics/results.json")
+    )
+    header = ["call", "goal", "reached", "plain copy", "reached of it", "µs: tactic chosen; others"]
+    lines = []
+    for (T, B), goal in SHORT.items():
+        reached, timed = ours[T, B]["fraction_of_copy"], dict(tactics[T, B]["us"])
+        chosen = f"{tactics[T, B]['tactic']} {timed.pop('ours'):.1f}"
+        fastest = sorted(timed.items(), key=lambda item: item[1])
+        others = ", ".join(f"{name} {us:.1f}" for name, us in fastest[:OTHER_TACTICS])
+        rest = f"{len(fastest) - OTHER_TACTICS} more to {fastest[-1][1]:.1f}"
+        numbers = (f"{x:.3f}" for x in (reached, copies[B], reached / copies[B]))
+        lines.append([f"T = {T}, B = {B}", f"{goal:.2f}", *numbers, f"{chosen}; {others}, {rest}"])
+    return table(header, lines)
+
+
+def _updates_fp32(row: dict[str, Any]) -> bool:
+    return bool(row["state_dtype"] == "fp32" and row["mode"] == "update")
+
+
 def steps(*names: str) -> str:
     """Speculative steps by batch."""
     rows = {(row["T"], row["state_dtype"], row["B"]): row for row in rows_of(*names)}
@@ -73,6 +101,7 @@ def steps(*names: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "calls": calls,
+    "shortfalls": shortfalls,
     "steps_h100": lambda: steps(
         *(f"gdn_spec-h100/flashinfer-16-16-32-{dtype}.json" for dtype in ("fp32", "bf16"))
     ),
