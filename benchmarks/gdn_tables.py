@@ -29,7 +29,7 @@ CALLS = {  # (tokens, mode): what heads its column
     (4, "cache+update"): "T = 4, every state kept",
     (8, "cache+update"): "T = 8, every state kept",
 }
-# (tokens, batch) of calls with fp32 states, updated: the fraction of the copy bandwidth that they fall short of
+# (tokens, batch) of calls with fp32 states, updated: the fraction of the copy bandwidth that they miss
 SHORT = {(1, 16): 0.93, (1, 32): 0.93, (1, 64): 0.97, (4, 16): 0.90}
 OTHER_TACTICS = 4  # shown of each, the fastest
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
