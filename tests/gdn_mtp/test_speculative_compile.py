@@ -8,6 +8,7 @@ import pytest
 import torch
 from gdn_mtp import SpeculativeProblem
 from gdn_mtp.cute.compile import FUNCTION
+from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.cute.kernels_speculative import HEURISTIC, KERNELS, TACTICS, regime
 from gdn_support import BF16, FP16, FP32
 from kernel_dispatch import Arch
@@ -40,6 +41,13 @@ PROBLEMS = {
     "T8-variable": problem(T=8, capacity=24, variable_tokens=True, tensor_scale=True),
     "T8-fp32-K64": problem(T=8, capacity=24, K=64, V=64, io_dtype=FP32, gate_dtype=FP32),
     "T8-fp32-bf16state": problem(T=8, capacity=24, io_dtype=FP32, gate_dtype=FP32, state_dtype=BF16),
+    "T16": problem(T=16, capacity=32),
+    "T16-small": problem(T=16, capacity=32, B=SMALL),
+    "T16-int64": problem(T=16, capacity=32, index_dtype=torch.int64),
+    "T16-tree": problem(T=16, capacity=32, tree=True, accept="nodes"),
+    "T16-nodes-int64-fp32": problem(
+        T=16, capacity=32, accept="nodes", index_dtype=torch.int64, io_dtype=FP32, gate_dtype=FP32
+    ),
     "T16-variable": problem(T=16, capacity=32, variable_tokens=True),
     "T16-bf16state-small": problem(T=16, capacity=32, state_dtype=BF16, B=SMALL),
     "T16-bf16state-tree": problem(T=16, capacity=32, state_dtype=BF16, tree=True, accept="nodes"),
@@ -52,6 +60,16 @@ PROBLEMS = {
 @pytest.mark.parametrize("asked", PROBLEMS.values(), ids=PROBLEMS)
 def test_compiled_code_keeps_everything_in_registers(arch: str, asked: SpeculativeProblem) -> None:
     """Code for the tactic that the heuristic picks has no stack frame, hence spills no register."""
+    check_compiled(arch, asked)
+
+
+@pytest.mark.parametrize("arch", ["sm_103a", "sm_110a", "sm_121a"])
+@pytest.mark.parametrize("mode", ["T4", "T16", "commit", "materialize"])
+def test_the_other_architectures_compile(arch: str, mode: str) -> None:
+    check_compiled(arch, PROBLEMS[mode])
+
+
+def check_compiled(arch: str, asked: SpeculativeProblem) -> None:
     target = Arch.from_name(arch)
     config = KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0])
     assert config.smem_bytes <= target.smem_optin_bytes
@@ -65,5 +83,10 @@ def test_the_heuristic_reaches_every_row_of_its_table() -> None:
     asked = [problem(T=t, capacity=32, state_dtype=dtype) for t in (4, 16) for dtype in (torch.float32, BF16)]
     assert {regime(one) for one in asked} == set(HEURISTIC)
     for one in asked:
-        chosen = {KERNELS.tactics(replace(one, B=b), hopper)[0] for b in (SMALL, LARGE)}
-        assert chosen == {name for _, name in HEURISTIC[regime(one)]} <= set(TACTICS)
+        rows, reached = HEURISTIC[regime(one)], set()
+        for of_batch in (replace(one, B=b) for b in (SMALL, LARGE)):
+            row = heuristic_row(of_batch, hopper, rows)
+            assert KERNELS.tactics(of_batch, hopper)[0] == rows[row][1]
+            reached.add(row)
+        assert reached == set(range(len(rows)))
+        assert {name for _, name in rows} <= set(TACTICS)

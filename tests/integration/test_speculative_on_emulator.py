@@ -51,7 +51,7 @@ class Emulator:
         ("sm_90a", Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64)),
         ("sm_90a", Setup(max_tokens=6, capacity=24, tree=True, state=BF16, tactic=Tactic(4, 1))),
         ("sm_90a", Setup(max_tokens=11, capacity=32, tree=True, io=FP16, variable=False)),
-        ("sm_100a", Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False)),
+        ("sm_100a", Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=Tactic(2, 2))),
         ("sm_120a", Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=Tactic(1, 1, True))),
         (
             "sm_100a",

@@ -117,6 +117,15 @@ class SpeculativeConfig(TokenTiles):
         return tiles + ring + self.token_bytes + 4 * floats
 
     @property
+    def renews_lane(self) -> bool:
+        """Whether each further tile of a warp asks the hardware for the lane again.
+
+        Addresses of such a tile are then made when it is due. From the lane that there is, the compiler makes
+        them early and holds them, for which there are no registers.
+        """
+        return len(self.chunks) > 1 and self.state_dtype == "float32"
+
+    @property
     def warps_per_sm(self) -> int:
         """96, 128, 168 or 255 registers per thread, enough for the compiler to spill none."""
         if len(self.chunks) > 1:

@@ -97,11 +97,18 @@ def ranked(
 ) -> Sequence[str]:
     """The tactics whose configurations fit, the heuristic's choice first."""
     fitting = [name for name, config in configs.items() if _fits(problem, arch, config)]
-    tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
-    preferred = next(name for limit, name in heuristic if tiles_per_sm <= limit)
+    _, preferred = heuristic[heuristic_row(problem, arch, heuristic)]
     if preferred not in fitting:
         preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
     return sorted(fitting, key=lambda name: name != preferred)
+
+
+def heuristic_row(
+    problem: GatedDeltaRuleProblem | SpeculativeProblem, arch: Arch, heuristic: Sequence[tuple[float, str]]
+) -> int:
+    """The number of the row of a regime that holds for a problem: the first whose limit is not exceeded."""
+    tiles_per_sm = problem.B * problem.HV * problem.V / MMA_ROWS / arch.sm_count
+    return next(row for row, (limit, _) in enumerate(heuristic) if tiles_per_sm <= limit)
 
 
 def _fits(

@@ -18,7 +18,7 @@ Ring positions that are written are not read in the same launch: pending and new
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -205,6 +205,8 @@ class Verify(RingTiles):
                 self.stage_weights(pending_gate, pending_scale, pending, shared, lane)
             for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
                 if cutlass.const_expr(tile > 0):
+                    if cutlass.const_expr(cfg.renews_lane):
+                        place = replace(place, lane=cute.arch.lane_idx())
                     values = self.load_values(tensors, place, tile)
                 self.tile(tensors, cache, values, pending, window, count, fold, shared, place, tile)
             if (warp == cfg.tactic.warps - 1) & (lane == 0):
