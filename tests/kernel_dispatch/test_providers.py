@@ -234,6 +234,17 @@ def test_nobody_can() -> None:
         resolve(Problem(), "cpu")
 
 
+def test_a_provider_for_other_architectures_says_what_it_needs():
+    needy = Provider(
+        "needy", ("sm_120",), no_objection, FakeKernel, 10, needs="an RTX GPU; CUDA 12.8 or newer"
+    )
+    expected = "is for sm_120 (an RTX GPU; CUDA 12.8 or newer); this is sm_90a"
+    assert needy.objection(Problem(3), as_arch("sm_90a")) == expected
+    assert needy.objection(Problem(3), as_arch("sm_120a")) is None
+    with pytest.raises(ArgumentTypeError, match=r"^needs"):
+        Provider("needy", ("sm_120",), no_objection, FakeKernel, 10, needs=None)
+
+
 @pytest.mark.parametrize(
     ("tuned", "expected"),
     [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import kernel_dispatch
 import pytest
 import torch
 from kernel_dispatch import Arch, NoKernelError, Provider, as_arch
 from mla_core import DecodeProblem, workspace_nbytes
-from mla_sm120 import config, launch, provider, sources
+from mla_sm120 import config, launch, load, provider, sources
 from mla_sm120.config import Division
 
 PROBLEM = DecodeProblem(batch=3, q_len=2, num_heads=16, page_size=64, max_seq_len=8192)
@@ -22,7 +23,8 @@ def test_explain_says_what_will_run(arch: str, name: str) -> None:
     assert report.chosen == name
     others = {"sm120", "sm121", "sm90"} - {name}
     for other in others:
-        assert re.search(rf"{other} +declined .*is for sm_", str(report))
+        needs = r"is for sm_\d+ \(compute capability .*; CUDA 1.* or newer\)"
+        assert re.search(rf"{other} declined 10 mla-sm120 \S+ {needs}", " ".join(str(report).split()))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,19 @@ def test_each_gpu_names_the_cuda_that_it_needs(
     monkeypatch.setattr(torch.version, "cuda", version)
     reason = registered.supports(PROBLEM, as_arch(registered.archs[0]))
     assert reason is None if expected is None else re.search(expected, str(reason))
+
+
+def test_neither_cubin_nor_nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+
+    def missing() -> None:
+        raise pathfinder.DynamicLibNotFoundError("libnvrtc.so")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    monkeypatch.setattr(load, "PACKAGED", tmp_path)
+    with pytest.raises(RuntimeError, match="install a wheel that was built where nvcc is"):
+        load.cubin("combine", "sm_120a")
 
 
 def test_a_device_with_less_shared_memory_is_declined() -> None:

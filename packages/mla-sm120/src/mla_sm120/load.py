@@ -72,8 +72,15 @@ def _library(path: Path) -> Any:
 
 def _nvrtc_version() -> str:
     from cuda.bindings import nvrtc
+    from cuda.pathfinder import DynamicLibNotFoundError
 
-    major, minor = _checked(nvrtc.nvrtcVersion())
+    try:
+        major, minor = _checked(nvrtc.nvrtcVersion())
+    except DynamicLibNotFoundError as error:
+        raise RuntimeError(
+            "mla-sm120: there is no cubin of these sources for this GPU, and no NVRTC to compile one with; "
+            "install a wheel that was built where nvcc is, or nvidia-cuda-nvrtc"
+        ) from error
     return f"{major}.{minor}"
 
 

@@ -18,15 +18,17 @@ GPUS = {
 }
 
 
+def _needs(base: str) -> str:
+    products, (major, minor) = GPUS[base]
+    return f"compute capability {base[3:-1]}.{base[-1]}: {products}; CUDA {major}.{minor} or newer"
+
+
 def _supports(base: str) -> Callable[[DecodeProblem, Arch], str | None]:
     def supports(problem: DecodeProblem, arch: Arch) -> str | None:
-        products, needed = GPUS[base]
+        _, needed = GPUS[base]
         version = torch.version.cuda  # None where PyTorch has no CUDA, which `explain` may be asked on
         if version is not None and tuple(int(part) for part in version.split(".")[:2]) < needed:
-            return (
-                f"needs a GPU of compute capability {base[3:-1]}.{base[-1]} ({products}) and CUDA "
-                f"{needed[0]}.{needed[1]} or newer; this PyTorch has CUDA {version}"
-            )
+            return f"is for {_needs(base)}; this PyTorch has CUDA {version}"
         return objection(problem, arch)
 
     return supports
@@ -39,7 +41,9 @@ def _load() -> Kernel:
 
 
 def _provider(name: str, base: str) -> Provider:
-    return Provider(name=name, archs=(base,), supports=_supports(base), load=_load, priority=10)
+    return Provider(
+        name=name, archs=(base,), supports=_supports(base), load=_load, priority=10, needs=_needs(base)
+    )
 
 
 SM120 = _provider("sm120", "sm_120")

@@ -66,6 +66,7 @@ class Provider:
     supports(problem, arch): None, or the reason to decline.
     load(): the Kernel; called once.
     priority: the highest that supports a problem is chosen; the PyTorch provider has 0.
+    needs: GPUs and toolkit in words, for the reason to decline on other architectures; may be empty.
 
     Raises ArgumentError or ArgumentTypeError naming the field that has another type or value.
     """
@@ -75,6 +76,7 @@ class Provider:
     supports: Callable[[Any, Arch], str | None]
     load: Callable[[], Kernel]
     priority: int
+    needs: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -86,6 +88,8 @@ class Provider:
             value = getattr(self, field)
             if not callable(value):
                 raise ArgumentTypeError(field, f"{type(value).__name__}, expected a function")
+        if not isinstance(self.needs, str):
+            raise ArgumentTypeError("needs", f"{type(self.needs).__name__}, expected a str")
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             raise ArgumentTypeError("priority", f"{type(self.priority).__name__}, expected an int")
 
@@ -95,7 +99,8 @@ class Provider:
         Raises what `supports` raises, and ProviderError where it returns neither None nor a reason.
         """
         if ANY_ARCH not in self.archs and arch.base not in self.archs:
-            return f"is for {', '.join(self.archs)}; this is {arch.name}"
+            needs = f" ({self.needs})" if self.needs else ""
+            return f"is for {', '.join(self.archs)}{needs}; this is {arch.name}"
         answer = self.supports(problem, arch)
         if answer is None or (isinstance(answer, str) and answer):
             return answer

@@ -15,8 +15,8 @@ constexpr int kComputeRegisters = 232;  // of a thread, where a block has 64 row
 constexpr int kOtherRegisters = 40;
 constexpr int kLaunchRegisters = 65536 / (3 * kGroupThreads) / 8 * 8;  // what such a block starts with
 static_assert(2 * kComputeRegisters + kOtherRegisters <= 3 * kLaunchRegisters, "a block has no others to share out");
-// Lanes of a warp that arrive on an mbarrier: one, after the others have met it. With MLA_EVERY_LANE_ARRIVES all, which is
-// slower, and an order that compute-sanitizer's racecheck follows.
+// Lanes of a warp that arrive on an mbarrier: one, after the others have met it. With MLA_EVERY_LANE_ARRIVES all, which
+// is slower, and an order that compute-sanitizer's racecheck follows.
 #if defined(MLA_EVERY_LANE_ARRIVES)
 constexpr int kWarpArrivals = 32;
 #else
@@ -57,7 +57,7 @@ struct E4m3 {
   static constexpr float kMaxLag = 1.0f;
 };
 
-// Swizzles of TMA: 16-byte units of a span of 128, 64 or 32 bytes change places with the row.
+// Swizzles of TMA: 16-byte units of a span of 128 or 64 bytes change places with the row.
 template <int kSpanBytes>
 struct Swizzle {
   static_assert(kSpanBytes == 128 || kSpanBytes == 64, "a chunk must be 128 or 64 bytes wide");
@@ -110,8 +110,8 @@ struct Config {
   static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kMerges && !kIsSm120;
   // Loads of keys or values that are under way while one is multiplied. More than one need more registers than SM120
   // and e4m3 have. The registers that the compiler then chooses matter as much as the loads. us on an H100, bf16, 128
-  // heads: merged, B = 32, 4,096 keys 119.9 for 3, 126.5 for 1; otherwise, B = 64, 8,192 keys 380.9 for 2 with a stored
-  // fragment, 398.7 for 1 without, 401.7 for 1 with it.
+  // heads (2026-11-21): merged, B = 32, 4,096 keys 119.9 for 3, 126.5 for 1; otherwise, B = 64, 8,192 keys 380.9 for 2
+  // with a stored fragment, 398.7 for 1 without, 401.7 for 1 with it.
   static constexpr int kAhead = kBytes == 1 || kIsSm120 ? 1 : kMerges ? 3 : kStoresQuery ? 2 : 1;
 
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
@@ -125,7 +125,7 @@ struct Config {
   //     signals after O of this one. Hence two of each.
   //   scales, and lse where a cluster merges: softmax -> compute, by weights of the last step. What merging does with
   //     the memory before the state is said in merge.cuh.
-  //   stored query: a warp's own, written before its first step.
+  //   stored query: a lane's own, written before its first step.
   // Shared memory: ring of boxes | partial logits | weights | stored query | unused | state, at the end. Partial logits
   // are fragments [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
   static constexpr int kPartBytes = 2 * kMTiles * kFragmentBytes;  // of a warp

@@ -36,7 +36,7 @@ __device__ __forceinline__ void share_partial_logits(uint32 smem, const Role<C>&
   }
 }
 
-constexpr int kColumnPairs = kChunkElements / 16;  // of a chunk: pairs of mma tiles
+constexpr int kChunkPairs = kChunkElements / 16;  // of mma tiles
 
 // Values of sixteen columns as operands of two mmas: b[0], b[1] of one with eight columns, b[2], b[3] of the other.
 // Columns of the pair: two-byte elements and the native transpose 8 e + n, the portable one 2 n + e.
@@ -57,8 +57,8 @@ struct Values {
   }
 
   __device__ __forceinline__ void load(uint32 (&b)[4], int columns) const {
-    const uint32 chunk = address + columns / kColumnPairs * C::kChunkStride;
-    const int pair = columns % kColumnPairs;
+    const uint32 chunk = address + columns / kChunkPairs * C::kChunkStride;
+    const int pair = columns % kChunkPairs;
     if constexpr (C::kBytes == 2) {
       ldmatrix4_trans(b, chunk ^ (pair * 32));
     } else if constexpr (kNativeByteTranspose) {

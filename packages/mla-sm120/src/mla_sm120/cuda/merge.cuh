@@ -13,9 +13,12 @@
 
 namespace mla {
 
+constexpr int kLanesOfRow = 4;  // of an mma accumulator
+
 template <class C>
 struct Results {
   static constexpr int kPairBytes = C::kComputeWarps * 2 * kFragmentBytes;  // of sixteen rows of every row group
+  static_assert(kMaxCluster <= 2 * kLanesOfRow, "each lane of a row has the LSE of two blocks");
   static_assert(C::kColumnPairs * kPairBytes <= C::kFullOffset, "the parts fit before the state");
 
   uint32 smem;
@@ -38,8 +41,8 @@ struct Results {
     return smem + (sender * pairs + place) * kPairBytes + warp * 2 * kFragmentBytes + lane * 16;
   }
 
-  // The LSE of the group's rows, to where the cluster reads it. What other blocks read is written by warps that meet them
-  // at the cluster's barrier, which those that take the softmax do not.
+  // The LSE of the group's rows, to where the cluster reads it. What other blocks read is written by warps that meet
+  // them at the cluster's barrier, which those that take the softmax do not.
   __device__ __forceinline__ void publish_lse() const {
     if (role.member > 0 || lane >= C::kGroupRows) return;
     const int row = role.row_group * C::kGroupRows + lane;
@@ -115,8 +118,9 @@ template <class C>
 __device__ __forceinline__ void merge_results(const DecodeParams& p, const Block& block, uint32 smem,
                                               const Role<C>& role, const Outputs<C>& out, int lane) {
   const Results<C> results(smem, role, lane);
-  // There always are. Without these branches the compiler chooses registers for the main loop that were not measured.
   results.publish_lse();
+  // A cluster always has other blocks. Without these branches the compiler chooses registers for the main loop that
+  // were not measured.
   if (results.size > 1) cluster_barrier();
   float first[C::kGroupOctets], second[C::kGroupOctets], scale[C::kGroupOctets];
 #pragma unroll

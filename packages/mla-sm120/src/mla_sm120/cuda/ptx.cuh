@@ -270,8 +270,9 @@ __device__ __forceinline__ void mma(Fp16, float (&c)[4], const uint32 (&a)[4], u
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
-// Values of e4m3 are values of fp16, which SM90 multiplies; its own mma.sync of e4m3 is made of the same instructions
-// but takes more registers. Both halves of the products pair the same k, if not in the order of the operands.
+// Values of e4m3 are values of fp16, which SM90 multiplies. What the compiler makes of mma.sync of e4m3 there is the
+// same conversions and products, with more registers. Both halves of the products pair the same k, if not in the order
+// of the operands.
 __device__ __forceinline__ void mma(E4m3, float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
   const uint32 b[2] = {b0, b1};
 #pragma unroll
