@@ -14,6 +14,7 @@ from gdn_mtp.cute.kernels import (
     KERNELS,
     KMAJOR_TACTIC,
     TACTICS,
+    heuristic_row,
     regime,
 )
 from gdn_mtp.problem import GatedDeltaRuleProblem
@@ -82,8 +83,12 @@ def test_the_heuristic_reaches_every_row_of_its_table():
     ]
     assert {regime(asked) for asked in problems} == set(HEURISTIC)
     for asked in problems:
-        chosen = {KERNELS.tactics(replace(asked, B=b), HOPPER)[0] for b in (1, 4, 8, 16, 64, 512)}
-        assert chosen == {name for _, name in HEURISTIC[regime(asked)]}
+        rows, reached = HEURISTIC[regime(asked)], set()
+        for of_batch in (replace(asked, B=b) for b in (1, 4, 8, 16, 64, 512)):
+            row = heuristic_row(of_batch, HOPPER, rows)
+            assert KERNELS.tactics(of_batch, HOPPER)[0] == rows[row][1]
+            reached.add(row)
+        assert reached == set(range(len(rows)))
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])
@@ -99,16 +104,26 @@ def test_every_accepted_problem_has_a_tactic(head, tokens, rows, intermediate, a
         assert KERNELS.tactics(asked, Arch.from_name(arch))
 
 
+FEW, SOME, MANY = 1, 4, 512  # batches whose tactics differ, from each other and from that of 8
 COMPILED = {
     "T1": problem(T=1),
+    "T1-few": problem(T=1, B=FEW),
+    "T1-many": problem(T=1, B=MANY),
     "T2-buffer": problem(T=2, intermediate="buffer"),
     "T4": PROBLEM,
+    "T4-few": problem(B=FEW),
     "T8": problem(T=8),
     "T8-buffer": problem(T=8, intermediate="buffer"),
-    "T8-bf16state": problem(T=8, state_dtype=BF16),
+    "T8-bf16state-many": problem(T=8, state_dtype=BF16, B=MANY),
+    "T16-few": problem(T=16, B=FEW),
+    "T16-many": problem(T=16, B=MANY, index_dtype=torch.int64),
+    "T16-buffer-some": problem(T=16, intermediate="buffer", B=SOME),
+    "T16-buffer-many": problem(T=16, intermediate="buffer", B=MANY),
     "T16-bf16state": problem(T=16, state_dtype=BF16),
+    "T16-bf16state-many": problem(T=16, state_dtype=BF16, B=MANY),
     "T16-bf16state-buffer": problem(T=16, state_dtype=BF16, intermediate="buffer", index_dtype=torch.int64),
-    "T3-scatter": problem(T=3, intermediate="scatter"),
+    "T16-bf16state-buffer-many": problem(T=16, state_dtype=BF16, intermediate="buffer", B=MANY),
+    "T3-scatter-some": problem(T=3, intermediate="scatter", B=SOME),
     "T16-aligned": problem(T=16, state_rows="aligned"),
     "T8-K256": problem(T=8, K=256, V=256),
     "T5-K64-frozen": problem(T=5, K=64, V=64, update_state=False, index_dtype=torch.int64),
@@ -118,6 +133,11 @@ COMPILED = {
     "T1-kmajor": KMAJOR,
     "T1-kmajor-bf16state": replace(KMAJOR, state_dtype=BF16, out_dtype=FP16, io_dtype=FP16),
 }
+
+
+def test_every_tactic_that_the_heuristic_picks_is_among_those_compiled():
+    picked = {name for rows in HEURISTIC.values() for _, name in rows}
+    assert picked <= {KERNELS.tactics(asked, HOPPER)[0] for asked in COMPILED.values()}
 
 
 @pytest.mark.parametrize("arch", ["sm_103a", "sm_110a", "sm_121a"])
