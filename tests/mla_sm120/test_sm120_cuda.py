@@ -30,7 +30,11 @@ MATRIX = [
 ]
 BATCHES = [
     Case(tuple((0, 1, 33, 127, 300)[request % 5] for request in range(batch)), dtype, num_heads)
-    for dtype, num_heads, batch in itertools.product(("bf16", "e4m3"), (16, 128), (1, 3, 64, 1024))
+    for dtype, num_heads, batch in itertools.product(("bf16", "fp16", "e4m3"), (16, 128), (1, 3, 64, 1024))
+]
+BATCHES += [
+    Case((LENGTHS * 11)[:64], dtype, num_heads, q_len)
+    for dtype, num_heads, q_len in itertools.product(("bf16", "fp16", "e4m3"), (16, 128), (1, 4))
 ]
 RAGGED = [
     Case((9, 130, 2, 70), q_lens=(2, 1, 4, 0)),
@@ -138,6 +142,7 @@ def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str) -> None:
     inputs = Inputs(case, "cuda")
     plan = plan_of(inputs, "m64-whole")
     run(plan, inputs)
+    inputs.check(inputs.out, inputs.lse)
     first = inputs.out.clone()
     run(plan, inputs)
     assert torch.equal(inputs.out.view(torch.uint8), first.view(torch.uint8))
