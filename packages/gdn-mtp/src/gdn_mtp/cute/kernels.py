@@ -95,11 +95,12 @@ def ranked(
     configs: Mapping[str, KernelConfig | SpeculativeConfig],
     heuristic: Sequence[tuple[float, str]],
 ) -> Sequence[str]:
-    """The tactics whose configurations fit, the heuristic's choice first."""
+    """The tactics whose configurations fit, the heuristic's choice first, or one with as many warps."""
     fitting = [name for name, config in configs.items() if _fits(problem, arch, config)]
     _, preferred = heuristic[heuristic_row(problem, arch, heuristic)]
     if preferred not in fitting:
-        preferred = next((name for name in fitting if name.startswith(preferred[:2])), preferred)
+        warps = configs[preferred].tactic.warps
+        preferred = next((name for name in fitting if configs[name].tactic.warps == warps), preferred)
     return sorted(fitting, key=lambda name: name != preferred)
 
 

@@ -39,7 +39,7 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
 
 
 def regime(problem: SpeculativeProblem) -> str:
-    """The key of a problem in `HEURISTIC`; those of a verify of many tokens or bf16 states do much else."""
+    """The key of a problem in `HEURISTIC`: verifies of bf16 states, others of many tokens, the rest."""
     if problem.mode == "verify" and problem.state_dtype == torch.bfloat16:
         return "bf16 state"
     return "many chunks" if problem.T > CHUNK_TOKENS else "one chunk"
