@@ -24,6 +24,7 @@ SETUPS = (
     Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64),
     Setup(max_tokens=6, capacity=24, D=128, tree=True, state=BF16, tactic=Tactic(4, 1, trigger="start")),
     Setup(max_tokens=16, capacity=32, H=2, HV=4, D=128, tree=True, tactic=Tactic(4, 1, trigger="start")),
+    Setup(max_tokens=16, capacity=32, D=128, tactic=Tactic(4, 2, trigger="start")),
     Setup(max_tokens=11, capacity=32, D=128, tree=True, io=FP16, state=BF16, variable=False),
     Setup(max_tokens=16, capacity=32, D=128, tree=True, state=BF16, tactic=Tactic(4, 2, trigger="start")),
     Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False),
