@@ -97,6 +97,15 @@ def test_fp8_builds_with_the_portable_transpose(tmp_path: Path) -> None:
     assert len(REPORT.findall(report)) == 6
 
 
+def test_the_main_loop_of_sm120_builds_for_other_gpus(tmp_path: Path) -> None:
+    assert NVCC is not None
+    options = ("-Xptxas", "-v", "-DMLA_SM120_LOOP")
+    report = sources.compile_unit(NVCC, "decode_bf16", "sm_90a", tmp_path / "loop.cubin", *options)
+    found = REPORT.findall(report)
+    assert len(found) == 6
+    assert all((stack, stores, loads) == ("0", "0", "0") for _, stack, stores, loads, _ in found)
+
+
 def test_every_cubin_has_its_place(tmp_path: Path) -> None:
     assert NVCC is not None
     names = {path.name for path in sources.build_cubins(NVCC, tmp_path)}

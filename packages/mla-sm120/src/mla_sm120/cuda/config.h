@@ -37,6 +37,14 @@ constexpr bool kIsSm120 = true;
 constexpr bool kIsSm120 = false;
 #endif
 
+// Whether loads ahead in the main loop are those that the registers of SM120 allow; with MLA_SM120_LOOP everywhere, so
+// that another GPU can run it.
+#if defined(MLA_SM120_LOOP)
+constexpr bool kIsSm120Loop = true;
+#else
+constexpr bool kIsSm120Loop = kIsSm120;
+#endif
+
 constexpr int kKStepBytes = 32;  // reduced per mma: 16 elements of two bytes or 32 of one
 constexpr int kOctetRows = 8;    // rows of a half of an mma accumulator
 constexpr int kFragmentBytes = 32 * 16;  // 16 bytes of every lane: an accumulator of mma, or its first operand
@@ -107,12 +115,12 @@ struct Config {
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
   // Whether the last fragment of a warp's query is in shared memory, where 64 rows leave too few registers for keys to
   // be loaded ahead of their products.
-  static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kMerges && !kIsSm120;
+  static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kMerges && !kIsSm120Loop;
   // Loads of keys or values that are under way while one is multiplied. More than one need more registers than SM120
   // and e4m3 have. The registers that the compiler then chooses matter as much as the loads. us on an H100, bf16, 128
   // heads (2026-11-21): merged, B = 32, 4,096 keys 119.9 for 3, 126.5 for 1; otherwise, B = 64, 8,192 keys 380.9 for 2
   // with a stored fragment, 398.7 for 1 without, 401.7 for 1 with it.
-  static constexpr int kAhead = kBytes == 1 || kIsSm120 ? 1 : kMerges ? 3 : kStoresQuery ? 2 : 1;
+  static constexpr int kAhead = kBytes == 1 || kIsSm120Loop ? 1 : kMerges ? 3 : kStoresQuery ? 2 : 1;
 
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
   // each of them has a part in what the later one needs.
