@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
+from kernel_dispatch import Arch, Kernel, Problem
 from kernel_testing import assert_close_elementwise
 from torch import Tensor
 
@@ -126,3 +129,15 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
 
 def slots_tensor(*slots: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(slots, dtype=dtype, device=DEVICE)
+
+
+def check_every_row_is_chosen(
+    kernel: Kernel, rows: Sequence[tuple[float, str]], problems: Sequence[Problem], arch: Arch
+) -> None:
+    """Each row of a regime's heuristic holds for one of `problems`, and names the tactic it prefers."""
+    reached = set()
+    for problem in problems:
+        row = heuristic_row(problem, arch, rows)
+        assert kernel.tactics(problem, arch)[0] == rows[row][1]
+        reached.add(row)
+    assert reached == set(range(len(rows)))

@@ -14,11 +14,21 @@ from gdn_mtp.cute.kernels import (
     KERNELS,
     KMAJOR_TACTIC,
     TACTICS,
-    heuristic_row,
     regime,
 )
 from gdn_mtp.problem import GatedDeltaRuleProblem
-from gdn_support import BF16, DEVICE, FP16, FP32, NAN, Case, assert_result, assert_same_bits, slots_tensor
+from gdn_support import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    NAN,
+    Case,
+    assert_result,
+    assert_same_bits,
+    check_every_row_is_chosen,
+    slots_tensor,
+)
 from kernel_dispatch import Arch, explain, forbid_compilation, resolve
 from kernel_testing import cubin_resources, poisoned
 
@@ -83,12 +93,8 @@ def test_the_heuristic_reaches_every_row_of_its_table():
     ]
     assert {regime(asked) for asked in problems} == set(HEURISTIC)
     for asked in problems:
-        rows, reached = HEURISTIC[regime(asked)], set()
-        for of_batch in (replace(asked, B=b) for b in (1, 4, 8, 16, 64, 512)):
-            row = heuristic_row(of_batch, HOPPER, rows)
-            assert KERNELS.tactics(of_batch, HOPPER)[0] == rows[row][1]
-            reached.add(row)
-        assert reached == set(range(len(rows)))
+        of_batches = [replace(asked, B=b) for b in (1, 4, 8, 16, 64, 512)]
+        check_every_row_is_chosen(KERNELS, HEURISTIC[regime(asked)], of_batches, HOPPER)
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])

@@ -8,9 +8,8 @@ import pytest
 import torch
 from gdn_mtp import SpeculativeProblem
 from gdn_mtp.cute.compile import FUNCTION
-from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.cute.kernels_speculative import HEURISTIC, KERNELS, TACTICS, regime
-from gdn_support import BF16, FP16, FP32
+from gdn_support import BF16, FP16, FP32, check_every_row_is_chosen
 from kernel_dispatch import Arch
 from kernel_testing import cubin_resources
 
@@ -83,10 +82,6 @@ def test_the_heuristic_reaches_every_row_of_its_table() -> None:
     asked = [problem(T=t, capacity=32, state_dtype=dtype) for t in (4, 16) for dtype in (torch.float32, BF16)]
     assert {regime(one) for one in asked} == set(HEURISTIC)
     for one in asked:
-        rows, reached = HEURISTIC[regime(one)], set()
-        for of_batch in (replace(one, B=b) for b in (SMALL, LARGE)):
-            row = heuristic_row(of_batch, hopper, rows)
-            assert KERNELS.tactics(of_batch, hopper)[0] == rows[row][1]
-            reached.add(row)
-        assert reached == set(range(len(rows)))
+        rows = HEURISTIC[regime(one)]
+        check_every_row_is_chosen(KERNELS, rows, [replace(one, B=b) for b in (SMALL, LARGE)], hopper)
         assert {name for _, name in rows} <= set(TACTICS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from mla_sm120 import load, sources
 
 NVCC = sources.find_nvcc()
-pytestmark = pytest.mark.skipif(NVCC is None and "REQUIRE_NVCC" not in os.environ, reason="needs nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 REPORT = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from typing import Any
@@ -17,9 +16,7 @@ from mla_core.planning import SplitPlan
 from mla_sm120 import config, launch, sources
 from mla_sm120.config import Division
 
-pytestmark = pytest.mark.skipif(
-    sources.find_nvcc() is None and "REQUIRE_NVCC" not in os.environ, reason="needs nvcc"
-)
+pytestmark = pytest.mark.skipif(sources.find_nvcc() is None, reason="needs nvcc")
 
 CASES = [
     (Case((70, 0, 1, 33), page_size=16), 16, 8),

@@ -63,6 +63,7 @@ struct Role {
   __device__ __forceinline__ explicit Role(int warp)
       : row_group(C::kRowGroups == 1 ? 0 : warp / kGroupWarps),
         member(C::kRowGroups == 1 ? warp : warp % kGroupWarps) {}
+  __device__ __forceinline__ int warp() const { return row_group * kGroupWarps + member; }
   __device__ __forceinline__ int k_split() const { return member % C::kKSplits; }
   __device__ __forceinline__ int step_box() const { return C::kStepBoxes == 1 ? 0 : member / C::kKSplits; }
 };

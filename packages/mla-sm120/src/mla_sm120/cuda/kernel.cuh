@@ -100,8 +100,7 @@ struct Warp {
   __device__ __forceinline__ uint32 lane() const { return recomputed(lane_) % 32; }
 
   __device__ __forceinline__ uint32 stored_query() const {
-    const int warp = role.row_group * kGroupWarps + role.member;
-    return ahead.smem + C::kQueryOffset + warp * kFragmentBytes + lane() * 16;
+    return ahead.smem + C::kQueryOffset + role.warp() * kFragmentBytes + lane() * 16;
   }
 
   __device__ __forceinline__ void store_query() const {

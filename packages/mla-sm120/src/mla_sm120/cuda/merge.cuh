@@ -37,8 +37,7 @@ struct Results {
 
   // Where the lane's part of a pair is that a block sent, one of those that the receiver adds up.
   __device__ __forceinline__ uint32 received(int sender, int place) const {
-    const int warp = role.row_group * kGroupWarps + role.member;
-    return smem + (sender * pairs + place) * kPairBytes + warp * 2 * kFragmentBytes + lane * 16;
+    return smem + (sender * pairs + place) * kPairBytes + role.warp() * 2 * kFragmentBytes + lane * 16;
   }
 
   // The LSE of the group's rows, to where the cluster reads it. What other blocks read is written by warps that meet
@@ -125,8 +124,8 @@ __device__ __forceinline__ void merge_results(const DecodeParams& p, const Block
   float first[C::kGroupOctets], second[C::kGroupOctets], scale[C::kGroupOctets];
 #pragma unroll
   for (int octet = 0; octet < C::kGroupOctets; ++octet) {  // all loads before the first result is needed
-    first[octet] = results.lse_of(octet, lane % 4);
-    second[octet] = results.lse_of(octet, lane % 4 + 4);
+    first[octet] = results.lse_of(octet, lane % kLanesOfRow);
+    second[octet] = results.lse_of(octet, lane % kLanesOfRow + kLanesOfRow);
   }
   uint32 wanted = 0;  // octets, whether the lane's row is stored
 #pragma unroll
