@@ -18,7 +18,7 @@ class Row:
     """What was measured for one cell.
 
     us: by variant ("ours", peers, tactics), median microseconds of a call. failed: variants whose results
-    were wrong, with the first wrong element; they were not timed. notes: why a variant has no time.
+    were wrong, with the first wrong element; of these only peers have a time. notes: why a variant has none.
     """
 
     cell: Cell
@@ -46,7 +46,7 @@ class Row:
         return self.cell.necessary_nbytes / self.us[variant] / 1e3 / self.copy_gb_s
 
     def ratio(self, peer: str) -> float | None:
-        """The peer's time over ours: above 1, ours is faster. None unless both are right and timed."""
+        """The peer's time over ours: above 1, ours is faster. None unless both are timed."""
         return self.us[peer] / self.us["ours"] if {peer, "ours"} <= self.us.keys() else None
 
     def record(self, peers: Sequence[str]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def header(peers: Sequence[str]) -> str:
 
 
 def line(row: Row, peers: Sequence[str]) -> str:
-    """One row under `header`; WRONG stands where a result was, and "-" where there is nothing to show."""
+    """One row under `header`; "!" marks times of wrong results, "-" stands where there is nothing to show."""
     cell = row.cell
     gb_s = "-" if row.gb_s is None else f"{row.gb_s:.0f}"
     fraction = "-" if row.fraction is None else f"{row.fraction:.3f}"
@@ -109,9 +109,9 @@ def tactics_line(row: Row) -> str:
 
 
 def _time(row: Row, variant: str) -> str:
-    if variant in row.failed:
-        return "WRONG"
-    return f"{row.us[variant]:.2f}" if variant in row.us else "-"
+    if variant not in row.us:
+        return "WRONG" if variant in row.failed else "-"
+    return f"{row.us[variant]:.2f}{'!' * (variant in row.failed)}"
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,8 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
                     if (r.cell.heads, r.cell.state_name) == group and r.cell.mode == mode and r.cell.T == T
                 ]
                 for variant, style in (("ours", "o-"), ("flashinfer", "x--")):
-                    points = [(r.cell.B, r.fraction_of(variant)) for r in at if variant in r.us]
+                    right = [r for r in at if variant in r.us and variant not in r.failed]
+                    points = [(r.cell.B, r.fraction_of(variant)) for r in right]
                     if points:
                         label = f"T = {T}, {PEER_TITLES.get(variant, variant)}"
                         axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=label)

@@ -5,10 +5,11 @@
     python benchmarks/bench_gdn_mtp.py --tactics --peers none
 
 Before it is timed, every variant is compared with the float64 reference at the very shape, element by element
-for all requests or, of more than eight, for eight spread over the batch; one that is wrong is not timed. A
-time is the median of replays of a CUDA graph of several calls, variants in turn, each call on inputs and
-state slots of its own, with the L2 cache cold. Bytes counted are those of the states read and written, and
-the ceiling is the copy bandwidth measured in the same run. Ratios are a peer's time over ours.
+for all requests or, of more than eight, for eight spread over the batch. Ours is not timed if it is wrong;
+a peer is, and its time marked. A time is the median of replays of a CUDA graph of several calls, variants in
+turn, each call on inputs and state slots of its own, with the L2 cache cold. Bytes counted are those of the
+states read and written, and the ceiling is the copy bandwidth measured in the same run. Ratios are a peer's
+time over ours.
 
 A row that does not fit into GPU memory is left out and named. The exit status is 1 if ours is wrong or
 there is no CUDA device.
@@ -200,9 +201,9 @@ def measure(cell: Cell, row: Row, pool: torch.Tensor, options: argparse.Namespac
                 raise
             row.notes[variant.name] = f"{type(error).__name__}: {str(error)[:300]}"
             continue
-        if wrong is None:
+        if wrong is None or not isinstance(variant, Ours):
             timed[variant.name] = timed_calls(variant, calls)
-        else:
+        if wrong is not None:
             row.failed[variant.name] = wrong
             fill_pool(pool)  # whatever it wrote there is not for the others to read
     # Not timed but assumed, to choose how often to repeat.
@@ -211,6 +212,8 @@ def measure(cell: Cell, row: Row, pool: torch.Tensor, options: argparse.Namespac
     row.calls = len(calls)
     row.repeats = MIN_REPEATS if options.quick else min(MAX_REPEATS, max(MIN_REPEATS, wanted))
     row.us = time_cuda_us(timed, repeats=row.repeats, warmup=1)
+    if row.failed:
+        fill_pool(pool)
 
 
 def measure_all(
@@ -353,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     copy_gb_s = copy_bandwidth_gb_s(device)
     print(f"copy bandwidth {copy_gb_s:.0f} GB/s, read plus written")
     print("GB/s: bytes of the states read and written over our time; ratio: a peer's time over ours")
+    print("!: a time of wrong results")
     if "fla" in options.peers:
         print("FLA: without gathering states from the pool, and with gates computed beforehand")
     print(header(options.peers), flush=True)
