@@ -76,6 +76,7 @@ class History:
     def __init__(
         self, setup: Setup, launch: Launch, pool_size: int, device: torch.device, seed: int = 0
     ) -> None:
+        torch.set_num_threads(1)  # more only get in the way of such small operations
         self.setup, self.launch, self.device = setup, launch, device
         self.random = random.Random(seed)
         self.generator = torch.Generator(device).manual_seed(seed)
