@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from speculative_support import History, Setup, random_tree
 
 STEPS = 1000
+ATTEMPTS = 3
 SEEDS = st.integers(0, 255)  # few bits: hypothesis bounds what an example of 1,000 steps may draw
 SIZES = {"pool_size": 5, "H": 1, "HV": 2}
 KINDS = [*["chain"] * 8, *["tree"] * 8, "commit", "commit", "copy", "reset"]
@@ -79,10 +80,8 @@ class SpeculativeMachine(RuleBasedStateMachine):
         self.history.check_against_sequential_decoding()
 
 
-@pytest.mark.parametrize(
-    "setup", SETUPS, ids=lambda setup: f"T{setup.max_tokens}-R{setup.capacity}-{setup.io}-{setup.state}"
-)
-def test_random_histories(setup):
+def run_examples(setup):
+    """Two histories; the steps that each had."""
     steps = []
 
     class Counted(SpeculativeMachine):
@@ -99,4 +98,16 @@ def test_random_histories(setup):
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert set(steps) == {STEPS}
+    return steps
+
+
+@pytest.mark.parametrize(
+    "setup", SETUPS, ids=lambda setup: f"T{setup.max_tokens}-R{setup.capacity}-{setup.io}-{setup.state}"
+)
+def test_random_histories(setup):
+    """Hypothesis ends one in 65 histories of 1,000 steps before that, at random: then there are two more."""
+    for _ in range(ATTEMPTS):
+        steps = run_examples(setup)
+        if steps == [STEPS] * 2:
+            return
+    pytest.fail(f"no two histories of {STEPS} steps; the last had {steps}")
