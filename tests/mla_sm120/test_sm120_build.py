@@ -121,7 +121,8 @@ def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
     digest = tmp_path / sources.HASH_NAME
     digest.write_text(sources.sources_digest())
     monkeypatch.setattr(load, "PACKAGED", tmp_path)
-    assert load.cubin("combine", arch).parent == tmp_path
+    packaged = tmp_path / sources.cubin_name("combine", arch)
+    assert load.packaged_cubin("combine", arch) == packaged
     compiled = []
 
     def compile_with(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None:
@@ -132,12 +133,14 @@ def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
     monkeypatch.setattr(load, "_compile", compile_with)
     monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_PORTABLE_TRANSPOSE")
-    with_options = load.cubin("combine", arch)
+    assert load.packaged_cubin("combine", arch) is None
+    with_options = load.compiled_cubin("combine", arch)
     assert tmp_path / "cache" in with_options.parents
     monkeypatch.delenv(load.OPTIONS_VARIABLE)
-    assert load.cubin("combine", arch).parent == tmp_path
+    assert load.packaged_cubin("combine", arch) == packaged
     digest.write_text("0" * 64)
-    without = load.cubin("combine", arch)
+    assert load.packaged_cubin("combine", arch) is None
+    without = load.compiled_cubin("combine", arch)
     assert tmp_path / "cache" in without.parents
     assert with_options != without
     assert compiled == [(*sources.NVRTC_OPTIONS, "-DMLA_PORTABLE_TRANSPOSE"), sources.NVRTC_OPTIONS]

@@ -75,7 +75,26 @@ def test_neither_cubin_nor_nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
     monkeypatch.setattr(load, "PACKAGED", tmp_path)
     with pytest.raises(RuntimeError, match="install a wheel that was built where nvcc is"):
-        load.cubin("combine", "sm_120a")
+        load.load_library.__wrapped__("combine", "sm_120a")
+
+
+@pytest.mark.parametrize("refusal", load.REFUSALS)
+def test_a_cubin_that_the_driver_refuses_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: str
+) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    (tmp_path / "packaged").write_bytes(b"packaged")
+    (tmp_path / "compiled").write_bytes(b"compiled")
+    monkeypatch.setattr(load, "packaged_cubin", lambda unit, arch: tmp_path / "packaged")
+    monkeypatch.setattr(load, "compiled_cubin", lambda unit, arch: tmp_path / "compiled")
+    answers = {b"packaged": getattr(driver.CUresult, refusal), b"compiled": driver.CUresult.CUDA_SUCCESS}
+    monkeypatch.setattr(driver, "cuLibraryLoadData", lambda image, *_: (answers[image], image))
+    assert load.load_library.__wrapped__("combine", "sm_120a") == b"compiled"
+    answers[b"packaged"] = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        load.load_library.__wrapped__("combine", "sm_120a")
+    answers[b"packaged"] = driver.CUresult.CUDA_SUCCESS
+    assert load.load_library.__wrapped__("combine", "sm_120a") == b"packaged"
 
 
 def test_a_device_with_less_shared_memory_is_declined() -> None:

@@ -1,8 +1,9 @@
 """From sources or packaged cubins to kernels on a device.
 
-A cubin of the wheel is taken if it was compiled from the sources that are installed. Otherwise NVRTC
-compiles, once, into the compile cache. So it does where the environment variable MLA_SM120_NVRTC_OPTIONS,
-read at the first load of a kernel, has further options, such as -DMLA_PORTABLE_TRANSPOSE.
+A cubin of the wheel is taken if it was compiled from the sources that are installed, and if the driver takes
+it: one of CUDA 12 refuses those of an nvcc of CUDA 13. Otherwise NVRTC compiles, once, into the compile
+cache. So it does where the environment variable MLA_SM120_NVRTC_OPTIONS, read at the first load of a kernel,
+has further options, such as -DMLA_PORTABLE_TRANSPOSE.
 """
 
 from __future__ import annotations
@@ -19,26 +20,31 @@ from .sources import CUDA_FOLDER, HASH_NAME, NVRTC_OPTIONS, cubin_name, sources_
 
 OPTIONS_VARIABLE = "MLA_SM120_NVRTC_OPTIONS"
 PACKAGED = Path(__file__).with_name("cubins")
+# What a driver says of a cubin that is newer than itself.
+REFUSALS = (
+    "CUDA_ERROR_INVALID_IMAGE",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+)
 
 
-def cubin(unit: str, arch: str) -> Path:
-    """The file with the kernels of `unit` for `arch`, such as "sm_120a", compiled first if need be."""
-    digest = _digest()
-    more_options = tuple(os.environ.get(OPTIONS_VARIABLE, "").split())
-    packaged = PACKAGED / cubin_name(unit, arch)
-    if (
-        not more_options
-        and packaged.is_file()
-        and (PACKAGED / HASH_NAME).read_text(encoding="ascii").strip() == digest
-    ):
-        return packaged
+def packaged_cubin(unit: str, arch: str) -> Path | None:
+    """The wheel's file with the kernels of `unit` for `arch`, such as "sm_120a", if it is to be taken."""
+    path = PACKAGED / cubin_name(unit, arch)
+    if _more_options() or not path.is_file():
+        return None
+    return path if (PACKAGED / HASH_NAME).read_text(encoding="ascii").strip() == _digest() else None
+
+
+def compiled_cubin(unit: str, arch: str) -> Path:
+    """The compile cache's file of `unit` for `arch`, which NVRTC compiles if it is not there."""
     key = CompileKey(
         kernel=unit,
         config={},
         arch=arch,
-        options=NVRTC_OPTIONS + more_options,
+        options=NVRTC_OPTIONS + _more_options(),
         toolchain=toolchain_versions("cuda-bindings") | {"nvrtc": _nvrtc_version()},
-        source_hash=digest,
+        source_hash=_digest(),
     )
     folder = CompileCache().get_or_build(key, lambda into: _compile(unit, arch, key.options, into))
     return folder / cubin_name(unit, arch)
@@ -49,7 +55,7 @@ def load_kernel(unit: str, name: str, arch: str, device_index: int) -> Any:
     """The CUfunction `name` of `unit` on a device, allowed all the shared memory that it may use."""
     from cuda.bindings import driver
 
-    library = _library(cubin(unit, arch))
+    library = load_library(unit, arch)
     kernel = _checked(driver.cuLibraryGetKernel(library, name.encode()))
     if unit != "combine":
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -59,15 +65,29 @@ def load_kernel(unit: str, name: str, arch: str, device_index: int) -> Any:
 
 
 @cache
+def load_library(unit: str, arch: str) -> Any:
+    """The CUlibrary of `unit`, of the packaged cubin, or of a compiled one where the driver refuses that."""
+    from cuda.bindings import driver
+
+    def load(path: Path) -> tuple[Any, ...]:
+        loaded: tuple[Any, ...] = driver.cuLibraryLoadData(path.read_bytes(), [], [], 0, [], [], 0)
+        return loaded
+
+    packaged = packaged_cubin(unit, arch)
+    if packaged is not None:
+        result = load(packaged)
+        if result[0].name not in REFUSALS:
+            return _checked(result)
+    return _checked(load(compiled_cubin(unit, arch)))
+
+
+@cache
 def _digest() -> str:
     return sources_digest()
 
 
-@cache
-def _library(path: Path) -> Any:
-    from cuda.bindings import driver
-
-    return _checked(driver.cuLibraryLoadData(path.read_bytes(), [], [], 0, [], [], 0))
+def _more_options() -> tuple[str, ...]:
+    return tuple(os.environ.get(OPTIONS_VARIABLE, "").split())
 
 
 def _nvrtc_version() -> str:
@@ -78,8 +98,8 @@ def _nvrtc_version() -> str:
         major, minor = _checked(nvrtc.nvrtcVersion())
     except DynamicLibNotFoundError as error:
         raise RuntimeError(
-            "mla-sm120: there is no cubin of these sources for this GPU, and no NVRTC to compile one with; "
-            "install a wheel that was built where nvcc is, or nvidia-cuda-nvrtc"
+            "mla-sm120: there is no cubin of these sources for this GPU and its driver, and no NVRTC to "
+            "compile one with; install a wheel that was built where nvcc is, or nvidia-cuda-nvrtc"
         ) from error
     return f"{major}.{minor}"
 
