@@ -107,6 +107,11 @@ struct Config {
   static constexpr int kStepKeys = kStepBoxes * kBoxKeys;  // of one step of the online softmax
   static_assert(kTileKeys % kStepKeys == 0, "a split has whole steps, but for the last keys");
 
+  // S of 64 rows of e4m3 is made in two turns, sixteen rows of each group after the other, where mma.sync of e4m3 is
+  // made of conversions, for whose results there are no registers otherwise; keys are then loaded twice.
+  static constexpr int kTurns = kTileM == 64 && kBytes == 1 && !kIsSm120 ? 2 : 1;
+  static constexpr int kTurnTiles = kMTiles / kTurns;
+
   // O = P V: a warp has the rows of its group and two latent chunks.
   static constexpr int kWarpChunks = 2;
   static_assert(kGroupWarps * kWarpChunks * kChunkElements == kLatentDim, "the chunks of a group are all there are");

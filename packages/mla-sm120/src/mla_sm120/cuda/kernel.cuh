@@ -121,12 +121,13 @@ struct Warp {
     }
   }
 
-  // The warp's part of S of a step.
-  __device__ __forceinline__ void logits(float (&s)[C::kMTiles][2][4]) {
+  // The warp's part of S of a step, of the rows of a turn.
+  template <int kTurn>
+  __device__ __forceinline__ void logits(float (&s)[C::kTurnTiles][2][4]) {
     const Ring<C> at = ahead.after(role.step_box());
     const uint32 keys = at.box() + key;
     uint32 b[C::kAhead + 1][4];
-    mbar_wait(at.full(), at.phase);
+    if constexpr (kTurn == 0) mbar_wait(at.full(), at.phase);
 #pragma unroll
     for (int chunk = 0; chunk < C::kAhead; ++chunk) ldmatrix4(b[chunk], keys + chunk * C::kChunkStride);
 #pragma unroll
@@ -135,19 +136,30 @@ struct Warp {
       if (next < kChunks) ldmatrix4(b[next % (C::kAhead + 1)], keys + next * C::kChunkStride);
       const uint32 (&now)[4] = b[chunk % (C::kAhead + 1)];
 #pragma unroll
-      for (int m = 0; m < C::kMTiles; ++m) {
+      for (int m = 0; m < C::kTurnTiles; ++m) {
         uint32 a[4];
-        load_query_fragment(chunk, m, a);
+        load_query_fragment(chunk, kTurn * C::kTurnTiles + m, a);
         mma(typename C::Element{}, s[m][0], a, now[0], now[1]);
         mma(typename C::Element{}, s[m][1], a, now[2], now[3]);
       }
     }
-    ahead = ahead.after(C::kStepBoxes);
+    if constexpr (kTurn == C::kTurns - 1) ahead = ahead.after(C::kStepBoxes);
   }
 
-  __device__ __forceinline__ void share(const float (&s)[C::kMTiles][2][4]) const {
-    share_partial_logits<C>(ahead.smem, role, lane(), s);
-    mbar_arrive_warp(ahead.smem + C::kLogitsOffset + role.row_group * 8, lane());
+  template <int kTurn>
+  __device__ __forceinline__ void share(const float (&s)[C::kTurnTiles][2][4]) const {
+    share_partial_logits<C>(ahead.smem, role, kTurn, lane(), s);
+    if constexpr (kTurn == C::kTurns - 1)
+      mbar_arrive_warp(ahead.smem + C::kLogitsOffset + role.row_group * 8, lane());
+  }
+
+  // The rows of S that are left once the first turn has been shared.
+  __device__ __forceinline__ void other_turn() {
+    if constexpr (C::kTurns > 1) {
+      float s[C::kTurnTiles][2][4] = {};
+      logits<1>(s);
+      share<1>(s);
+    }
   }
 
   // After this the weights of a step are there, and the memory of its logits is free.
@@ -179,16 +191,20 @@ struct Warp {
 
   __device__ __forceinline__ void run(int num_steps) {
     {
-      float s[C::kMTiles][2][4] = {};
-      logits(s);
-      share(s);
+      float s[C::kTurnTiles][2][4] = {};
+      logits<0>(s);
+      share<0>(s);
     }
+    other_turn();
     int index = 0;
     for (; index + 1 < num_steps; ++index) {
-      float s[C::kMTiles][2][4] = {};
-      logits(s);
-      wait_for_weights(index);
-      share(s);
+      {
+        float s[C::kTurnTiles][2][4] = {};
+        logits<0>(s);
+        wait_for_weights(index);
+        share<0>(s);
+      }
+      other_turn();
       weigh(index);
     }
     wait_for_weights(index);

@@ -22,17 +22,18 @@ __device__ __forceinline__ uint32 key_offset(const Role<C>& role, int lane) {
   return recomputed(row * C::kChunkBytes + Swizzle<C::kChunkBytes>::place(unit, row) * 16);
 }
 
-// Leaves a warp's partial logits of a box to the warps that take the softmax.
+// Leaves a warp's partial logits of a box, of the rows of a turn, to the warps that take the softmax.
 template <class C>
-__device__ __forceinline__ void share_partial_logits(uint32 smem, const Role<C>& role, uint32 lane,
-                                                     const float (&s)[C::kMTiles][2][4]) {
+__device__ __forceinline__ void share_partial_logits(uint32 smem, const Role<C>& role, int turn, uint32 lane,
+                                                     const float (&s)[C::kTurnTiles][2][4]) {
   const uint32 part =
       smem + C::kPartialOffset + role.row_group * C::kGroupBytes + role.member * C::kPartBytes + lane * 16;
 #pragma unroll
-  for (int m = 0; m < C::kMTiles; ++m) {
+  for (int m = 0; m < C::kTurnTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
-      st_shared(part + (m * 2 + n) * kFragmentBytes, make_float4(s[m][n][0], s[m][n][1], s[m][n][2], s[m][n][3]));
+      st_shared(part + ((turn * C::kTurnTiles + m) * 2 + n) * kFragmentBytes,
+                make_float4(s[m][n][0], s[m][n][1], s[m][n][2], s[m][n][3]));
   }
 }
 
