@@ -19,6 +19,7 @@ import atexit
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -337,20 +338,29 @@ SANITIZER_ENVIRONMENT = {
 @nox.session
 @nox.parametrize("package", [nox.param(name, id=name) for name in SANITIZED])
 def sanitize(session: nox.Session, package: str) -> None:
-    """Run a package's kernels under compute-sanitizer on this GPU; reports in benchmarks/results/."""
+    """Run a package's kernels under compute-sanitizer on this GPU; reports in benchmarks/results/.
+
+    A report has the commit, device and versions, then what pytest and the tool say.
+    """
     if shutil.which("compute-sanitizer") is None:
         session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
     use_base(session)
     install_packages(session, closure([package, *TEST_HELPERS]))
     files, selections = SANITIZED[package]
+    query = "from kernel_testing import environment; print(environment())"
+    facts = str(session.run("python", "-c", query, silent=True)).strip()
     for tool, selection in selections.items():
         report = ROOT / "benchmarks" / "results" / f"{PACKAGES[package].tests.name}-{tool}.txt"
         options = SANITIZER_OPTIONS.get(tool, ())
         sanitizer = ("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9")
-        sanitizer += ("--kernel-name-exclude", UNCHECKED_KERNELS, "--log-file", str(report))
+        sanitizer += ("--kernel-name-exclude", UNCHECKED_KERNELS)
         tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
         targets = [str(PACKAGES[package].tests / file) for file in files]
-        run_code(session, *sanitizer, *tests, *targets, env=SANITIZER_ENVIRONMENT.get(tool))
+        session.log("%s; the output goes to %s", tool, report)
+        with report.open("w", encoding="utf-8") as output:
+            print(facts, shlex.join([*sanitizer, *tests, *files]), sep="\n", file=output, flush=True)
+            command = (*sanitizer, *tests, *targets)
+            run_code(session, *command, stdout=output, env=SANITIZER_ENVIRONMENT.get(tool))
 
 
 @nox.session(reuse_venv=True)

@@ -132,6 +132,7 @@ COMPILED = {
     "T3-scatter-some": problem(T=3, intermediate="scatter", B=SOME),
     "T16-aligned": problem(T=16, state_rows="aligned"),
     "T8-K256": problem(T=8, K=256, V=256),
+    "T4-K256-buffer": problem(K=256, V=256, intermediate="buffer"),
     "T5-K64-frozen": problem(T=5, K=64, V=64, update_state=False, index_dtype=torch.int64),
     "T2-fp32-tensorscale": problem(
         T=2, io_dtype=FP32, gate_dtype=FP32, tensor_scale=True, separate_write_indices=True
@@ -139,6 +140,20 @@ COMPILED = {
     "T1-kmajor": KMAJOR,
     "T1-kmajor-bf16state": replace(KMAJOR, state_dtype=BF16, out_dtype=FP16, io_dtype=FP16),
 }
+
+
+@pytest.mark.parametrize(
+    ("asked", "arch", "nearest"),
+    [
+        (problem(K=256, V=256, intermediate="buffer"), "sm_120a", "w2t1f"),  # w4t2f: too much shared memory
+        (problem(V=64, intermediate="buffer", B=16), "sm_90a", "w4t1f"),  # w4t2f: 128 rows a block
+        (problem(state_rows="aligned", B=MANY), "sm_90a", "w4t1r"),
+        (problem(state_rows="aligned", T=1, B=FEW), "sm_90a", "w2t1r"),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, GatedDeltaRuleProblem) else value,
+)
+def test_a_tactic_that_does_not_fit_gives_way_to_the_nearest(asked, arch, nearest):
+    assert KERNELS.tactics(asked, Arch.from_name(arch))[0] == nearest
 
 
 def test_every_tactic_that_the_heuristic_picks_is_among_those_compiled():

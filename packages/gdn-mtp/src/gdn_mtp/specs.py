@@ -293,9 +293,11 @@ def _check_slots(tensors: CallTensors, writes_pool: bool) -> None:
     for request, slots in enumerate(writes.unsqueeze(-1).flatten(1).tolist()):
         for slot in slots:
             if slot >= 0 and slot in writer_of:
-                raise ArgumentError(
-                    name, f"slot {slot} is written by request {writer_of[slot]} and by request {request}"
+                other = writer_of[slot]
+                requests = (
+                    f"requests {other} and {request}" if other != request else f"request {request} twice"
                 )
+                raise ArgumentError(name, f"slot {slot} is written by {requests}")
             writer_of[slot] = request
     for request, slot in enumerate(reads.tolist()):
         writer = writer_of.get(slot, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from kernel_dispatch import Arch
@@ -95,13 +96,17 @@ def ranked(
     configs: Mapping[str, KernelConfig | SpeculativeConfig],
     heuristic: Sequence[tuple[float, str]],
 ) -> Sequence[str]:
-    """The tactics whose configurations fit, the heuristic's choice first, or one with as many warps."""
-    fitting = [name for name, config in configs.items() if _fits(problem, arch, config)]
+    """The tactics whose configurations fit, the heuristic's choice first, or what is nearest to it."""
     _, preferred = heuristic[heuristic_row(problem, arch, heuristic)]
-    if preferred not in fitting:
-        warps = configs[preferred].tactic.warps
-        preferred = next((name for name in fitting if configs[name].tactic.warps == warps), preferred)
-    return sorted(fitting, key=lambda name: name != preferred)
+    wanted = configs[preferred].tactic
+
+    def distance(name: str) -> tuple[bool, int, int]:
+        tactic = configs[name].tactic
+        others = sum(getattr(tactic, x.name) != getattr(wanted, x.name) for x in fields(tactic))
+        return name != preferred, abs(tactic.warps - wanted.warps), others
+
+    fitting = [name for name, config in configs.items() if _fits(problem, arch, config)]
+    return sorted(fitting, key=distance)
 
 
 def heuristic_row(
