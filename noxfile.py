@@ -281,6 +281,15 @@ def bench(session: nox.Session) -> None:
 DEVICE_PROVIDERS = {"mla-sm100": "sm100", "mla-sm120": "sm120"}
 
 
+def cuda_device(session: nox.Session) -> str:
+    """The name of the GPU; the session fails if there is none."""
+    query = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    name = str(session.run("python", "-c", query, silent=True)).strip()
+    if not name:
+        session.error("PyTorch finds no CUDA device")
+    return name
+
+
 @nox.session
 def device(session: nox.Session) -> None:
     """Test and time the package after -- on this machine's GPU; the record is kept in benchmarks/results/."""
@@ -289,10 +298,7 @@ def device(session: nox.Session) -> None:
     package = PACKAGES[session.posargs[0]]
     use_base(session)
     install_packages(session, closure([package.name, *TEST_HELPERS]))
-    query = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    name = str(session.run("python", "-c", query, silent=True)).strip()
-    if not name:
-        session.error("PyTorch finds no CUDA device")
+    name = cuda_device(session)
     folder = ROOT / "benchmarks" / "results" / f"{package.module}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}"
     folder.mkdir(parents=True, exist_ok=True)
     tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package.tests))
@@ -346,6 +352,7 @@ def sanitize(session: nox.Session, package: str) -> None:
         session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
     use_base(session)
     install_packages(session, closure([package, *TEST_HELPERS]))
+    cuda_device(session)
     files, selections = SANITIZED[package]
     query = "from kernel_testing import environment; print(environment())"
     facts = str(session.run("python", "-c", query, silent=True)).strip()
@@ -360,7 +367,8 @@ def sanitize(session: nox.Session, package: str) -> None:
         with report.open("w", encoding="utf-8") as output:
             print(facts, shlex.join([*sanitizer, *tests, *files]), sep="\n", file=output, flush=True)
             command = (*sanitizer, *tests, *targets)
-            run_code(session, *command, stdout=output, env=SANITIZER_ENVIRONMENT.get(tool))
+            environment = SANITIZER_ENVIRONMENT.get(tool)
+            run_code(session, *command, stdout=output, external=True, env=environment)
 
 
 @nox.session(reuse_venv=True)
