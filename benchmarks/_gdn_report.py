@@ -258,6 +258,19 @@ MODES = ("update", "cache+update", "cache", "frozen")
 COLOURS = ("#3b82f6", "#f97316", "#10a37f", "#a855f7", "#8b95a5", "#e11d48", "#0f766e", "#854d0e")
 
 
+def _draw(axes: Any, rows: Sequence[Row], variant: str, style: str, colour: str) -> None:
+    """A variant's points of one T; times of wrong results are crosses without a line, half transparent."""
+    timed = [row for row in rows if variant in row.us]
+    right = [(row.cell.B, row.fraction_of(variant)) for row in timed if variant not in row.failed]
+    wrong = [(row.cell.B, row.fraction_of(variant)) for row in timed if variant in row.failed]
+    label = f"T = {timed[0].cell.T}, {PEER_TITLES.get(variant, variant)}" if timed else ""
+    look: dict[str, Any] = {"color": colour, "markersize": 4}
+    if right:
+        axes.plot(*zip(*right, strict=True), style, label=label, **look)
+    if wrong:
+        axes.plot(*zip(*wrong, strict=True), "x", alpha=0.5, label=f"{label} (wrong states)", **look)
+
+
 def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
     """Fraction of the copy bandwidth over B; returns why there is no plot, or None."""
     try:
@@ -281,14 +294,10 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
                     if (r.cell.heads, r.cell.state_name) == group and r.cell.mode == mode and r.cell.T == T
                 ]
                 for variant, style in (("ours", "o-"), ("flashinfer", "x--")):
-                    right = [r for r in at if variant in r.us and variant not in r.failed]
-                    points = [(r.cell.B, r.fraction_of(variant)) for r in right]
-                    if points:
-                        label = f"T = {T}, {PEER_TITLES.get(variant, variant)}"
-                        axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=label)
+                    _draw(axes, at, variant, style, colour)
             axes.set_xscale("log", base=2)
             axes.set_xticks(batches, [str(B) for B in batches])
-            axes.set_ylim(0, 1.05)
+            axes.set_ylim(0, 1.1)  # calls that leave states unwritten exceed 1
             axes.grid(alpha=0.3)
             axes.set_title(f"{group[0]} heads, {group[1]} state, {mode}", fontsize=9)
             if axes.has_data():

@@ -1,24 +1,26 @@
-"""The tables of times in gdn-mtp's README, made from the recorded results.
+"""The tables of times in gdn-mtp's README.md and docs/speed.md, made from the recorded results.
 
     python benchmarks/gdn_tables.py --check
     python benchmarks/gdn_tables.py --write
 
-Each stands between `<!-- table NAME -->` and `<!-- end of table -->`. With `--check` the exit status is 1 if
-one is not what the results say.
+Each stands between `<!-- table NAME -->` and `<!-- end of table -->`, in either file. The exit status is 1 if
+one stands in neither and, with `--check`, if one is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "packages" / "gdn-mtp" / "README.md"
+PACKAGE = ROOT / "packages" / "gdn-mtp"
+DOCUMENTS = (PACKAGE / "README.md", PACKAGE / "docs" / "speed.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -29,8 +31,13 @@ CALLS = {  # (tokens, mode): what heads its column
     (4, "cache+update"): "T = 4, every state kept",
     (8, "cache+update"): "T = 8, every state kept",
 }
-# (tokens, batch) of calls with fp32 states, updated: the fraction of the copy bandwidth that they miss
-SHORT = {(1, 16): 0.93, (1, 32): 0.93, (1, 64): 0.97, (4, 16): 0.90}
+# Calls with fp32 states, updated: (tokens, batches from, to below, fraction of the copy bandwidth aimed at)
+GOALS = (
+    (1, 16, 64, 0.93),
+    (1, 64, math.inf, 0.97),
+    (4, 16, math.inf, 0.90),
+    (8, 32, math.inf, 0.88),
+)
 OTHER_TACTICS = 4  # shown of each, the fastest
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
 
@@ -66,25 +73,48 @@ def calls() -> str:
     return table(["B", *CALLS.values()], lines)
 
 
+def short_of_goal() -> list[tuple[dict[str, Any], float]]:
+    """The rows below their goal of `GOALS`, each with the goal."""
+    rows = [row for row in rows_of("gdn_mtp-h100/results.json") if _updates_fp32(row)]
+    return [
+        (row, goal)
+        for T, first, end, goal in GOALS
+        for row in rows
+        if row["T"] == T and first <= row["B"] < end and row["fraction_of_copy"] < goal
+    ]
+
+
 def shortfalls() -> str:
-    """The calls of `SHORT`: goal, reached, what a plain copy of the bytes reaches, times of the tactics."""
+    """What is short of its goal: goal, reached, what a plain copy of the same bytes reaches."""
     floor = json.loads((RESULTS / "copy_floor-h100" / "results.json").read_text(encoding="utf-8"))
     copies = {row["B"]: row["gb_s"] / floor["copy_gb_s"] for row in floor["rows"] if row["heads"] == 32}
-    ours, tactics = (
-        {(row["T"], row["B"]): row for row in rows_of(name) if _updates_fp32(row)}
-        for name in ("gdn_mtp-h100/results.json", "gdn_mtp-h100-tactics/results.json")
-    )
-    header = ["call", "goal", "reached", "plain copy", "reached of it", "µs: tactic chosen; others"]
     lines = []
-    for (T, B), goal in SHORT.items():
-        reached, timed = ours[T, B]["fraction_of_copy"], dict(tactics[T, B]["us"])
-        chosen = f"{tactics[T, B]['tactic']} {timed.pop('ours'):.1f}"
+    for row, goal in short_of_goal():
+        reached, copied = row["fraction_of_copy"], copies[row["B"]]
+        numbers = (f"{x:.3f}" for x in (reached, copied, reached / copied))
+        lines.append([_call(row), f"{goal:.2f}", *numbers])
+    return table(["call", "goal", "reached", "plain copy", "reached of plain copy"], lines)
+
+
+def tactics() -> str:
+    """Times of every tactic for what is short of its goal; the header names the commit they are of."""
+    name = "gdn_mtp-h100-tactics/results.json"
+    commit = json.loads((RESULTS / name).read_text(encoding="utf-8"))["environment"]["git_commit"]
+    rows = {(row["T"], row["B"]): row for row in rows_of(name) if _updates_fp32(row)}
+    lines = []
+    for short, _ in short_of_goal():
+        row = rows[short["T"], short["B"]]
+        timed = dict(row["us"])
+        chosen = f"{row['tactic']} {timed.pop('ours'):.1f}"
         fastest = sorted(timed.items(), key=lambda item: item[1])
         others = ", ".join(f"{name} {us:.1f}" for name, us in fastest[:OTHER_TACTICS])
         rest = f"{len(fastest) - OTHER_TACTICS} more to {fastest[-1][1]:.1f}"
-        numbers = (f"{x:.3f}" for x in (reached, copies[B], reached / copies[B]))
-        lines.append([f"T = {T}, B = {B}", f"{goal:.2f}", *numbers, f"{chosen}; {others}, {rest}"])
-    return table(header, lines)
+        lines.append([_call(row), chosen, f"{others}, {rest}"])
+    return table([f"call, at commit {commit[:7]}", "tactic chosen, µs", "other tactics, µs"], lines)
+
+
+def _call(row: dict[str, Any]) -> str:
+    return f"T = {row['T']}, B = {row['B']}"
 
 
 def _updates_fp32(row: dict[str, Any]) -> bool:
@@ -102,6 +132,7 @@ def steps(*names: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "calls": calls,
     "shortfalls": shortfalls,
+    "tactics": tactics,
     "steps_h100": lambda: steps(
         *(f"gdn_spec-h100/flashinfer-16-16-32-{dtype}.json" for dtype in ("fp32", "bf16"))
     ),
@@ -110,8 +141,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README's text with every table made anew."""
+    """A document's text with every table made anew."""
     return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def unplaced(texts: Iterable[str]) -> list[str]:
+    """The names of `TABLES` that none of the texts has a place for."""
+    placed = {found[2] for text in texts for found in MARKED.finditer(text)}
+    return [name for name in TABLES if name not in placed]
 
 
 def main() -> int:
@@ -121,16 +158,19 @@ def main() -> int:
     )
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--check", action="store_true", help="compare only")
-    group.add_argument("--write", action="store_true", help="change the README")
+    group.add_argument("--write", action="store_true", help="change the documents")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if options.write:
-        README.write_text(after, encoding="utf-8")
-    elif after != before:
-        print(f"{README}: its tables are not what the results say", file=sys.stderr)
-        return 1
-    return 0
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    wrong = [f"no document has a place for the table {name}" for name in unplaced(texts.values())]
+    for path, before in texts.items():
+        after = filled(before)
+        if options.write:
+            path.write_text(after, encoding="utf-8")
+        elif after != before:
+            wrong.append(f"{path}: its tables are not what the results say")
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
