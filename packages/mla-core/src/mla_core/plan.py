@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from kernel_dispatch import (
@@ -42,6 +43,11 @@ class Plan:
     workspace_nbytes: int
     _launch: Callable[..., None] = field(repr=False)
 
+    @cached_property
+    def always_checked(self) -> bool:
+        """Whether every run checks its arguments, as on the CPU, and not only those in debug mode."""
+        return self.device.type == "cpu"
+
     def run(
         self,
         query: torch.Tensor,
@@ -74,7 +80,7 @@ class Plan:
             lse,
             workspace,
         )
-        if self.device.type == "cpu" or debug_mode():
+        if self.always_checked or debug_mode():
             self._check(tensors)
         self.launch(tensors)
 

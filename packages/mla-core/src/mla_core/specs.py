@@ -72,7 +72,7 @@ class DecodeTensors(NamedTuple):
     def launch_arguments(self) -> DecodeTensors:
         """What a launcher takes: queries with q_len, caches without a unit dimension, float scales."""
         canonical = self
-        if not self.ragged and self.query.dim() == 3:
+        if self.cum_seq_lens_q is None and self.query.dim() == 3:
             assert self.out is not None
             canonical = self._replace(
                 query=self.query.unsqueeze(1),
@@ -81,9 +81,9 @@ class DecodeTensors(NamedTuple):
             )
         if self.kv_cache.dim() == 4:
             canonical = canonical._replace(kv_cache=self.kv_cache.select(1, 0))
-        if not isinstance(self.softmax_scale, (float, torch.Tensor)):
+        if type(self.softmax_scale) is not float and not isinstance(self.softmax_scale, torch.Tensor):
             canonical = canonical._replace(softmax_scale=float(self.softmax_scale))
-        if not isinstance(self.output_scale, (float, torch.Tensor)):
+        if type(self.output_scale) is not float and not isinstance(self.output_scale, torch.Tensor):
             canonical = canonical._replace(output_scale=float(self.output_scale))
         return canonical
 
