@@ -11,24 +11,25 @@ from typing import Any
 import pytest
 import torch
 from gdn_mtp.cute.compile import FUNCTION
-from gdn_mtp.cute.config import Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
+from gdn_mtp.cute.kernels_speculative import TACTICS
 from gdn_support import BF16, DEVICE, FP16, FP32
 from kernel_dispatch import as_arch
 from speculative_history import History, Setup
 
 SETUPS = (
     Setup(D=128, variable=False),
-    Setup(max_tokens=8, capacity=24, H=2, HV=4, D=128, state=BF16, variable=False),
-    Setup(max_tokens=8, capacity=32, H=2, HV=6, D=128, tactic=Tactic(4, 2)),
-    Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64),
-    Setup(max_tokens=6, capacity=24, D=128, tree=True, state=BF16, tactic=Tactic(4, 1, trigger="start")),
-    Setup(max_tokens=16, capacity=32, H=2, HV=4, D=128, tree=True, tactic=Tactic(4, 1, trigger="start")),
-    Setup(max_tokens=16, capacity=32, D=128, tactic=Tactic(4, 2, trigger="start")),
+    Setup(max_tokens=8, capacity=24, H=2, HV=4, D=128, state=BF16, variable=False, tactic=TACTICS["w4t1e"]),
+    Setup(max_tokens=8, capacity=32, H=2, HV=6, D=128, tactic=TACTICS["w4t2"]),
+    Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64, tactic=TACTICS["w2t1s"]),
+    Setup(max_tokens=6, capacity=24, D=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
+    Setup(max_tokens=16, capacity=32, H=2, HV=4, D=128, tree=True, tactic=TACTICS["w4t1s"]),
+    Setup(max_tokens=16, capacity=32, D=128, tactic=TACTICS["w4t2s"]),
     Setup(max_tokens=11, capacity=32, D=128, tree=True, io=FP16, state=BF16, variable=False),
-    Setup(max_tokens=16, capacity=32, D=128, tree=True, state=BF16, tactic=Tactic(4, 2, trigger="start")),
-    Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False),
-    Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=Tactic(1, 1, True)),
+    Setup(max_tokens=16, capacity=32, D=128, tree=True, state=BF16, tactic=TACTICS["w4t2s"]),
+    Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=TACTICS["w4t1r"]),
+    Setup(max_tokens=5, capacity=16, D=128, tactic=TACTICS["w2t2s"]),
+    Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=TACTICS["w2t1r"]),
 )
 STEPS = 60
 
@@ -44,6 +45,10 @@ def has_kernels() -> bool:
 
 def launch(config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
     FUNCTION.load(config, arch_of_device().name)(*args)
+
+
+def test_histories_have_every_tactic() -> None:
+    assert {setup.tactic for setup in SETUPS} == set(TACTICS.values())
 
 
 @pytest.mark.skipif(not has_kernels(), reason="needs a GPU of SM90 or newer")
