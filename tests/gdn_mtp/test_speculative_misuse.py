@@ -1,5 +1,7 @@
 """Misuse: refused by name where it can be seen, and never the ruin of another slot where it cannot."""
 
+import copy
+import pickle
 import random
 
 import gdn_mtp
@@ -127,6 +129,28 @@ def test_a_foreign_cache_of_the_same_sizes_is_seen_by_its_pool():
     """Two layers: their caches are alike, their pools are not."""
     first, second = prepared(), prepared()
     assert_refused(first, "cache", "is of the state pool at", cache=second.cache)
+
+
+def test_two_pools_that_begin_at_one_address_are_told_apart():
+    """The states of a layer among others, and the same memory without layers."""
+    setup = SETUP
+    memory = torch.zeros(2 * setup.pool_size, setup.HV, setup.V, setup.K, device=DEVICE)
+    layer, flat = memory.view(setup.pool_size, 2, *memory.shape[1:])[:, 0], memory[: setup.pool_size]
+    cache, slots = setup.cache(), index_tensor([4, 0])
+    tokens = {**setup.tokens(2, 2, 0), **setup.heads()}
+    gdn_mtp.verify(**tokens, state_pool=layer, state_indices=slots, cache=cache)
+    before = memory.clone()
+    with pytest.raises(ArgumentError, match="cache: is of the state pool at"):
+        gdn_mtp.commit(flat, slots, cache, int32([2, 2]))
+    assert torch.equal(memory, before)
+
+
+def test_a_copy_of_a_cache_is_of_no_pool_yet():
+    history = prepared()
+    for other in (copy.deepcopy(history.cache), pickle.loads(pickle.dumps(history.cache))):
+        assert not other.is_bound_to(history.pool)
+        other.bind(torch.zeros_like(history.pool))
+    assert history.cache.is_bound_to(history.pool)
 
 
 def test_a_foreign_cache_is_seen_where_autograd_looks_on():

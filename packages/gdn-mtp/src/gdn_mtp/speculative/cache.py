@@ -68,6 +68,22 @@ CACHE_SPECS = tuple(
 )
 
 
+class PoolKey(NamedTuple):
+    """What tells a state pool from another one; two views of the same memory may begin at one address."""
+
+    address: int
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.address:#x} ({self.dtype}, strides {self.strides})"
+
+
+def pool_key(state_pool: Tensor) -> PoolKey:
+    """The key of a tensor that has an address."""
+    return PoolKey(state_pool.data_ptr(), state_pool.stride(), state_pool.dtype)
+
+
 class SpeculativeCache:
     """Room for the draft tokens of every slot of a state pool [pool_size, HV, V, K]; allocated once.
 
@@ -80,7 +96,8 @@ class SpeculativeCache:
     Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read and copy.
 
     A cache belongs to one pool: the first call that succeeds, outside code that `torch.compile` traces, binds
-    it to the pool's address, and another pool is refused from then on. `bind` says that the pool has moved.
+    it to the pool's address, strides and dtype, and another pool is refused from then on. `bind` says that
+    the pool has moved. A copy of a cache, by pickle or `copy.deepcopy`, is not bound yet.
     A pool does not know its cache: a second one, fresh, is accepted with it, and what is pending in the first
     is then ignored, so `commit` comes before a change of caches.
 
@@ -119,7 +136,7 @@ class SpeculativeCache:
         self.pool_size, self.H, self.HV, self.K, self.V = pool_size, H, HV, K, V
         self.max_tokens, self.capacity, self.io_dtype = max_tokens, capacity, io_dtype
         self.device = as_device(device)
-        self._pool_address: int | None = None
+        self._pool: PoolKey | None = None
         known = {"pool": pool_size, "R": capacity, "H": H, "HV": HV, "K": K, "V": V}
         for spec, name in zip(self.specs, CacheTensors._fields, strict=True):
             shape = [known[dim] if isinstance(dim, str) else dim for dim in spec.shape]
@@ -159,31 +176,38 @@ class SpeculativeCache:
         Raises ArgumentError or ArgumentTypeError naming `state_pool` if it cannot.
         """
         self._check_sizes(state_pool)
-        self._pool_address = state_pool.data_ptr()
+        self._pool = pool_key(state_pool)
 
     def is_bound_to(self, state_pool: Tensor) -> bool:
-        """Whether the cache is bound to the address of `state_pool`; false for what has none."""
-        return type(state_pool) is Tensor and state_pool.data_ptr() == self._pool_address
+        """Whether the cache is bound to `state_pool`; false for what has no address."""
+        own = self._pool
+        if own is None or type(state_pool) is not Tensor or state_pool.data_ptr() != own.address:
+            return False
+        return state_pool.stride() == own.strides and state_pool.dtype == own.dtype
 
     def check_pool(self, state_pool: Tensor) -> None:
         """Raises ArgumentError naming `cache` if it is bound to another pool.
 
         A pool without an address, as tracing sees it, is not looked at.
         """
-        if needs_op(state_pool) or self._pool_address is None:
+        if needs_op(state_pool) or self._pool is None:
             return
-        address = state_pool.data_ptr()
-        if address != self._pool_address:
+        given = pool_key(state_pool)
+        if given != self._pool:
             raise ArgumentError(
                 "cache",
-                f"is of the state pool at {self._pool_address:#x}, not of this one at {address:#x}; "
+                f"is of the state pool at {self._pool}, not of this one at {given}; "
                 "cache.bind(state_pool) says that the pool has moved",
             )
 
     def adopt(self, state_pool: Tensor) -> None:
         """Bind a cache that is not bound yet to the pool of a call that succeeded, if it has an address."""
-        if self._pool_address is None and not needs_op(state_pool):
-            self._pool_address = state_pool.data_ptr()
+        if self._pool is None and not needs_op(state_pool):
+            self._pool = pool_key(state_pool)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy's pool is another one, at an address that is not known yet."""
+        return self.__dict__ | {"_pool": None}
 
     @torch.inference_mode()
     def reset_slots(self, slots: Tensor) -> None:
