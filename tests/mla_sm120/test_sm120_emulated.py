@@ -167,11 +167,14 @@ def merge_case(dtype: str, tile: int) -> Case:
 
 @pytest.mark.parametrize(("cluster_size", "num_partials"), [(2, 1), (2, 3), (4, 1), (8, 2)])
 @pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
-def test_clusters_merge_their_splits(dtype: str, tile: int, cluster_size: int, num_partials: int) -> None:
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+def test_clusters_merge_their_splits(
+    arch: str, dtype: str, tile: int, cluster_size: int, num_partials: int
+) -> None:
     inputs = Inputs(merge_case(dtype, tile))
     splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=cluster_size * num_partials)
     options = ptx_emulator.Options(schedule="random", seed=cluster_size)
-    launches(inputs, "sm_120a", tile, splits, cluster_size=cluster_size).run(options)
+    launches(inputs, arch, tile, splits, cluster_size=cluster_size).run(options)
     inputs.check(inputs.out, inputs.lse)
 
 

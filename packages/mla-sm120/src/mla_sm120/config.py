@@ -31,13 +31,12 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 # With few keys the barriers of a cluster cost more than partial results; two splits in a cluster need no
 # combine kernel. us on an H100, bf16, by blocks of a cluster 1 / 2 / 4, in
 # benchmarks/results/mla_sm120-h100-tactics:
-#   128 heads, B = 32, 4,096 keys, 2 splits: 123.7 / 118.8; B = 1, 65,536 keys, 64 splits: 68.9 / 66.5 / 70.4
-#   B = 1, 65,536 keys, 128 splits, 64 heads: 51.5 / 49.7 / 49.0; 32: 39.9 / 39.8 / 38.8
-#   B = 1, 65,536 keys, 128 splits, 16 heads: 35.9 / 36.0 / 35.8
-# Without a record, of kernels on the way to the present ones:
-#   64 heads, B = 32, 8,192 keys, 4 splits: 132 / 134
-#   128 heads, B = 4, 8,192 keys, 16 splits: 45.9 / 44.9 / 53.1
-#   B = 1, 8,192 keys, 16 heads, 128 splits: 13.6 / 14.2 / 13.1
+#   128 heads, B = 32, 4,096 keys, 2 splits: 120.9 / 114.2; B = 1, 65,536 keys, 64 splits: 68.4 / 64.7 / 67.9
+#   128 heads, B = 4, 8,192 keys, 16 splits: 43.2 / 40.6 / 50.2
+#   64 heads, B = 32, 8,192 keys, 4 splits: 129.6 / 131.1
+#   B = 1, 65,536 keys, 128 splits, 64 heads: 50.6 / 48.4 / 47.3; 32: 39.8 / 39.6 / 38.9
+#   B = 1, 65,536 keys, 128 splits, 16 heads: 36.2 / 36.5 / 36.1
+#   B = 1, 8,192 keys, 128 splits, 16 heads: 12.5 / 13.2 / 12.3
 CLUSTERS = ((256, 96, 4), (256, 16, 2), (0, 3, 1), (256, 2, 2), (0, 0, 1))
 
 

@@ -37,8 +37,8 @@ constexpr bool kIsSm120 = true;
 constexpr bool kIsSm120 = false;
 #endif
 
-// Whether loads ahead in the main loop are those that the registers of SM120 allow; with MLA_SM120_LOOP everywhere, so
-// that another GPU can run it.
+// Whether the main loop of two-byte elements is that of SM120; with MLA_SM120_LOOP everywhere, so that another GPU can
+// run it. The two turns of e4m3 (kTurns) follow the GPU in any case.
 #if defined(MLA_SM120_LOOP)
 constexpr bool kIsSm120Loop = true;
 #else
@@ -119,7 +119,7 @@ struct Config {
   static constexpr int kColumnPairs = kColumnTiles / 2;  // what one load brings, and the unit that clusters share out
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
   // Whether the last fragment of a warp's query is in shared memory, where 64 rows leave too few registers for keys to
-  // be loaded ahead of their products.
+  // be loaded ahead of their products; for SM120 nobody has measured it.
   static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kIsSm120Loop;
   // Loads of keys or values that are under way while one is multiplied. More than one need more registers than SM120
   // and e4m3 have. The registers that the compiler then chooses matter as much as the loads. us on an H100, bf16, 128
