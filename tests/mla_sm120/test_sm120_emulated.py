@@ -189,6 +189,27 @@ def test_merging_under_every_schedule(tile: int, cluster_size: int, schedule: st
     inputs.check(inputs.out, inputs.lse)
 
 
+@pytest.mark.parametrize(("cluster_size", "num_partials"), [(1, 3), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("dtype", "tile"), [("bf16", 64), ("fp16", 16), ("e4m3", 32)])
+def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
+    dtype: str, tile: int, cluster_size: int, num_partials: int
+) -> None:
+    def run(inputs: Inputs) -> None:
+        splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=cluster_size * num_partials)
+        launches(inputs, "sm_120a", tile, splits, cluster_size=cluster_size).run(ptx_emulator.Options())
+
+    batch = Inputs(Case((300, 145, 530), dtype, tile - 1, page_size=32))
+    run(batch)
+    batch.check(batch.out, batch.lse)
+    for i, length in enumerate(batch.case.lengths):
+        alone = Inputs(replace(batch.case, lengths=(length,)))
+        alone.query, alone.kv_cache = batch.query[i : i + 1], batch.kv_cache
+        alone.block_tables = batch.block_tables[i : i + 1]
+        run(alone)
+        assert torch.equal(alone.out.view(torch.uint8)[0], batch.out.view(torch.uint8)[i])
+        assert torch.equal(alone.lse[0], batch.lse[i])
+
+
 @pytest.mark.parametrize("sm_count", [1, 1000], ids=["mla_combine_many", "mla_combine"])
 def test_more_splits_than_a_combine_block_loads_at_once(sm_count: int) -> None:
     inputs = Inputs(Case((MANY_SPLITS * config.TILE_KEYS - 5, 33), num_heads=3))
