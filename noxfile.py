@@ -363,12 +363,13 @@ def sanitize(session: nox.Session, package: str) -> None:
         sanitizer += ("--kernel-name-exclude", UNCHECKED_KERNELS)
         tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
         targets = [str(PACKAGES[package].tests / file) for file in files]
+        variables = SANITIZER_ENVIRONMENT.get(tool, {})
+        shown = [f"{name}={value}" for name, value in variables.items()] + [*sanitizer, *tests, *files]
         session.log("%s; the output goes to %s", tool, report)
         with report.open("w", encoding="utf-8") as output:
-            print(facts, shlex.join([*sanitizer, *tests, *files]), sep="\n", file=output, flush=True)
+            print(facts, shlex.join(shown), sep="\n", file=output, flush=True)
             command = (*sanitizer, *tests, *targets)
-            environment = SANITIZER_ENVIRONMENT.get(tool)
-            run_code(session, *command, stdout=output, external=True, env=environment)
+            run_code(session, *command, stdout=output, external=True, env=variables)
 
 
 @nox.session(reuse_venv=True)

@@ -133,11 +133,10 @@ def test_a_foreign_cache_of_the_same_sizes_is_seen_by_its_pool():
 
 def test_two_pools_that_begin_at_one_address_are_told_apart():
     """The states of a layer among others, and the same memory without layers."""
-    setup = SETUP
-    memory = torch.zeros(2 * setup.pool_size, setup.HV, setup.V, setup.K, device=DEVICE)
-    layer, flat = memory.view(setup.pool_size, 2, *memory.shape[1:])[:, 0], memory[: setup.pool_size]
-    cache, slots = setup.cache(), index_tensor([4, 0])
-    tokens = {**setup.tokens(2, 2, 0), **setup.heads()}
+    slots, pool_size = index_tensor([4, 0]), SETUP.pool_size
+    memory = torch.zeros(2 * pool_size, SETUP.HV, SETUP.V, SETUP.K, device=DEVICE)
+    layer, flat = memory.view(pool_size, 2, *memory.shape[1:])[:, 0], memory[:pool_size]
+    cache, tokens = SETUP.cache(), {**SETUP.tokens(2, 2, 0), **SETUP.heads()}
     gdn_mtp.verify(**tokens, state_pool=layer, state_indices=slots, cache=cache)
     before = memory.clone()
     with pytest.raises(ArgumentError, match="cache: is of the state pool at"):

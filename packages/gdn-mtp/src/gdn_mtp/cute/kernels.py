@@ -100,10 +100,10 @@ def ranked(
     _, preferred = heuristic[heuristic_row(problem, arch, heuristic)]
     wanted = configs[preferred].tactic
 
-    def distance(name: str) -> tuple[bool, int, int]:
+    def distance(name: str) -> tuple[int, int]:
         tactic = configs[name].tactic
         others = sum(getattr(tactic, x.name) != getattr(wanted, x.name) for x in fields(tactic))
-        return name != preferred, abs(tactic.warps - wanted.warps), others
+        return abs(tactic.warps - wanted.warps), others
 
     fitting = [name for name, config in configs.items() if _fits(problem, arch, config)]
     return sorted(fitting, key=distance)

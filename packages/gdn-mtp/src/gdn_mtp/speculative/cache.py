@@ -75,13 +75,18 @@ class PoolKey(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, state_pool: Tensor) -> "PoolKey":
+        """The key of a tensor that has an address."""
+        return cls(state_pool.data_ptr(), state_pool.stride(), state_pool.dtype)
+
+    def fits(self, state_pool: Tensor) -> bool:
+        """Whether it is the key of a tensor, which each launch asks, without making that one's key."""
+        same_memory = state_pool.data_ptr() == self.address and state_pool.stride() == self.strides
+        return same_memory and state_pool.dtype == self.dtype
+
     def __str__(self) -> str:
         return f"{self.address:#x} ({self.dtype}, strides {self.strides})"
-
-
-def pool_key(state_pool: Tensor) -> PoolKey:
-    """The key of a tensor that has an address."""
-    return PoolKey(state_pool.data_ptr(), state_pool.stride(), state_pool.dtype)
 
 
 class SpeculativeCache:
@@ -176,34 +181,29 @@ class SpeculativeCache:
         Raises ArgumentError or ArgumentTypeError naming `state_pool` if it cannot.
         """
         self._check_sizes(state_pool)
-        self._pool = pool_key(state_pool)
+        self._pool = PoolKey.of(state_pool)
 
     def is_bound_to(self, state_pool: Tensor) -> bool:
         """Whether the cache is bound to `state_pool`; false for what has no address."""
-        own = self._pool
-        if own is None or type(state_pool) is not Tensor or state_pool.data_ptr() != own.address:
-            return False
-        return state_pool.stride() == own.strides and state_pool.dtype == own.dtype
+        return self._pool is not None and type(state_pool) is Tensor and self._pool.fits(state_pool)
 
     def check_pool(self, state_pool: Tensor) -> None:
         """Raises ArgumentError naming `cache` if it is bound to another pool.
 
         A pool without an address, as tracing sees it, is not looked at.
         """
-        if needs_op(state_pool) or self._pool is None:
+        if needs_op(state_pool) or self._pool is None or self._pool.fits(state_pool):
             return
-        given = pool_key(state_pool)
-        if given != self._pool:
-            raise ArgumentError(
-                "cache",
-                f"is of the state pool at {self._pool}, not of this one at {given}; "
-                "cache.bind(state_pool) says that the pool has moved",
-            )
+        raise ArgumentError(
+            "cache",
+            f"is of the state pool at {self._pool}, not of this one at {PoolKey.of(state_pool)}; "
+            "cache.bind(state_pool) says that the pool has moved",
+        )
 
     def adopt(self, state_pool: Tensor) -> None:
         """Bind a cache that is not bound yet to the pool of a call that succeeded, if it has an address."""
         if self._pool is None and not needs_op(state_pool):
-            self._pool = pool_key(state_pool)
+            self._pool = PoolKey.of(state_pool)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy's pool is another one, at an address that is not known yet."""
