@@ -19,7 +19,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("name", ["bench_gdn_mtp.py", "bench_mla_decode.py"])
+@pytest.mark.parametrize("name", ["bench_gdn_mtp.py", "bench_gdn_stages.py", "bench_mla_decode.py"])
 def test_it_explains_itself_and_needs_a_gpu(name: str) -> None:
     assert run(name, "--help").returncode == 0
     without_gpu = run(name)
