@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gdn_mtp.cute.speculative import Verify, allocate
 from gdn_mtp.cute.tiles import Place
 from gdn_mtp.cute.trace import arguments, rows
 
-CALL_STAGES = ("arithmetic", "tokens", "registers", "index")
+CALL_STAGES = ("arithmetic", "tokens", "registers", "index")  # in this order, each without those before it
 STEP_STAGES = ("arithmetic", "all but states read")
 
 
@@ -30,7 +30,8 @@ class StagesConfig:
 
     Of a call: "arithmetic", and "tokens", which is q, k, v, the gates and the output; "registers", through
     which states pass on their way from load to store; "index", which is read to find them. Of a step:
-    "arithmetic"; "all but states read".
+    "arithmetic"; "all but states read". As many blocks share a multiprocessor as of the whole kernel of a
+    call; of a step it may be more, as fewer registers are used.
     """
 
     kernel: KernelConfig | SpeculativeConfig
@@ -199,10 +200,12 @@ def _kernel(config: StagesConfig) -> Any:
         assert config.without in STEP_STAGES
         without = VerifyWithoutArithmetic if config.without == "arithmetic" else StatesRead
         return without(config.kernel)
+    whole = config.kernel
+    limited = replace(whole, tactic=replace(whole.tactic, blocks_per_sm=whole.blocks_per_sm))
     level = CALL_STAGES.index(config.without)
     if level == 0:
-        return WithoutArithmetic(config.kernel)
-    return StatesAlone(config.kernel, registers=level < 2, index=level < 3)
+        return WithoutArithmetic(limited)
+    return StatesAlone(limited, registers=level < 2, index=level < 3)
 
 
 def _trace(config: StagesConfig, options: str) -> Any:

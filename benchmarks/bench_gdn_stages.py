@@ -3,13 +3,13 @@
     python benchmarks/bench_gdn_stages.py [--batch 16 32 64] [--out FOLDER]
 
 Calls: without arithmetic (states are stored as they were, v as output); also without tokens (q, k, v, gates
-and output); also without registers (what comes to shared memory is stored from there); also without the index
-(each request's state lies at its number). Then an element-wise copy of as many bytes by PyTorch. Speculative
-steps: without arithmetic; without all but reading the states. What is left out makes results wrong; the whole
-kernels are compared with float64 first. Kernels have the tactic that the whole one has by default. A time is
-the median of replays of a CUDA graph, variants in turn, with the L2 cache cold. Fractions are of the copy
-bandwidth measured in the same run, for the bytes that a variant moves of states (steps: of all that is
-necessary, unless only states are read).
+and output); also without registers (what comes to shared memory is stored from there); the same with slots in
+order instead of at random; then also without the index that names them. Beside them an element-wise copy of
+as many bytes by PyTorch. Speculative steps: without arithmetic; without all but reading the states. What is left
+out makes results wrong; the whole kernels are compared with float64 first. Kernels have the tactic that the
+whole one has by default. A time is the median of replays of a CUDA graph, variants in turn, with the L2 cache
+cold. Fractions are of the copy bandwidth measured in the same run, for the bytes of states that a call moves;
+of a step, for all that is necessary, or for the states that are read.
 
 Last, the host's microseconds for a call, and for a call of a kernel that takes one tensor and does nothing.
 Writes results.json; the exit status is 1 if a whole kernel is wrong or there is no CUDA device.
@@ -33,7 +33,7 @@ import bench_gdn_mtp
 import bench_gdn_spec
 import torch
 from _gdn_cases import POOL_SLOTS, Call, Cell, make_calls, make_pool
-from _gdn_stages import CALL_STAGES, EMPTY, STAGES, STEP_STAGES, StagesConfig
+from _gdn_stages import EMPTY, STAGES, STEP_STAGES, StagesConfig
 from _gdn_variants import Ours, progress, timed_calls
 from bench_gdn_mtp import DISTRIBUTIONS, checked, host_us
 from gdn_mtp.cute.kernels import KERNELS
@@ -67,8 +67,11 @@ def stage_call(launch: Callable[..., None], call: Call, without: str) -> Callabl
     """A call of a kernel with stages left out."""
     x = call.inputs
     state, indices = call.pool, call.indices
+    in_order = slice(call.first_slot, call.first_slot + len(indices))
+    if without == "disorder":
+        indices = torch.arange(len(state), dtype=indices.dtype, device=state.device)[in_order]
     if without == "index":
-        state = state[call.first_slot : call.first_slot + len(indices)]
+        state = state[in_order]
     return functools.partial(
         launch, x["q"], x["k"], x["v"], x["a"], x["b"], x["A_log"], x["dt_bias"], 1.0, state, indices, None,
         call.intermediate, None, call.output,
@@ -84,8 +87,9 @@ def time_calls(cell: Cell, pool: Tensor, copy_gb_s: float) -> Row:
     row.wrong = checked(whole, cell, calls[0]) or ""
     config = KERNELS.config(cell.problem(), arch, row.tactic)
     timed = {"nothing": timed_calls(whole, calls)}
-    for name in CALL_STAGES:
-        launch = STAGES.load(StagesConfig(config, name), arch.name)
+    for name in ("arithmetic", "tokens", "registers", "disorder", "index"):
+        kernel = "registers" if name == "disorder" else name
+        launch = STAGES.load(StagesConfig(config, kernel), arch.name)
         timed[name] = [stage_call(launch, call, name) for call in calls]
     row.us = time_cuda_us(timed, repeats=REPEATS, warmup=1)
     row.us["copy"] = bench_copy_floor.measure(cell.necessary_nbytes // 2, pool.device)

@@ -293,7 +293,15 @@ class only_tactic:
         clear_plans()
 
 
+@pytest.fixture
+def memory_given_back():
+    """After the test, for tests in other processes: torch would keep gigabytes."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @needs_hopper
+@pytest.mark.usefixtures("memory_given_back")
 @pytest.mark.parametrize("tokens", range(2, 9))
 @pytest.mark.parametrize("batch", SEED_BATCHES)
 def test_qwen3_next_shapes_with_states_cached_and_updated(batch, tokens):

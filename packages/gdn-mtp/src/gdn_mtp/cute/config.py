@@ -18,6 +18,7 @@ PART_ROWS = 8
 PART_SKEW_BYTES = 64  # between the two parts of a tile in shared memory: 16 of the 32 banks
 CHUNK_TOKENS = 8
 SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
+SMEM_ALIGNMENT = 128  # of what a block takes
 GATE_COLUMNS = 8
 MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
 MATRICES_PER_CHUNK = 4
@@ -33,6 +34,7 @@ class Tactic:
     "early", once it has its state in registers, or "late", as its last stores are issued. The sooner, the
     more overlaps, but then its blocks crowd multiprocessors that have few of this grid.
     evict_first: states pass through L2 as what is to leave it first.
+    blocks_per_sm: at most so many blocks share a multiprocessor; None: all that fit.
     """
 
     warps: int
@@ -40,12 +42,16 @@ class Tactic:
     row_copies: bool = False
     trigger: str = "late"
     evict_first: bool = False
+    blocks_per_sm: int | None = None
 
     @property
     def name(self) -> str:
-        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first."""
+        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first, `b2`
+        for two blocks per multiprocessor.
+        """
         suffixes = "r" * self.row_copies + TRIGGER_SUFFIX[self.trigger] + "f" * self.evict_first
-        return f"w{self.warps}t{self.tiles_per_warp}{suffixes}"
+        limit = "" if self.blocks_per_sm is None else f"b{self.blocks_per_sm}"
+        return f"w{self.warps}t{self.tiles_per_warp}{suffixes}{limit}"
 
     @property
     def rows(self) -> int:
@@ -260,14 +266,27 @@ class KernelConfig(TokenTiles, Config):
         return 0 if self.T == 1 or self.stores_every_state else -(-self.T // 2) * self.pairs_stride
 
     @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a block: tile buffers and their barriers, k and q, pairs, matrices, gates."""
+    def used_smem_bytes(self) -> int:
+        """What a block uses of its shared memory: tile buffers, barriers, k and q, pairs, matrices, gates."""
         tiles = self.tactic.warps * (
             self.buffers_per_warp * self.buffer_bytes + 8 * self.tactic.tiles_per_warp
         )
         floats = self.T * GATE_COLUMNS + self.pairs_floats
         floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
         return tiles + self.token_bytes + 4 * floats
+
+    @property
+    def unused_smem_bytes(self) -> int:
+        """What a block takes beside it, so that no more blocks fit than the tactic allows."""
+        if self.tactic.blocks_per_sm is None:
+            return 0
+        too_small = self.smem_per_sm_bytes // (self.tactic.blocks_per_sm + 1) - SMEM_RESERVED_BYTES
+        return max(0, -(-(too_small + 1 - self.used_smem_bytes) // SMEM_ALIGNMENT) * SMEM_ALIGNMENT)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.used_smem_bytes + self.unused_smem_bytes
 
     @property
     def warps_per_sm(self) -> int:

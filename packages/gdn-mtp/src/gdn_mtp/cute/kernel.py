@@ -160,6 +160,8 @@ class GatedDeltaRule(TokenChunks):
         pairs = None
         if cfg.pairs_floats:
             pairs = smem.allocate_tensor(Float32, cute.make_layout(cfg.pairs_floats), 16)
+        if cfg.unused_smem_bytes:
+            smem.allocate_tensor(Float32, cute.make_layout(cfg.unused_smem_bytes // 4), 16)
         return Shared(
             tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
             mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),

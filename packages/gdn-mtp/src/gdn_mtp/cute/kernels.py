@@ -28,6 +28,7 @@ TACTICS = {
         Tactic(4, 1, trigger="early"),
         Tactic(2, 1, trigger="start"),
         Tactic(4, 1, trigger="start"),
+        Tactic(4, 1, trigger="start", blocks_per_sm=2),
         Tactic(4, 2, trigger="start"),
         Tactic(2, 1, evict_first=True),
         Tactic(4, 1, evict_first=True),
@@ -40,9 +41,15 @@ KMAJOR_COLUMNS = 32
 # (tiles of 16 rows per SM, at most, tactic) by regime: benchmarks/results/gdn_mtp-h100-tactics
 NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "final state, one token": ((8, "w2t1s"), (40, "w4t1e"), (NO_LIMIT, "w4t1s")),
-    "final state, few tokens": ((8, "w4t1s"), (NO_LIMIT, "w4t1e")),
-    "final state, many tokens": ((4, "w4t1s"), (8, "w2t1s"), (16, "w4t2s"), (NO_LIMIT, "w4t1e")),
+    "final state, one token": ((8, "w2t1s"), (20, "w4t1e"), (NO_LIMIT, "w4t1sb2")),
+    "final state, few tokens": ((8, "w4t1s"), (300, "w4t1e"), (NO_LIMIT, "w4t1sb2")),
+    "final state, many tokens": (
+        (4, "w4t1s"),
+        (8, "w2t1s"),
+        (16, "w4t2s"),
+        (300, "w4t1e"),
+        (NO_LIMIT, "w4t1sb2"),
+    ),
     "final bf16 state, one token": ((NO_LIMIT, "w4t1s"),),
     "final bf16 state, few tokens": ((NO_LIMIT, "w4t1s"),),
     "final bf16 state, many tokens": ((8, "w4t1s"), (40, "w4t2s"), (NO_LIMIT, "w4t1s")),
