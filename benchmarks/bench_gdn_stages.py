@@ -3,13 +3,13 @@
     python benchmarks/bench_gdn_stages.py [--batch 16 32 64] [--out FOLDER]
 
 Calls: without arithmetic (states are stored as they were, v as output); also without tokens (q, k, v, gates
-and output); also without registers (what comes to shared memory is stored from there); the same with slots in
-order instead of at random; then also without the index that names them. Beside them an element-wise copy of
-as many bytes by PyTorch. Speculative steps: without arithmetic; without all but reading the states. What is left
-out makes results wrong; the whole kernels are compared with float64 first. Kernels have the tactic that the
-whole one has by default. A time is the median of replays of a CUDA graph, variants in turn, with the L2 cache
-cold. Fractions are of the copy bandwidth measured in the same run, for the bytes of states that a call moves;
-of a step, for all that is necessary, or for the states that are read.
+and output); also without registers (what comes to shared memory is stored from there); the same with slots
+in order instead of at random; then also without the index that names them. Beside them an element-wise copy
+of as many bytes by PyTorch. Speculative steps: without arithmetic; without all but reading the states. What
+is left out makes results wrong; the whole kernels are compared with float64 first. Kernels have the tactic
+that the whole one has by default. A time is the median of replays of a CUDA graph, variants in turn, with
+the L2 cache cold. Fractions are of the copy bandwidth measured in the same run, for the bytes of states that
+a call moves; of a step, for all that is necessary, or for the states that are read.
 
 Last, the host's microseconds for a call, and for a call of a kernel that takes one tensor and does nothing.
 Writes results.json; the exit status is 1 if a whole kernel is wrong or there is no CUDA device.
