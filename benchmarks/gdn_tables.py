@@ -84,21 +84,58 @@ def short_of_goal() -> list[tuple[dict[str, Any], float]]:
     ]
 
 
+def stages(cell: str) -> dict[str, float]:
+    """Of a cell, fractions of the copy bandwidth by what is left out of the kernel."""
+    rows = json.loads((RESULTS / "gdn_mtp-h100-stages" / "results.json").read_text(encoding="utf-8"))["rows"]
+    (fractions,) = (row["fraction"] for row in rows if row["cell"] == cell)
+    return dict(fractions)
+
+
+def _stages_of(row: dict[str, Any]) -> dict[str, float]:
+    return stages(f"{row['heads']} B{row['B']}-T{row['T']} {row['mode']} {row['state_dtype']}")
+
+
 def shortfalls() -> str:
-    """What is short of its goal: goal, reached, what a plain copy of the same bytes reaches."""
-    floor = json.loads((RESULTS / "copy_floor-h100" / "results.json").read_text(encoding="utf-8"))
-    copies = {row["B"]: row["gb_s"] / floor["copy_gb_s"] for row in floor["rows"] if row["heads"] == 32}
+    """What is short of its goal: goal, reached, and what moving the states alone and a plain copy reach."""
     lines = []
     for row, goal in short_of_goal():
-        reached, copied = row["fraction_of_copy"], copies[row["B"]]
-        numbers = (f"{x:.3f}" for x in (reached, copied, reached / copied))
+        left = _stages_of(row)
+        numbers = (f"{x:.3f}" for x in (row["fraction_of_copy"], left["registers"], left["copy"]))
         lines.append([_call(row), f"{goal:.2f}", *numbers])
-    return table(["call", "goal", "reached", "plain copy", "reached of plain copy"], lines)
+    return table(["call", "goal", "reached", "its states alone", "plain copy"], lines)
+
+
+def call_stages() -> str:
+    """What is short of its goal, with more and more left out."""
+    titles = {
+        "nothing": "whole",
+        "arithmetic": "no arithmetic",
+        "tokens": "no tokens",
+        "registers": "no registers",
+        "disorder": "slots in order",
+        "index": "no index",
+        "copy": "plain copy",
+    }
+    lines = []
+    for row, goal in short_of_goal():
+        left = _stages_of(row)
+        lines.append([_call(row), f"{goal:.2f}", *(f"{left[name]:.3f}" for name in titles)])
+    return table(["call", "goal", *titles.values()], lines)
+
+
+def step_stages() -> str:
+    """Speculative steps of bf16 states, with all but the moves left out, and all but reading states."""
+    lines = []
+    for T, capacity in ((4, 16), (8, 24)):
+        for B in (16, 32, 64):
+            left = stages(f"16/16/32 B{B}-T{T}-R{capacity} auto bf16")
+            lines.append([f"T = {T}, B = {B}", *(f"{fraction:.3f}" for fraction in left.values())])
+    return table(["step", "whole", "no arithmetic", "states read alone"], lines)
 
 
 def tactics() -> str:
     """Times of every tactic for what is short of its goal; the header names the commit they are of."""
-    name = "gdn_mtp-h100-tactics/results.json"
+    name = "gdn_mtp-h100-tactics/updated-fp32.json"
     commit = json.loads((RESULTS / name).read_text(encoding="utf-8"))["environment"]["git_commit"]
     rows = {(row["T"], row["B"]): row for row in rows_of(name) if _updates_fp32(row)}
     lines = []
@@ -132,6 +169,8 @@ def steps(*names: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "calls": calls,
     "shortfalls": shortfalls,
+    "call_stages": call_stages,
+    "step_stages": step_stages,
     "tactics": tactics,
     "steps_h100": lambda: steps(
         *(f"gdn_spec-h100/flashinfer-16-16-32-{dtype}.json" for dtype in ("fp32", "bf16"))

@@ -40,7 +40,7 @@ PROBLEM = GatedDeltaRuleProblem(
 )  # fmt: skip
 KMAJOR = replace(PROBLEM, T=1, state_layout="kv", index_dtype=None)
 HOPPER = Arch.from_name("sm_90a")
-ARCHS = ("sm_90a", "sm_100a", "sm_120a")
+ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a")
 
 
 def problem(**changes: object) -> GatedDeltaRuleProblem:
@@ -70,7 +70,7 @@ def test_what_the_kernels_decline_goes_to_torch_with_a_reason(asked, words):
     assert words in row.reason
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a"])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("asked", [PROBLEM, KMAJOR, problem(T=1), problem(T=16)], ids=lambda p: p.describe())
 def test_the_kernels_are_preferred_where_they_apply(arch, asked):
     assert explain(asked, arch).chosen == "cute"
@@ -115,9 +115,11 @@ COMPILED = {
     "T1": problem(T=1),
     "T1-few": problem(T=1, B=FEW),
     "T1-many": problem(T=1, B=MANY),
+    "T1-bf16state": problem(T=1, state_dtype=BF16),
     "T2-buffer": problem(T=2, intermediate="buffer"),
     "T4": PROBLEM,
     "T4-few": problem(B=FEW),
+    "T4-many": problem(B=MANY),
     "T8": problem(T=8),
     "T8-buffer": problem(T=8, intermediate="buffer"),
     "T8-bf16state-many": problem(T=8, state_dtype=BF16, B=MANY),
@@ -159,14 +161,6 @@ def test_a_tactic_that_does_not_fit_gives_way_to_the_nearest(asked, arch, neares
 def test_every_tactic_that_the_heuristic_picks_is_among_those_compiled():
     picked = {name for rows in HEURISTIC.values() for _, name in rows}
     assert picked <= {KERNELS.tactics(asked, HOPPER)[0] for asked in COMPILED.values()}
-
-
-@pytest.mark.parametrize("arch", ["sm_103a", "sm_110a", "sm_121a"])
-def test_the_other_architectures_compile(arch):
-    target = Arch.from_name(arch)
-    for asked in (PROBLEM, KMAJOR):
-        config = KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0])
-        assert cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes()).stack_bytes == 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
