@@ -55,7 +55,7 @@ class WithoutArithmetic(GatedDeltaRule):
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
         self.launch_dependents("early")
-        if cutlass.const_expr(tile == 0):
+        if cutlass.const_expr(tile == 0 and cfg.T > 1):
             cute.arch.sync_threads()
         for c in cutlass.range_constexpr(len(cfg.chunks)):
             self.store_output(tensors, v[c], place, row, c)
