@@ -16,7 +16,7 @@ from typing import Any
 import gdn_mtp
 import torch
 from _gdn_cases import HEAD_DIM, OUR_ERROR, PEER_ERROR, Call, Cell, Outcome, make_calls, make_pool
-from kernel_dispatch import Selection, as_arch, resolve
+from kernel_dispatch import as_arch, resolve
 from kernel_testing import calls_for_cold_l2
 from torch import Tensor
 from tqdm import tqdm
@@ -50,13 +50,8 @@ class Ours(Variant):
     error = OUR_ERROR
 
     def __init__(self, cell: Cell, device: torch.device, tactic: str | None = None) -> None:
-        problem = cell.problem()
-        if tactic is None:
-            self.plan = gdn_mtp.plan(problem, device, backend="cute")
-        else:
-            chosen = resolve(problem, as_arch(device), "cute")
-            named = Selection(chosen.provider, chosen.kernel, tactic, "named")
-            self.plan = gdn_mtp.Plan(problem, device, named)
+        self.plan = gdn_mtp.plan(cell.problem(), device, "cute", tactic)
+        if tactic is not None:
             self.name = tactic
 
     def run(self, call: Call) -> None:

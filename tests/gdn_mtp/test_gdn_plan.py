@@ -10,7 +10,17 @@ import torch
 from gdn_mtp.ops import trace_call
 from gdn_mtp.torch_kernel import KERNEL, launch, requests_per_chunk
 from gdn_support import BF16, DEVICE, FP32, Case, assert_same_bits, slots_tensor
-from kernel_dispatch import Arch, NoKernelError, Provider, autotune, clear_tuning, debug, explain, registered
+from kernel_dispatch import (
+    Arch,
+    ArgumentError,
+    NoKernelError,
+    Provider,
+    autotune,
+    clear_tuning,
+    debug,
+    explain,
+    registered,
+)
 from kernel_testing import poisoned, snapshot_untouched
 
 GROUP = gdn_mtp.GatedDeltaRuleProblem.entry_point_group
@@ -122,6 +132,15 @@ def test_defaults_are_what_a_plain_call_poses():
     expected, _ = gdn_mtp.gated_delta_rule_decode_pretranspose(**inputs, state=other)
     assert_same_bits(output, expected, "output")
     assert_same_bits(state, other, "state")
+
+
+def test_a_tactic_that_there_is_not_is_named_with_those_that_there_are():
+    speculative = gdn_mtp.SpeculativeProblem(B=1, T=2, H=2, HV=4, K=64, V=64, capacity=8)
+    for asked in (problem(), speculative):
+        named = gdn_mtp.plan(asked, "cpu", tactic=gdn_mtp.plan(asked, "cpu").tactic)
+        assert named.reason.endswith("tactic named")
+        with pytest.raises(ArgumentError, match=r"tactic: 'w4t1', expected one of .* provider 'torch'"):
+            gdn_mtp.plan(asked, "cpu", tactic="w4t1")
 
 
 @pytest.mark.parametrize("arch", ["cpu", "sm_90a", "sm_100a", "sm_121a"])

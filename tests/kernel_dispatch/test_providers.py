@@ -270,6 +270,18 @@ def test_tuned_choice(
     )
 
 
+@pytest.mark.usefixtures("three")
+def test_a_named_tactic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolution, "tuned_choice", lambda problem, arch: ("hopper", "heuristic"))
+    for backend in ("auto", "hopper"):
+        selection = resolve(Problem(), "sm_90a", backend, "other")
+        assert (selection.provider.name, selection.tactic) == ("hopper", "other")
+        assert selection.reason.endswith("; tactic named")
+    with pytest.raises(ArgumentError, match=r"^tactic: 'none', expected one of heuristic, other") as raised:
+        resolve(Problem(), "sm_90a", tactic="none")
+    assert raised.value.argument == "tactic"
+
+
 def test_load_runs_once_and_only_for_the_chosen() -> None:
     loads: list[int] = []
 

@@ -71,6 +71,19 @@ def test_workspace_is_allocated_where_none_is_given_and_guarded_in_debug_mode() 
         decode_case()
 
 
+def test_a_plan_of_a_named_tactic() -> None:
+    kernel = FakeKernel()
+    with registered(GROUP, kernel.provider()):
+        plans = [plan(PROBLEM, "cpu", tactic=tactic) for tactic in (None, "fast", "slow", "fast")]
+        assert [x.tactic for x in plans] == ["slow", "fast", "slow", "fast"]
+        assert plans[1] is plans[3]
+        out = poisoned((3, 2, 4, 512), BF16)
+        plans[1].run(*CASE.inputs().positional, softmax_scale=CASE.scale, out=out)
+        assert kernel.runs == ["fast"]
+        with pytest.raises(ArgumentError, match="tactic: 'other', expected one of slow, fast"):
+            plan(PROBLEM, "cpu", tactic="other")
+
+
 def test_plan_has_no_workspace_of_its_own() -> None:
     with registered(GROUP, FakeKernel(nbytes=1000).provider()):
         fake_plan = plan(PROBLEM, "cpu")

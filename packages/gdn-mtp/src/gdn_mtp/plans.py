@@ -128,13 +128,19 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
 
 @overload
 def plan(
-    problem: GatedDeltaRuleProblem, device: torch.device | str | None = None, backend: str = "auto"
+    problem: GatedDeltaRuleProblem,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    tactic: str | None = None,
 ) -> Plan: ...
 
 
 @overload
 def plan(
-    problem: SpeculativeProblem, device: torch.device | str | None = None, backend: str = "auto"
+    problem: SpeculativeProblem,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    tactic: str | None = None,
 ) -> SpeculativePlan: ...
 
 
@@ -142,14 +148,17 @@ def plan(
     problem: GatedDeltaRuleProblem | SpeculativeProblem,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    tactic: str | None = None,
 ) -> Plan | SpeculativePlan:
     """Resolve `problem` and compile or load its kernel.
 
     A `GatedDeltaRuleProblem` gives a `Plan`, a `SpeculativeProblem` a `VerifyPlan`, `CommitPlan` or
     `MaterializePlan`, by its mode.
     device: None for the current CUDA device, or the CPU where there is none. backend: a provider's name, or
-    "auto" for the tuned or else the preferred one. Raises NoKernelError with every provider's reason, or if
-    the chosen one asks for a workspace, which these operations do not have.
+    "auto" for the tuned or else the preferred one. tactic: the name of one of that provider's, None for the
+    tuned or else the preferred one. Raises NoKernelError with every provider's reason, or if the chosen one
+    asks for a workspace, which these operations do not have; ArgumentError naming `tactic` and those that
+    there are.
     `kernel_dispatch.explain(problem)` shows the same choice without loading anything.
     """
     if not isinstance(problem, GatedDeltaRuleProblem | SpeculativeProblem):
@@ -157,7 +166,7 @@ def plan(
         raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected {expected}")
     check_backend(backend)
     device = as_device(device)
-    selection = resolve(problem, as_arch(device), backend)
+    selection = resolve(problem, as_arch(device), backend, tactic)
     if isinstance(problem, SpeculativeProblem):
         return make_plan(problem, device, selection)
     return Plan(problem, device, selection)

@@ -93,7 +93,8 @@ def _plan_for(tensors: DecodeTensors, options: Options) -> Plan:
     if plan is None:
         problem = _problem_of(tensors, options, bind_call(tensors, options), scales_are_tensors)
         backend = options.backend
-        plan = cached_plan(problem, tensors.query.device, backend, lambda: _select(problem, tensors, backend))
+        device = tensors.query.device
+        plan = cached_plan(problem, device, backend, None, lambda: _select(problem, tensors, backend))
         _plans.put(key, plan)
     return plan
 

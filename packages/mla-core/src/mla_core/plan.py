@@ -126,25 +126,36 @@ class Plan:
         check_values(tensors, problem)
 
 
-def plan(problem: DecodeProblem, device: torch.device | str | None = None, backend: str = "auto") -> Plan:
+def plan(
+    problem: DecodeProblem,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    tactic: str | None = None,
+) -> Plan:
     """Choose a provider for `problem`, and compile or load its kernel.
 
     device: None is the current CUDA device, or the CPU where there is none.
     backend: the name of a provider, or "auto" for the tuner's choice if it has one and else the highest
         priority that supports the problem.
-    Plans are cached. Raises NoKernelError with every provider's reason.
+    tactic: the name of one of that provider's; None for the tuned one, or else the one that it prefers.
+    Plans are cached. Raises NoKernelError with every provider's reason; ArgumentError naming `tactic`
+    and those that there are.
     """
     check_problem(problem)
     check_backend(backend)
     device = as_device(device)
-    return cached_plan(problem, device, backend, lambda: resolve(problem, device, backend))
+    return cached_plan(problem, device, backend, tactic, lambda: resolve(problem, device, backend, tactic))
 
 
 def cached_plan(
-    problem: DecodeProblem, device: torch.device, backend: str, select: Callable[[], Selection]
+    problem: DecodeProblem,
+    device: torch.device,
+    backend: str,
+    tactic: str | None,
+    select: Callable[[], Selection],
 ) -> Plan:
     """The cached plan of these arguments, or one of what `select` chooses, which is then cached."""
-    key = (problem, device, backend)
+    key = (problem, device, backend, tactic)
     cached = _plans.get(key)
     if cached is None:
         cached = plan_selection(select(), problem, device)

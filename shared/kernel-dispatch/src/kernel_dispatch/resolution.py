@@ -10,7 +10,7 @@ import torch
 
 from ._callers import warn_caller
 from .arch import Arch, as_arch
-from .errors import NoKernelError, ProviderError
+from .errors import ArgumentError, NoKernelError, ProviderError
 from .providers import (
     AUTO,
     Kernel,
@@ -100,14 +100,19 @@ def explain(
 
 
 def resolve(
-    problem: Problem, arch: Arch | str | torch.device | None = None, backend: str = "auto"
+    problem: Problem,
+    arch: Arch | str | torch.device | None = None,
+    backend: str = "auto",
+    tactic: str | None = None,
 ) -> Selection:
     """Chooses and loads the kernel for `problem` on `arch` (None: the current GPU, or else the CPU).
 
     backend "auto" takes the tuned choice for the problem's bucket, else the provider of the highest priority
-    that supports the problem; a name takes that provider or none. Raises NoKernelError with every provider's
+    that supports the problem; a name takes that provider or none. `tactic` names one of that provider's for
+    the problem; None takes the tuned or else the provider's first. Raises NoKernelError with every provider's
     reason where that leaves none, where `supports` raises, and where the chosen provider does not load;
-    ArgumentTypeError naming `problem` or `arch` where it is of another type.
+    ArgumentTypeError naming `problem` or `arch` where it is of another type; ArgumentError naming `tactic`
+    where the provider has no such one.
     """
     check_problem(problem)
     arch = as_arch(arch)
@@ -120,6 +125,11 @@ def resolve(
         raise NoKernelError(f"{explanation.reason}\n{explanation}")
     provider = working_providers(problem.entry_point_group)[explanation.chosen]
     kernel, tactics = _load(provider, problem, arch)
+    if tactic is not None:
+        if tactic not in tactics:
+            offered = f"expected one of {', '.join(tactics)}, which provider {provider.name!r} has here"
+            raise ArgumentError("tactic", f"{tactic!r}, {offered}")
+        return Selection(provider, kernel, tactic, f"{explanation.reason}; tactic named")
     is_tuned = tuned is not None and tuned[0] == provider.name and tuned[1] in tactics
     return Selection(provider, kernel, tuned[1] if tuned and is_tuned else tactics[0], explanation.reason)
 
