@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import nox
 from nox.project import load_toml
@@ -316,10 +316,11 @@ SANITIZED = {
     "gdn-mtp": (
         ("test_gdn_cute.py", "test_speculative_kernel.py"),
         {
-            "memcheck": "every_tactic or k_major_states or rows_lie_apart or (sizes_and_modes and 64-fp32)"
-            " or test_history",
-            "racecheck": "(every_tactic and (w2t1 or w4t1r or w4t2) and (1- or 8-))"
-            " or (k_major_states and 128) or test_history",
+            "memcheck": "test_every_tactic[ or k_major_states or rows_lie_apart"
+            " or (sizes_and_modes and 64-fp32) or test_history[",
+            # One token and a whole chunk of eight with every tactic, two chunks with the one preferred.
+            "racecheck": "(test_every_tactic[ and (-1- or -8-)) or (sizes_and_modes and 128-fp32-16)"
+            " or (k_major_states and 128) or test_history[",
         },
     ),
     "mla-sm120": (
@@ -344,32 +345,40 @@ SANITIZER_ENVIRONMENT = {
 @nox.session
 @nox.parametrize("package", [nox.param(name, id=name) for name in SANITIZED])
 def sanitize(session: nox.Session, package: str) -> None:
-    """Run a package's kernels under compute-sanitizer on this GPU; reports in benchmarks/results/.
+    """Run a package's kernels under compute-sanitizer on this GPU; arguments after -- name the tools to run.
 
-    A report has the commit, device and versions, then what pytest and the tool say.
+    Each tool has a report in benchmarks/results/: the commit, device and versions, then of each file of tests
+    the command and what pytest and the tool say.
     """
+    files, selections = SANITIZED[package]
+    unknown = [tool for tool in session.posargs if tool not in selections]
+    if unknown:
+        session.error(f"no such tool for {package}: {', '.join(unknown)}; there are {', '.join(selections)}")
     if shutil.which("compute-sanitizer") is None:
         session.error("compute-sanitizer, a tool of the CUDA toolkit, is not on the PATH")
     use_base(session)
     install_packages(session, closure([package, *TEST_HELPERS]))
     cuda_device(session)
-    files, selections = SANITIZED[package]
     query = "from kernel_testing import environment; print(environment())"
     facts = str(session.run("python", "-c", query, silent=True)).strip()
-    for tool, selection in selections.items():
-        report = ROOT / "benchmarks" / "results" / f"{PACKAGES[package].tests.name}-{tool}.txt"
-        options = SANITIZER_OPTIONS.get(tool, ())
-        sanitizer = ("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9")
-        sanitizer += ("--kernel-name-exclude", UNCHECKED_KERNELS)
-        tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection)
-        targets = [str(PACKAGES[package].tests / file) for file in files]
-        variables = SANITIZER_ENVIRONMENT.get(tool, {})
-        shown = [f"{name}={value}" for name, value in variables.items()] + [*sanitizer, *tests, *files]
+    for tool in session.posargs or selections:
+        report = ROOT / "benchmarks" / "results" / f"{PACKAGES[package].module}-{tool}.txt"
         session.log("%s; the output goes to %s", tool, report)
         with report.open("w", encoding="utf-8") as output:
-            print(facts, shlex.join(shown), sep="\n", file=output, flush=True)
-            command = (*sanitizer, *tests, *targets)
-            run_code(session, *command, stdout=output, external=True, env=variables)
+            print(facts, file=output)
+            for file in files:  # in a process each, so that of a run cut short the report keeps the first
+                sanitize_file(session, tool, PACKAGES[package].tests / file, selections[tool], output)
+
+
+def sanitize_file(session: nox.Session, tool: str, file: Path, selection: str, report: TextIO) -> None:
+    """Run the selected tests of a file under a tool; the command and its output go to the end of `report`."""
+    command = ["compute-sanitizer", "--tool", tool, *SANITIZER_OPTIONS.get(tool, ()), "--error-exitcode", "9"]
+    command += ["--kernel-name-exclude", UNCHECKED_KERNELS]
+    command += ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
+    variables = SANITIZER_ENVIRONMENT.get(tool, {})
+    shown = [*(f"{name}={value}" for name, value in variables.items()), *command, file.name]
+    print(shlex.join(shown), file=report, flush=True)
+    run_code(session, *command, str(file), stdout=report, external=True, env=variables)
 
 
 @nox.session(reuse_venv=True)

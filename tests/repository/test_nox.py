@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import pytest
+from gdn_mtp.cute import kernels, kernels_speculative
 
 PYPROJECT = """\
 [project]
@@ -121,3 +127,117 @@ def test_packages_for_a_device_name_a_provider_of_theirs(noxfile: ModuleType) ->
     for name, provider in noxfile.DEVICE_PROVIDERS.items():
         project = noxfile.load_toml(noxfile.PACKAGES[name].folder / "pyproject.toml")["project"]
         assert provider in project["entry-points"]["mla_core.decode.v1"]
+
+
+class SanitizingSession:
+    """Stands for a nox session on a GPU; keeps the commands that write a report, which all say "passed".
+
+    fails_after: that many do, the next one fails.
+    """
+
+    def __init__(self, *posargs: str, fails_after: int | None = None) -> None:
+        self.posargs = list(posargs)
+        self.commands: list[tuple[str, ...]] = []
+        self.fails_after = fails_after
+
+    def run(self, *command: str, stdout: TextIO | None = None, **options: object) -> str:
+        if stdout is None:
+            return "facts of the device\n"
+        if len(self.commands) == self.fails_after:
+            raise RuntimeError("a command failed")
+        self.commands.append(command)
+        os.write(stdout.fileno(), b"passed\n")  # as a process of its own does, past Python's buffer
+        return ""
+
+    def log(self, *arguments: object) -> None:
+        pass
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+Sanitize = Callable[[SanitizingSession, str], None]
+
+
+@pytest.fixture
+def sanitize(noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Sanitize]:
+    """The session `sanitize`, with its reports under `tmp_path`."""
+    monkeypatch.setattr(noxfile, "ROOT", tmp_path)
+    for name in ("use_base", "install_packages", "cuda_device"):
+        monkeypatch.setattr(noxfile, name, lambda *arguments: None)
+    monkeypatch.setattr(noxfile.shutil, "which", lambda name: name)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    noxfile.kernel_cache.cache_clear()
+    yield noxfile.sanitize.func
+    noxfile.kernel_cache.cache_clear()
+
+
+def tool_of(command: tuple[str, ...]) -> str:
+    return command[command.index("--tool") + 1]
+
+
+def test_sanitize_runs_every_tool_or_those_named(noxfile: ModuleType, sanitize: Sanitize) -> None:
+    for package, (files, selections) in noxfile.SANITIZED.items():
+        for named in ([], ["racecheck"]):
+            sanitize(session := SanitizingSession(*named), package)
+            runs = [(tool_of(command), Path(command[-1]).name) for command in session.commands]
+            assert runs == list(itertools.product(named or selections, files))
+
+
+def test_sanitize_names_an_unknown_tool_before_it_runs_any(sanitize: Sanitize) -> None:
+    session = SanitizingSession("memcheck", "racechek")
+    with pytest.raises(ValueError, match="no such tool for gdn-mtp: racechek; there are memcheck, racecheck"):
+        sanitize(session, "gdn-mtp")
+    assert not session.commands
+
+
+@pytest.mark.parametrize("fails_after", [None, 1])
+def test_sanitize_reports_each_file_behind_its_command(
+    noxfile: ModuleType, sanitize: Sanitize, tmp_path: Path, fails_after: int | None
+) -> None:
+    session = SanitizingSession("racecheck", fails_after=fails_after)
+    with contextlib.nullcontext() if fails_after is None else pytest.raises(RuntimeError):
+        sanitize(session, "gdn-mtp")
+    report = tmp_path / "benchmarks" / "results" / "gdn_mtp-racecheck.txt"
+    facts, *lines = report.read_text().splitlines()
+    assert facts == "facts of the device"
+    files, selections = noxfile.SANITIZED["gdn-mtp"]
+    (variable,) = [f"{name}={value}" for name, value in noxfile.SANITIZER_ENVIRONMENT["racecheck"].items()]
+    for file, line in zip(files, lines[::2], strict=True):
+        words = shlex.split(line)
+        assert words[:4] == [variable, "compute-sanitizer", "--tool", "racecheck"]
+        assert words[-2:] == [selections["racecheck"], file]
+    assert lines[1::2] == ["passed"] * (len(files) if fails_after is None else fails_after)
+
+
+COLLECT = """\
+import json, sys
+import pytest
+for arguments in json.loads(sys.argv[1]):
+    print("selected from:", arguments[-1])
+    assert pytest.main([*arguments, "--collect-only"]) == 0
+"""
+
+
+def test_sanitize_looks_at_every_tactic_of_gdn_mtp(root: Path, sanitize: Sanitize) -> None:
+    sanitize(session := SanitizingSession(), "gdn-mtp")
+    arguments = [command[command.index("pytest") + 1 :] for command in session.commands]
+    collect = [sys.executable, "-c", COLLECT, json.dumps(arguments)]
+    done = subprocess.run(
+        collect, cwd=root, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *listings = done.stdout.split("selected from:")
+    selected: dict[str, set[str]] = {}
+    for command, listing in zip(session.commands, listings, strict=True):
+        ids = re.findall(r"::(\w+\[\S+\])$", listing, re.MULTILINE)
+        selected.setdefault(tool_of(command), set()).update(ids)
+    assert set(selected) == {"memcheck", "racecheck"}
+
+    tactics = {name for rows in kernels.HEURISTIC.values() for _, name in rows}
+    of_windows = {name for rows in kernels_speculative.HEURISTIC.values() for _, name in rows}
+    for ids in selected.values():
+        wanted = itertools.product(tactics, (1, 8), ("none", "buffer"))
+        assert {f"test_every_tactic[fp32-{name}-{tokens}-{mode}]" for name, tokens, mode in wanted} <= ids
+        histories = {name.strip("]").split("-")[-1] for name in ids if name.startswith("test_history[")}
+        assert of_windows <= histories
