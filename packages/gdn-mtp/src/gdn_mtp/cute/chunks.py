@@ -115,7 +115,7 @@ class TokenChunks(TileCopies):
     def load_v(self, tensors, place, row, c):
         """v of chunk c, as given: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
         tokens = self.lane_tokens(place, c)
-        rows = [row + place.tile_row(half) for half in range(2)]
+        rows = [row + place.row_in_tile(half) for half in range(2)]
         return [tensors.v[place.request, t, place.hv, r] for r in rows for t in tokens]
 
     def load_values(self, tensors, place, tile):
@@ -136,7 +136,7 @@ class TokenChunks(TileCopies):
             if first + e < n:
                 for half in cutlass.range_constexpr(2):
                     value = o[2 * half + e].to(output.element_type)
-                    output[t0 + first + e, row + place.tile_row(half)] = value
+                    output[t0 + first + e, row + place.row_in_tile(half)] = value
 
     @cute.jit
     def zero_output(self, tensors, place):

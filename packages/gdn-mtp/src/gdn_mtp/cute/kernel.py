@@ -12,7 +12,7 @@ Products are m16n8k8 tf32 with float32 operands split into two tf32 parts, which
 of keys and queries with each other and with a state that is read are m16n8k16 bf16 where all are bfloat16.
 Every warp owns tiles of 16 rows of the state: bulk copies bring them to shared memory and back. Lane (g, t) =
 (lane / 4, lane % 4) holds two rows in registers, of each every fourth 16-byte vector from t on. They are rows
-g and g + 8 of a product; which of the tile's they are, `Place.tile_row` says.
+g and g + 8 of a product; which of the tile's they are, `Place.row_in_tile` says.
 Grid: (V / rows per block * HV / H, H, B); a block whose request is padding writes zeros to its output.
 A non-finite value in a request's inputs may reach all of that request's outputs, earlier tokens included.
 """
@@ -199,7 +199,7 @@ class GatedDeltaRule(TokenChunks):
         """The only token of the call on one tile, with plain arithmetic: every lane of a row has its sums."""
         cfg = self.config
         row = self.tile_row(place, tile)
-        rows = [row + place.tile_row(half) for half in range(2)]
+        rows = [row + place.row_in_tile(half) for half in range(2)]
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         s = self.load_tile(shared, place, tile)
         self.launch_dependents("early")

@@ -38,7 +38,8 @@ TACTICS = {
 KMAJOR_TACTIC = "c32"
 KMAJOR_COLUMNS = 32
 
-# (tiles of 16 rows per SM, at most, tactic) by regime: benchmarks/results/gdn_mtp-h100-tactics
+# (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
+# gdn_mtp-h100-tactics. Another GPU only counts by its SMs; `kernel_dispatch.autotune` times its own.
 NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "final state, one token": ((8, "w2t1s"), (20, "w4t1e"), (NO_LIMIT, "w4t1sb2")),

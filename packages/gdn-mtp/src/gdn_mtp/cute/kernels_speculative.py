@@ -30,7 +30,8 @@ TACTICS = {
     )
 }
 
-# (tiles of 16 rows per SM, at most, tactic) by regime: benchmarks/results/gdn_spec-h100-tactics
+# (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
+# gdn_spec-h100-tactics
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "one chunk": ((NO_LIMIT, "w4t1s"),),
     "bf16 state": ((100, "w4t1s"), (NO_LIMIT, "w4t2s")),

@@ -256,7 +256,7 @@ class RingTiles(TokenChunks):
             exists = CHUNK_TOKENS * p + 2 * place.t + e < pending.count
             weight = shared.weights[rank]
             for half in range(2):
-                u = shared.ring_updates[first + place.tile_row(half), rank]
+                u = shared.ring_updates[first + place.row_in_tile(half), rank]
                 values[2 * half + e] = select(exists, u * weight, Float32(0.0))
         return values
 

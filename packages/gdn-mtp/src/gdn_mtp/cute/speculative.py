@@ -247,7 +247,7 @@ class Verify(RingTiles):
             if (first + e < n) & (t0 + first + e < count):
                 position = self.wrapped(window + t0 + first + e)
                 for half in cutlass.range_constexpr(2):
-                    updates[position, row + place.tile_row(half)] = u[2 * half + e]
+                    updates[position, row + place.row_in_tile(half)] = u[2 * half + e]
 
     # Matrices: products of keys and queries, no state
 

@@ -43,7 +43,7 @@ class Place:
     def t(self):
         return self.lane % 4
 
-    def tile_row(self, half):
+    def row_in_tile(self, half):
         """The row of a tile that stands in row g + 8 * half of a product."""
         return PART_ROWS * (self.g % 2) + self.g // 2 + PART_ROWS // 2 * half
 
@@ -141,7 +141,7 @@ class TileCopies:
 
     def vector_pointer(self, shared, place, buffer, half, i):
         vec = self.config.vector_elements
-        row = self.row_pointer(shared, place, buffer, place.tile_row(half))
+        row = self.row_pointer(shared, place, buffer, place.row_in_tile(half))
         return row + cute.assume((4 * i + place.t) * vec, divby=vec)
 
     def load_tile(self, shared, place, buffer):
