@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -186,82 +187,115 @@ needs_hopper = pytest.mark.skipif(
 QWEN = Case(H=16, HV=32, K=128, V=128)
 SEED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BUFFER_ROWS_BEYOND = 1
-REQUESTS_PER_CHECK = 32
+STATES_PER_CHECK = 64  # compared at once, in float64, which is 4 MiB for each at Qwen3-Next's heads
 
 
-def run(
-    case, tactic=None, *, pool_slots=None, mode="none", update=True, rows="contiguous", dtype=torch.int32
-):
-    """One call of `tactic` (or the preferred one) on NaN-poisoned memory, every result checked."""
-    slots = pool_slots or case.B + 3
-    permutation = torch.randperm(slots, generator=torch.Generator().manual_seed(case.T)).to(DEVICE)
-    indices = permutation[: case.B].to(dtype)
-    if case.B > 2:
-        indices[1] = -1
-    named = indices[indices >= 0].long()
-    pool = strided_pool(case, slots, rows)
-    pool[named] = case.states(case.B)[: len(named)]
-    before = pool.clone()
-    inputs = case.inputs()
-    options = {}
-    buffer = scatter = None
-    if mode == "buffer":
-        shape = (case.B + BUFFER_ROWS_BEYOND, case.T + 1, case.HV, case.V, case.K)
-        buffer = options["intermediate_states_buffer"] = poisoned(shape, case.state, DEVICE)
-    if mode == "scatter":
-        free = torch.tensor([i for i in range(slots) if i not in set(named.tolist())], device=DEVICE)
-        scatter = free[: case.B * case.T].view(case.B, case.T).to(dtype)
-        scatter[0, 0] = -1
-        options["ssm_state_indices"] = scatter
-    output = poisoned((case.B, case.T, case.HV, case.V), case.io, DEVICE)
-    call = {**inputs, **case.options, **options, "initial_state": pool, "initial_state_indices": indices}
-    call |= {"disable_state_update": not update, "output": output}
-    if tactic is None:
-        gdn_mtp.gated_delta_rule_mtp(**call, backend="cute")
-    else:
-        with only_tactic(tactic):
-            gdn_mtp.gated_delta_rule_mtp(**call, backend="cute")
-    for start in range(0, case.B, REQUESTS_PER_CHECK):
-        rows = slice(start, min(start + REQUESTS_PER_CHECK, case.B))
-        check_rows(case, rows, inputs, before, indices, output, pool, buffer, scatter, update)
-    untouched = torch.ones(slots, dtype=torch.bool, device=DEVICE)
-    written = named if scatter is None else scatter[indices >= 0]
-    untouched[written[written >= 0].long() if update else written[:0].long()] = False
-    assert_same_bits(pool[untouched], before[untouched], "slots nobody names")
-    if buffer is not None:
-        assert bool(buffer[case.B :].isnan().all())
-        assert bool(buffer[:, case.T :].isnan().all())
-        assert bool(buffer[: case.B][indices < 0].isnan().all())
+class Call:
+    """A call on NaN-poisoned memory: its arguments, and the checks of what it has written.
 
+    Request i starts from `states[i]`, in a slot of its own; request 1 of three or more is padding.
+    mode: where the states after each token go: "none", a "buffer", or "scatter", slots of the pool.
+    """
 
-def check_rows(case, rows, inputs, before, indices, output, pool, buffer, scatter, update):
-    """Every result of the requests in `rows`, each against the state that its slot held before."""
-    slots = indices[rows].long()
-    valid = slots >= 0
-    of_rows = {name: x[rows] if name in ("q", "k", "v", "a", "b") else x for name, x in inputs.items()}
-    entry = before[slots.clamp_min(0)]
-    local = torch.where(valid, torch.arange(len(slots), device=DEVICE), -1)
-    expected = case.reference(of_rows, entry, initial_state_indices=local, update_state=update)
-    assert bool((output[rows][~valid] == 0).all())
-    kept = expected._replace(
-        state=expected.state[valid], intermediate_states=expected.intermediate_states[valid]
-    )
-    stored = None if buffer is None else buffer[rows, : case.T][valid]
-    final = pool[slots[valid]]
-    if scatter is not None:
-        targets = scatter[rows][valid].long()
-        final = entry[valid]  # left as it was, which untouched slots are checked for
-        kept = kept._replace(state=final.double())
-        stored = torch.where(
-            (targets >= 0)[..., None, None, None], pool[targets.clamp_min(0)].double(), kept[2]
+    def __init__(self, case, mode="none", update=True, state_rows="contiguous", index_dtype=torch.int32):
+        self.case, self.update = case, update
+        pool_slots = case.B + 3 + (case.B * case.T if mode == "scatter" else 0)
+        permutation = torch.randperm(pool_slots, generator=torch.Generator().manual_seed(case.T)).to(DEVICE)
+        self.reads = permutation[: case.B].to(index_dtype)
+        if case.B > 2:
+            self.reads[1] = -1
+        self.valid = self.reads >= 0
+        self.states = case.states(case.B)
+        self.pool = strided_pool(case, pool_slots, state_rows)
+        self.pool[self.reads[self.valid].long()] = self.states[self.valid]
+        self.inputs = case.inputs()
+        self.output = poisoned((case.B, case.T, case.HV, case.V), case.io, DEVICE)
+        self.buffer = self.scatter = None
+        if mode == "buffer":
+            shape = (case.B + BUFFER_ROWS_BEYOND, case.T + 1, case.HV, case.V, case.K)
+            self.buffer = poisoned(shape, case.state, DEVICE)
+        if mode == "scatter":
+            free = permutation[case.B : case.B + case.B * case.T]
+            self.scatter = free.view(case.B, case.T).to(index_dtype)
+            if self.scatter.numel() > 1:
+                self.scatter[0, 0] = -1
+
+    @property
+    def arguments(self):
+        return {
+            **self.inputs,
+            **self.case.options,
+            "initial_state": self.pool,
+            "initial_state_indices": self.reads,
+            "intermediate_states_buffer": self.buffer,
+            "ssm_state_indices": self.scatter,
+            "disable_state_update": not self.update,
+            "output": self.output,
+        }
+
+    def check(self):
+        """Every result is right, and nothing else has been written."""
+        step = max(1, STATES_PER_CHECK // self.case.T)
+        for start in range(0, self.case.B, step):
+            self.check_requests(slice(start, min(start + step, self.case.B)))
+        self.check_untouched()
+
+    def check_requests(self, requests):
+        case, valid = self.case, self.valid[requests]
+        inputs = {
+            name: x[requests] if name in ("q", "k", "v", "a", "b") else x for name, x in self.inputs.items()
+        }
+        own = torch.where(valid, torch.arange(len(valid), device=DEVICE), -1)
+        expected = case.reference(
+            inputs, self.states[requests], initial_state_indices=own, update_state=self.update
         )
-        stored = stored.to(case.state)
-    assert_result(case, kept, output[rows], final, intermediate_states=stored, q=of_rows["q"])
+        output = self.output[requests]
+        assert bool((output[~valid] == 0).all())
+        final, each = expected.state[valid], expected.intermediate_states[valid]
+        stored = None if self.buffer is None else self.buffer[requests, : case.T][valid]
+        if self.scatter is not None:
+            final = self.states[requests][valid].double()  # the last token's state goes elsewhere too
+            slots = self.scatter[requests][valid].long()
+            stored, each = self.pool[slots[slots >= 0]], each[slots >= 0]
+        expected = expected._replace(state=final, intermediate_states=each)
+        state = self.pool[self.reads[requests][valid].long()]
+        assert_result(case, expected, output, state, intermediate_states=stored, q=inputs["q"])
+
+    def check_untouched(self):
+        """Slots that are not written hold what they held, and rows of the buffer beyond the call's NaN."""
+        written = self.reads if self.scatter is None else self.scatter[self.valid]
+        untouched = torch.ones(len(self.pool), dtype=torch.bool, device=DEVICE)
+        if self.update:
+            untouched[written[written >= 0].long()] = False
+        (slots,) = untouched.nonzero(as_tuple=True)
+        assert_same_bits(self.pool[slots], self.before(slots), "slots that are not written")
+        if self.buffer is not None:
+            assert bool(self.buffer[self.case.B :].isnan().all())
+            assert bool(self.buffer[:, self.case.T :].isnan().all())
+            assert bool(self.buffer[: self.case.B][~self.valid].isnan().all())
+
+    def before(self, slots):
+        """What `slots` [n] of the pool held before the call; a copy of the pool might not fit beside it."""
+        (requests,) = self.valid.nonzero(as_tuple=True)
+        starting = torch.full((len(self.pool),), -1, device=DEVICE)
+        starting[self.reads[requests].long()] = requests
+        starting = starting[slots]
+        held = strided_pool(self.case, len(slots), "contiguous")
+        held[starting >= 0] = self.states[starting[starting >= 0]]
+        return held
 
 
-def strided_pool(case, slots, rows):
+def run(case, tactic=None, backend="cute", **options):
+    """One call of `tactic`, or of the one preferred, with every result checked; options are those of Call."""
+    call = Call(case, **options)
+    with contextlib.nullcontext() if tactic is None else only_tactic(tactic):
+        gdn_mtp.gated_delta_rule_mtp(**call.arguments, backend=backend)
+    call.check()
+
+
+def strided_pool(case, slots, state_rows):
     """A NaN-filled pool; "aligned" rows lie apart, as do slots and heads."""
-    if rows == "contiguous":
+    if state_rows == "contiguous":
         return torch.full((slots, case.HV, case.V, case.K), NAN, dtype=case.state, device=DEVICE)
     whole = torch.full((slots, 2, case.HV, case.V, case.K + 16), NAN, dtype=case.state, device=DEVICE)
     return whole[:, 1, :, :, 8 : case.K + 8]
@@ -294,6 +328,13 @@ def memory_given_back():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("state_rows", ["contiguous", "aligned"])
+@pytest.mark.parametrize("mode", ["none", "buffer", "scatter"])
+def test_torch_passes_the_checks_of_the_kernels(mode, state_rows):
+    run(Case(B=5, T=3, state=BF16), backend="torch", mode=mode, state_rows=state_rows)
+    run(Case(B=1, T=1, K=8, V=16), backend="torch", mode=mode, update=mode == "scatter")
+
+
 @needs_hopper
 @pytest.mark.usefixtures("memory_given_back")
 @pytest.mark.parametrize("tokens", range(2, 9))
@@ -303,13 +344,23 @@ def test_qwen3_next_shapes_with_states_cached_and_updated(batch, tokens):
 
 
 @needs_hopper
+@pytest.mark.usefixtures("memory_given_back")
+@pytest.mark.parametrize("mode", ["none", "scatter"])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+@pytest.mark.parametrize("batch", [1, 17, 64, 256])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_qwen3_next_shapes_with_the_preferred_tactic(state, batch, tokens, mode):
+    """The largest pool, 256 requests' states after each of 16 tokens in float32, takes 8.5 GiB."""
+    run(replace(QWEN, B=batch, T=tokens, state=state), mode=mode)
+
+
+@needs_hopper
 @pytest.mark.parametrize("mode", ["none", "buffer", "scatter"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 16])
 @pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_sizes_and_modes(head, state, tokens, mode):
-    case = Case(B=3, T=tokens, H=2, HV=6, K=head, V=head, state=state)
-    run(case, mode=mode, pool_slots=6 + 3 * tokens)
+    run(Case(B=3, T=tokens, H=2, HV=6, K=head, V=head, state=state), mode=mode)
 
 
 @needs_hopper
@@ -335,8 +386,8 @@ def test_every_tactic(state, tactic, tokens, mode):
 @pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
 def test_a_pool_whose_rows_lie_apart(state, tokens):
     case = Case(B=4, T=tokens, H=1, HV=3, K=128, V=64, state=state)
-    run(case, rows="aligned")
-    run(case, rows="aligned", mode="scatter", pool_slots=8 + 4 * tokens, dtype=torch.int64)
+    run(case, state_rows="aligned")
+    run(case, state_rows="aligned", mode="scatter", index_dtype=torch.int64)
 
 
 @needs_hopper
