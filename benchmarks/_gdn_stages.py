@@ -20,7 +20,7 @@ from gdn_mtp.cute.speculative import Verify, allocate
 from gdn_mtp.cute.tiles import Place
 from gdn_mtp.cute.trace import arguments, rows
 
-CALL_STAGES = ("arithmetic", "tokens", "registers", "index")  # in this order, each without those before it
+CALL_STAGES = ("arithmetic", "tokens", "registers", "index", "everything")  # each without those before it
 STEP_STAGES = ("arithmetic", "all but states read")
 
 
@@ -29,9 +29,9 @@ class StagesConfig:
     """A kernel's configuration, and the stage that is left out; of a call with all before it.
 
     Of a call: "arithmetic", and "tokens", which is q, k, v, the gates and the output; "registers", through
-    which states pass on their way from load to store; "index", which is read to find them. Of a step:
-    "arithmetic"; "all but states read". As many blocks share a multiprocessor as of the whole kernel of a
-    call; of a step it may be more, as fewer registers are used.
+    which states pass on their way from load to store; "index", which is read to find them; "everything": one
+    block that does nothing. Of a step: "arithmetic"; "all but states read". As many blocks share a
+    multiprocessor as of the whole kernel of a call; of a step it may be more, as fewer registers are used.
     """
 
     kernel: KernelConfig | SpeculativeConfig
@@ -127,6 +127,20 @@ class StatesAlone(WithoutArithmetic):
         self.store_states(tensors, s, shared, place, self.tile_row(place, tile), tile)
 
 
+class WithoutEverything(GatedDeltaRule):
+    """Takes the arguments of a call and does nothing, in one block, launched with the same attributes."""
+
+    def grid(self, value_heads, key_heads, requests):
+        return 1, 1, 1
+
+    @cute.kernel
+    def kernel(
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
+        intermediate_states, ssm_state_indices, output,
+    ):  # fmt: skip
+        pass
+
+
 class VerifyWithoutArithmetic(Verify):
     """Moves everything, but folds states as they were, and writes v as output and as update."""
 
@@ -202,9 +216,11 @@ def _kernel(config: StagesConfig) -> Any:
         return without(config.kernel)
     whole = config.kernel
     limited = replace(whole, tactic=replace(whole.tactic, blocks_per_sm=whole.blocks_per_sm))
-    level = CALL_STAGES.index(config.without)
-    if level == 0:
+    if config.without == "arithmetic":
         return WithoutArithmetic(limited)
+    if config.without == "everything":
+        return WithoutEverything(limited)
+    level = CALL_STAGES.index(config.without)
     return StatesAlone(limited, registers=level < 2, index=level < 3)
 
 

@@ -11,6 +11,7 @@ results.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -24,19 +25,30 @@ STATE_NBYTES = 128 * 128 * 4  # one value head of one request, fp32
 MIN_CALLS = 20
 
 
+class Copies:
+    """Calls that copy `nbytes` by an element-wise kernel, each on memory of its own, and their check."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        count = max(MIN_CALLS, calls_for_cold_l2(2 * nbytes, device))
+        self.sources = [torch.randn(nbytes // 4, device=device) for _ in range(count)]
+        self.targets = [torch.full_like(source, float("nan")) for source in self.sources]
+        self.calls = [
+            functools.partial(torch.neg, source, out=target)
+            for source, target in zip(self.sources, self.targets, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Raises RuntimeError unless every call has been made and copied (and negated) all."""
+        for source, target in zip(self.sources, self.targets, strict=True):
+            if not torch.equal(target, -source):
+                raise RuntimeError("the copy is wrong")
+
+
 def measure(nbytes: int, device: torch.device) -> float:
     """Median microseconds of one copy of `nbytes`, checked to be one."""
-    calls = max(MIN_CALLS, calls_for_cold_l2(2 * nbytes, device))
-    sources = [torch.randn(nbytes // 4, device=device) for _ in range(calls)]
-    targets = [torch.full_like(source, float("nan")) for source in sources]
-    copies = [
-        lambda source=source, target=target: torch.neg(source, out=target)
-        for source, target in zip(sources, targets, strict=True)
-    ]
-    (time_us,) = time_cuda_us({"copy": copies}).values()
-    for source, target in zip(sources, targets, strict=True):
-        if not torch.equal(target, -source):
-            raise RuntimeError("the copy is wrong")
+    copies = Copies(nbytes, device)
+    (time_us,) = time_cuda_us({"copy": copies.calls}).values()
+    copies.check()
     return time_us
 
 

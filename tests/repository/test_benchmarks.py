@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,3 +78,129 @@ def test_an_mla_cell_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatc
     for text in ("B64-H128-s8192", "H128-s8192-bf16", "B64-H128-s8192-fp32"):
         with pytest.raises(SystemExit, match=text):
             parse_cell(text)
+
+
+def test_arguments_of_the_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from bench_gdn_stages import parse_arguments
+
+    assert vars(parse_arguments([])) == {"batch": [16, 32, 64], "out": None}
+    given = parse_arguments(["--batch", "1", "8", "--out", "folder"])
+    assert vars(given) == {"batch": [1, 8], "out": Path("folder")}
+    with pytest.raises(SystemExit):
+        parse_arguments(["--batches", "1"])
+    assert "--batches" in capsys.readouterr().err
+
+
+def test_states_in_order_and_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _gdn_cases import Cell, make_calls, make_pool
+    from bench_gdn_stages import bound
+
+    taken: list[tuple[object, ...]] = []
+    cell = Cell(H=1, HV=1, B=3, T=2, update=True, cache=True, state_dtype=torch.bfloat16)
+    pool = make_pool(cell, torch.device("cpu"), slots=7)
+    _, call = make_calls(cell, pool, count=2)
+    for in_order, expected in ((False, pool[call.indices.long()]), (True, pool[3:6])):
+        bound(lambda *arguments: taken.append(arguments), call, in_order)()
+        state, indices, write_indices, intermediate, scatter, output = taken.pop()[8:]
+        assert isinstance(state, torch.Tensor)
+        assert isinstance(indices, torch.Tensor)
+        assert indices.dtype == torch.int32
+        assert torch.equal(state[indices.long()], expected)
+        assert state.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
+        assert write_indices is None
+        assert scatter is None
+        assert intermediate is call.intermediate
+        assert output is call.output
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_gdn_stages
+
+    cell = bench_gdn_stages.Cell(H=1, HV=1, B=1, T=1, update=True, cache=False, state_dtype=torch.float32)
+    plan = SimpleNamespace(tactic="w4t1s")
+    stand_ins = {
+        "as_arch": lambda device: None,
+        "Ours": lambda cell, device: SimpleNamespace(plan=plan),
+        "make_calls": lambda cell, pool: [None],
+        "checked": lambda whole, cell, call: "output: is not finite",
+        "time_cuda_us": lambda *_, **__: pytest.fail("timed"),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(bench_gdn_stages, name, stand_in)
+    pool = torch.full((2, 1, 128, 128), float("nan"))
+    row = bench_gdn_stages.time_calls(cell, pool, copy_gb_s=3000.0)
+    assert row.wrong == "output: is not finite"
+    assert row.us == row.fraction == {}
+    assert row.line() == f"{'1/1/1 B1-T1 update fp32':<34} w4t1s   WRONG: output: is not finite"
+    assert pool.isfinite().all()  # for the next row
+
+
+def test_results_of_the_stages_are_found_by_the_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gdn_tables
+    from _gdn_cases import Cell
+    from bench_gdn_stages import STATE_DTYPES, VARIANTS, HostTime, Row, write_results
+
+    names = ("nothing", *VARIANTS, "copy")
+    rows = []
+    for number, dtype in enumerate(STATE_DTYPES):
+        cell = Cell(H=16, HV=32, B=16, T=1, update=True, cache=False, state_dtype=dtype)
+        rows.append(Row(str(cell), "w4t1s"))
+        rows[-1].us = {name: 20.0 + i for i, name in enumerate(names)}
+        rows[-1].fraction = dict.fromkeys(names, 0.9 - number / 10)
+    assert "w4t1s   without nothing 20.00 (0.900), arithmetic 21.00 (0.900), tokens" in rows[0].line()
+    host = {"Plan.run, B1-T1 update": HostTime(7.5, 7.0, 9.25)}
+    path = write_results(tmp_path / "gdn_mtp-h100-stages", rows, host, copy_gb_s=3000.0)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["copy_gb_s"] == 3000.0
+    assert content["host_us"] == {"Plan.run, B1-T1 update": 7.5}
+    assert content["host_us_range"] == {"Plan.run, B1-T1 update": [7.0, 9.25]}
+    recorded = gdn_tables.stages("16/16/32 B16-T1 update fp32")
+    assert list(recorded) == list(names)
+    monkeypatch.setattr(gdn_tables, "RESULTS", tmp_path)
+    assert gdn_tables.stages("16/16/32 B16-T1 update fp32") == dict.fromkeys(names, 0.9)
+    assert gdn_tables.stages("16/16/32 B16-T1 update bf16") == dict.fromkeys(names, 0.8)
+
+
+def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_gdn_stages
+
+    order: list[str] = []
+    clock_us = [0.0]
+    costs_us = {"a": iter([90.0, 4.0, 2.0, 9.0]), "b": iter([90.0, 1.0, 1.0, 1.0])}
+
+    def run(name: str) -> None:
+        order.append(name)
+        clock_us[0] += next(costs_us[name])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench_gdn_stages, "HOST_CALLS", 1)
+    monkeypatch.setattr(bench_gdn_stages, "HOST_BATCHES", 3)
+    monkeypatch.setattr(bench_gdn_stages, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
+    found = bench_gdn_stages.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
+    assert order == ["a", "b"] * 4
+    assert {name: str(us) for name, us in found.items()} == {
+        "a": "4.00 (2.00 to 9.00)",
+        "b": "1.00 (1.00 to 1.00)",
+    }
+
+
+def test_a_copy_that_was_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_copy_floor
+
+    monkeypatch.setattr(bench_copy_floor, "calls_for_cold_l2", lambda nbytes, device: 3)
+    copies = bench_copy_floor.Copies(64, torch.device("cpu"))
+    assert len(copies.calls) == bench_copy_floor.MIN_CALLS
+    for call in copies.calls[1:]:
+        call()
+    with pytest.raises(RuntimeError, match="the copy is wrong"):
+        copies.check()
+    copies.calls[0]()
+    copies.check()
