@@ -21,7 +21,6 @@ import argparse
 import functools
 import json
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -43,7 +42,17 @@ from _gdn_cases import (
     needed_nbytes,
     parse_heads,
 )
-from _gdn_report import PEER_TITLES, Row, header, line, plot, summary, summary_lines, tactics_line
+from _gdn_report import (
+    PEER_TITLES,
+    Row,
+    header,
+    line,
+    plot,
+    results_folder,
+    summary,
+    summary_lines,
+    tactics_line,
+)
 from _gdn_variants import (
     PEERS,
     Ours,
@@ -113,7 +122,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for results.json and plot.png; benchmarks/results/gdn_mtp-<device> if not given",
+        help="folder for results.json and plot.png; benchmarks/results/gdn_mtp-<model> if not given",
     )
     options = parser.parse_args(arguments)
     if "none" in options.peers:
@@ -323,12 +332,6 @@ class Results:
         ]
 
 
-def default_folder(device_name: str) -> Path:
-    """`benchmarks/results/gdn_mtp-<device>`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return Path(__file__).resolve().parent / "results" / f"gdn_mtp-{slug}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -344,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = environment(*DISTRIBUTIONS, *(PEER_DISTRIBUTIONS[peer] for peer in options.peers))
     command = shlex.join(["python", "benchmarks/bench_gdn_mtp.py", *arguments])
     date = time.strftime("%Y-%m-%d")
-    out = options.out or default_folder(record["device"])
+    out = options.out or results_folder("gdn_mtp", record["device"])
     results = Results(out, options.peers, environment=record, command=command, date=date)
     print(command)
     print(*(f"{name} {value}" for name, value in record.items()), sep=", ", flush=True)

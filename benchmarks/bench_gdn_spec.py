@@ -26,7 +26,6 @@ import argparse
 import functools
 import json
 import math
-import re
 import shlex
 import sys
 import time
@@ -38,6 +37,7 @@ from typing import Any
 import gdn_mtp
 import torch
 from _gdn_cases import HEAD_DIM, OUR_ERROR, POOL_SLOTS, UNIT_ROUNDOFF, parse_heads
+from _gdn_report import results_folder
 from _gdn_variants import import_peer, progress
 from gdn_mtp import SpeculativeCache
 from gdn_mtp.problem import short_dtype
@@ -463,12 +463,6 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def default_folder(device_name: str) -> Path:
-    """`benchmarks/results/gdn_spec-<device>`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return Path(__file__).resolve().parent / "results" / f"gdn_spec-{slug}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -479,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     record = environment(*DISTRIBUTIONS, *(["flashinfer-python"] if "flashinfer" in options.peers else []))
     command = shlex.join(["python", "benchmarks/bench_gdn_spec.py", *arguments])
-    folder = options.out or default_folder(record["device"])
+    folder = options.out or results_folder("gdn_spec", record["device"])
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"environment": record, "command": command, "date": time.strftime("%Y-%m-%d")}
     print(command)

@@ -37,10 +37,11 @@ from typing import Any, NamedTuple
 import bench_gdn_spec
 import torch
 from _gdn_cases import HEAD_DIM, POOL_SLOTS, Call, Cell, fill_pool, make_calls, make_pool
+from _gdn_report import results_folder
 from _gdn_stages import EMPTY, STAGES, STEP_STAGES, StagesConfig
 from _gdn_variants import Ours, progress, timed_calls
 from bench_copy_floor import Copies
-from bench_gdn_mtp import DISTRIBUTIONS, HOST_BATCHES, HOST_CALLS, HOST_CASES, checked, default_folder
+from bench_gdn_mtp import DISTRIBUTIONS, HOST_BATCHES, HOST_CALLS, HOST_CASES, checked
 from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import KERNELS
 from gdn_mtp.cute.kernels_speculative import KERNELS as STEP_KERNELS
@@ -222,7 +223,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for results.json; benchmarks/results/gdn_mtp-<device>-stages if not given",
+        help="folder for results.json; benchmarks/results/gdn_mtp-stages-<model> if not given",
     )
     return parser.parse_args(arguments)
 
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host = time_host(host_runs(device))
     print("host us per call, median of batches (lowest to highest):")
     print(*(f"{name}: {us}" for name, us in host.items()), sep="\n")
-    out = options.out or default_folder(f"{record['device']} stages")
+    out = options.out or results_folder("gdn_mtp-stages", record["device"])
     facts = {"environment": record, "date": time.strftime("%Y-%m-%d"), "command": command}
     print(f"wrote {write_results(out, rows, host, **facts, copy_gb_s=copy_gb_s)}")
     return 1 if any(row.wrong for row in rows) else 0

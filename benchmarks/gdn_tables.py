@@ -87,7 +87,7 @@ def short_of_goal() -> list[tuple[dict[str, Any], float]]:
 
 def stages(cell: str) -> dict[str, float]:
     """Of a cell, fractions of the copy bandwidth by what is left out of the kernel."""
-    rows = json.loads((RESULTS / "gdn_mtp-h100-stages" / "results.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((RESULTS / "gdn_mtp-stages-h100" / "results.json").read_text(encoding="utf-8"))["rows"]
     (fractions,) = (row["fraction"] for row in rows if row["cell"] == cell)
     return dict(fractions)
 

@@ -155,7 +155,7 @@ def test_results_of_the_stages_are_found_by_the_tables(
         rows[-1].fraction = dict.fromkeys(names, 0.9 - number / 10)
     assert "w4t1s   without nothing 20.00 (0.900), arithmetic 21.00 (0.900), tokens" in rows[0].line()
     host = {"Plan.run, B1-T1 update": HostTime(7.5, 7.0, 9.25)}
-    path = write_results(tmp_path / "gdn_mtp-h100-stages", rows, host, copy_gb_s=3000.0)
+    path = write_results(tmp_path / "gdn_mtp-stages-h100", rows, host, copy_gb_s=3000.0)
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["copy_gb_s"] == 3000.0
     assert content["host_us"] == {"Plan.run, B1-T1 update": 7.5}
@@ -204,3 +204,16 @@ def test_a_copy_that_was_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
         copies.check()
     copies.calls[0]()
     copies.check()
+
+
+def test_results_lie_where_the_tables_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _gdn_report import results_folder
+
+    names = {
+        "NVIDIA H100 80GB HBM3": "gdn_mtp-h100",
+        "NVIDIA GeForce RTX 5090": "gdn_mtp-rtx-5090",
+        "NVIDIA RTX PRO 6000 Blackwell": "gdn_mtp-rtx-pro-6000",
+    }
+    assert {device: results_folder("gdn_mtp", device).name for device in names} == names
+    assert (results_folder("gdn_mtp", "NVIDIA H100 80GB HBM3") / "results.json").exists()
