@@ -1,26 +1,36 @@
 """Random shapes, strides, dtypes, index sets and options against the oracle."""
 
 import gdn_mtp
+import pytest
 import torch
+from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_mtp.specs import state_rows
 from gdn_support import BF16, DEVICE, FP16, FP32, Case, assert_result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_dispatch import explain
 from kernel_testing import poisoned, snapshot_untouched
 
 FLOATS = st.sampled_from([BF16, FP16, FP32])
 STATES = st.sampled_from([FP32, BF16])
+KERNEL_DIMS = st.sampled_from([64, 128])  # K and V that the provider `cute` takes; it declines the others
+OTHER_DIMS = st.tuples(st.sampled_from([1, 8, 33, 64]), st.sampled_from([1, 16, 40]))
+HEAD_DIMS = st.tuples(KERNEL_DIMS, KERNEL_DIMS) | OTHER_DIMS
+ANY_GAP = (0, 1, 3, 8)
+STATE_GAPS = st.sampled_from([(0, 8), ANY_GAP])  # with the first, the rows of a state are 16-byte aligned
 
 
 @st.composite
 def cases(draw, max_tokens=5):
     heads = draw(st.integers(1, 3))
+    key_dim, value_dim = draw(HEAD_DIMS)
     return Case(
         B=draw(st.integers(1, 5)),
         T=draw(st.integers(1, max_tokens)),
         H=heads,
         HV=heads * draw(st.integers(1, 4)),
-        K=draw(st.sampled_from([1, 8, 33, 64])),
-        V=draw(st.sampled_from([1, 16, 40])),
+        K=key_dim,
+        V=value_dim,
         io=draw(FLOATS),
         gates=draw(FLOATS),
         bias=draw(STATES),
@@ -30,10 +40,10 @@ def cases(draw, max_tokens=5):
     )
 
 
-def strided(draw, tensor):
+def strided(draw, tensor, gaps=ANY_GAP):
     """The same values in memory of another order and with gaps; the last dimension keeps stride 1."""
     order = draw(st.permutations(range(tensor.dim() - 1)))
-    gap = draw(st.integers(0, 3))
+    gap = draw(st.sampled_from(gaps))
     sizes = [tensor.shape[dim] for dim in order]
     memory = poisoned((*sizes, tensor.shape[-1] + gap), tensor.dtype, DEVICE)
     inverse = [order.index(dim) for dim in range(len(order))]
@@ -41,21 +51,22 @@ def strided(draw, tensor):
     return view.copy_(tensor)
 
 
-@given(st.data())
-@settings(max_examples=80, deadline=None)
-def test_mtp(data):
+@pytest.mark.parametrize("mode", ["update", "frozen", "write", "buffer", "scatter"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_mtp(mode, data):
     draw = data.draw
     case = draw(cases())
     inputs = case.inputs(seed=draw(st.integers(0, 9)))
     inputs = {name: strided(draw, x) if name not in ("A_log", "dt_bias") else x for name, x in inputs.items()}
     slots = case.B * (case.T + 1) + 2
-    pool = strided(draw, case.states(slots))
+    gaps = draw(STATE_GAPS)
+    pool = strided(draw, case.states(slots), gaps)
     order = draw(st.permutations(range(slots)))
     reads = torch.tensor(order[: case.B], device=DEVICE)
     reads[torch.tensor(draw(st.lists(st.booleans(), min_size=case.B, max_size=case.B)), device=DEVICE)] = -1
     free = torch.tensor(order[case.B : case.B * (case.T + 1)], device=DEVICE).view(case.B, case.T)
 
-    mode = draw(st.sampled_from(["update", "frozen", "write", "buffer", "scatter"]))
     arguments, semantics, touched, buffer = {}, {}, reads, None
     if mode == "frozen":
         touched = torch.tensor([-1])
@@ -64,7 +75,7 @@ def test_mtp(data):
         arguments = semantics = {"output_state_indices": free[:, 0]}
     elif mode == "buffer":
         shape = (case.B + draw(st.integers(0, 1)), case.T + draw(st.integers(0, 1)), *pool.shape[1:])
-        buffer = strided(draw, poisoned(shape, case.state, DEVICE))
+        buffer = strided(draw, poisoned(shape, case.state, DEVICE), gaps)
         arguments = {"intermediate_states_buffer": buffer}
     elif mode == "scatter":
         touched = free.masked_fill((reads < 0)[:, None], -1)
@@ -96,7 +107,26 @@ def test_states_per_request(data):
     layout = "kv" if k_major else "vk"
     function = gdn_mtp.gated_delta_rule_decode if k_major else gdn_mtp.gated_delta_rule_decode_pretranspose
     inputs = {name: strided(draw, x) if x.dim() > 1 else x for name, x in case.inputs().items()}
-    state = strided(draw, case.states(case.B, layout))
+    state = strided(draw, case.states(case.B, layout), draw(STATE_GAPS))
     expected = case.reference(inputs, state, state_layout=layout)
     output, _ = function(**inputs, state=state, **case.options)
     assert_result(case, expected, output, state, q=inputs["q"], layout=layout)
+
+
+def test_some_cases_are_for_the_kernels():
+    """With "auto" a GPU then compares the kernels, not PyTorch alone."""
+    chosen = []
+
+    @given(st.data())
+    @settings(max_examples=80, deadline=None, derandomize=True)
+    def draw_problems(data):
+        case = data.draw(cases())
+        problem = GatedDeltaRuleProblem(
+            **{name: getattr(case, name) for name in ("B", "T", "H", "HV", "K", "V")},
+            state_dtype=case.state,
+            state_rows=state_rows(strided(data.draw, case.states(2), data.draw(STATE_GAPS))),
+        )
+        chosen.append(explain(problem, "sm_90a").chosen)
+
+    draw_problems()
+    assert min(chosen.count("cute"), chosen.count("torch")) >= 10
