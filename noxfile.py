@@ -282,12 +282,13 @@ DEVICE_PROVIDERS = {"mla-sm100": "sm100", "mla-sm120": "sm120"}
 
 
 def cuda_device(session: nox.Session) -> str:
-    """The name of the GPU; the session fails if there is none."""
-    query = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    name = str(session.run("python", "-c", query, silent=True)).strip()
-    if not name:
+    """The model of the GPU, as names of files have it; the session fails if there is none."""
+    query = "import torch; from kernel_testing import device_model"
+    query += "; print(device_model(torch.cuda.get_device_name()) if torch.cuda.is_available() else '')"
+    model = str(session.run("python", "-c", query, silent=True)).strip()
+    if not model:
         session.error("PyTorch finds no CUDA device")
-    return name
+    return model
 
 
 @nox.session
@@ -298,8 +299,7 @@ def device(session: nox.Session) -> None:
     package = PACKAGES[session.posargs[0]]
     use_base(session)
     install_packages(session, closure([package.name, *TEST_HELPERS]))
-    name = cuda_device(session)
-    folder = ROOT / "benchmarks" / "results" / f"{package.module}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}"
+    folder = ROOT / "benchmarks" / "results" / f"{package.module}-{cuda_device(session)}"
     folder.mkdir(parents=True, exist_ok=True)
     tests = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package.tests))
     benchmark = str(ROOT / "benchmarks" / "bench_mla_decode.py")

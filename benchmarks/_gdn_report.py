@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from _gdn_cases import Cell
+from kernel_testing import device_model
 
 PEER_TITLES = {"flashinfer": "FlashInfer", "fla": "FLA"}
 
 
 def results_folder(benchmark: str, device: str) -> Path:
-    """`benchmarks/results/<benchmark>-<model>`, `gdn_mtp-h100` for a device named NVIDIA H100 80GB HBM3."""
-    words = [word for word in re.findall(r"[a-z0-9]+", device.lower()) if word not in ("nvidia", "geforce")]
-    last = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words))
-    return Path(__file__).resolve().parent / "results" / "-".join([benchmark, *words[: last + 1]])
+    """`benchmarks/results/<benchmark>-<model>`, for the name of a device."""
+    return Path(__file__).resolve().parent / "results" / f"{benchmark}-{device_model(device)}"
 
 
 @dataclass

@@ -6,7 +6,6 @@ Where there are tcgen05 tensor cores it is that of a large product by cuBLAS, el
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,8 +105,3 @@ def compile_function(source: str, name: str, arch: str) -> Any:
     status, kernel = driver.cuLibraryGetKernel(library, name.encode())
     assert not int(status), status
     return driver.CUfunction(int(kernel))
-
-
-def folder_name(device_name: str) -> str:
-    """What a folder of results is called after: "h100" of "NVIDIA H100 80GB HBM3"."""
-    return Path(device_name.removeprefix("NVIDIA ").split()[0].lower()).name

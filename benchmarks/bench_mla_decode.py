@@ -8,8 +8,9 @@
 the sm_90a build of the same sources, `sm90`. Before it is timed, every variant is compared with float64 at
 the very shape, for the first and the last request, every element; one that is wrong is not timed. A time is
 the median of replays of a CUDA graph with the L2 cache cold. Ceilings are measured in the same run: copy
-bandwidth, and the rate of mma.sync from registers, or of cuBLAS where there is tcgen05. The exit status is 1
-if ours is wrong or there is no GPU.
+bandwidth, and the rate of mma.sync from registers, or of cuBLAS where there is tcgen05. Writes results.json
+and report.txt; of some cells alone only where --out says so. The exit status is 1 if ours is wrong or there
+is no GPU.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ from typing import Any
 
 import torch
 from _mla_cases import DTYPES, Call, Cell
-from _mla_ceilings import folder_name, matrix_tflops, matrix_unit
+from _mla_ceilings import matrix_tflops, matrix_unit
 from kernel_dispatch import as_arch, providers, resolve
-from kernel_testing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cuda_us
+from kernel_testing import (
+    calls_for_cold_l2,
+    copy_bandwidth_gb_s,
+    device_model,
+    environment,
+    time_cuda_us,
+)
 from mla_core import DecodeProblem, plan
 
 CELLS = [
@@ -65,7 +72,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tactics", action="store_true", help="time every tactic")
     parser.add_argument("--no-torch", action="store_true", help="leave the torch provider out")
     parser.add_argument("--repeats", type=int, default=9, help="replays per variant (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for results.json and report.txt")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for results.json and report.txt; of all cells benchmarks/results/mla_<provider>-<model>",
+    )
     return parser.parse_args(arguments)
 
 
@@ -232,12 +243,11 @@ def main() -> int:
                 f"{of_rate:>7s}"
             )
         torch.cuda.empty_cache()
-    out = (
-        options.out
-        or Path(__file__).parent
-        / "results"
-        / f"mla_{options.provider}-{folder_name(torch.cuda.get_device_name())}"
-    )
+    if options.out is None and options.cells:
+        print("nothing is written: --cells without --out")
+        return int(failed)
+    name = f"mla_{options.provider}-{device_model(torch.cuda.get_device_name())}"
+    out = options.out or Path(__file__).parent / "results" / name
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")

@@ -152,6 +152,20 @@ def test_a_copy_of_a_cache_is_of_no_pool_yet():
     assert history.cache.is_bound_to(history.pool)
 
 
+def test_a_shallow_copy_shares_the_pool_as_it_shares_the_tensors():
+    history = prepared()
+    shared = copy.copy(history.cache)
+    assert shared.keys is history.cache.keys
+    assert shared.is_bound_to(history.pool)
+    assert_refused(history, "cache", "is of the state pool at", cache=shared, state_pool=SETUP.pool())
+
+
+def test_a_pool_that_cannot_be_the_caches_is_told_apart_from_one_that_moved():
+    history = prepared()
+    larger = torch.cat([history.pool, history.pool[:1]])
+    assert_refused(history, "state_pool", "pool", state_pool=larger)
+
+
 def test_a_foreign_cache_is_seen_where_autograd_looks_on():
     """Weights that ask for gradients send a call through its operation, which knows tensors but no cache."""
     first, second = prepared(), prepared()

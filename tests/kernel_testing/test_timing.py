@@ -60,3 +60,17 @@ def test_cuda_time_counts_one_call() -> None:
 @needs_gpu
 def test_copy_bandwidth_of_the_gpu() -> None:
     assert copy_bandwidth_gb_s(torch.device("cuda"), nbytes=1 << 28) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 5090", "rtx-5090"),
+        ("NVIDIA RTX PRO 6000 Blackwell", "rtx-pro-6000"),
+        ("NVIDIA GB10", "gb10"),
+        ("Tesla V", "tesla-v"),
+    ],
+)
+def test_the_model_of_a_device(name, model):
+    assert timing_module.device_model(name) == model

@@ -4,7 +4,14 @@ from .__about__ import __version__
 from .compare import assert_close_elementwise
 from .cubin import KernelResources, cubin_resources
 from .poison import UNUSED_INDEX, Guarded, poison_, poisoned, snapshot_untouched
-from .timing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cpu_us, time_cuda_us
+from .timing import (
+    calls_for_cold_l2,
+    copy_bandwidth_gb_s,
+    device_model,
+    environment,
+    time_cpu_us,
+    time_cuda_us,
+)
 
 __all__ = [
     "UNUSED_INDEX",
@@ -15,6 +22,7 @@ __all__ = [
     "calls_for_cold_l2",
     "copy_bandwidth_gb_s",
     "cubin_resources",
+    "device_model",
     "environment",
     "poison_",
     "poisoned",

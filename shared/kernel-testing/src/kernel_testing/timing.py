@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -73,6 +74,13 @@ def copy_bandwidth_gb_s(device: torch.device, nbytes: int = 1 << 30) -> float:
     else:
         median_us = time_cpu_us(lambda: target.copy_(source))
     return 2 * source.nbytes / median_us / 1e3
+
+
+def device_model(name: str) -> str:
+    """The model in the name of a device, for names of files: `h100` of "NVIDIA H100 80GB HBM3"."""
+    words = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word not in ("nvidia", "geforce")]
+    last = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words))
+    return "-".join(words[: last + 1])
 
 
 def environment(*distributions: str) -> dict[str, str]:

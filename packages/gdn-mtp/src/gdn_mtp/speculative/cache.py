@@ -102,7 +102,8 @@ class SpeculativeCache:
 
     A cache belongs to one pool: the first call that succeeds, outside code that `torch.compile` traces, binds
     it to the pool's address, strides and dtype, and another pool is refused from then on. `bind` says that
-    the pool has moved. A copy of a cache, by pickle or `copy.deepcopy`, is not bound yet.
+    the pool has moved. A copy of a cache, by pickle or `copy.deepcopy`, is not bound yet; one by `copy.copy`
+    shares the tensors and is bound as the cache is.
     A pool does not know its cache: a second one, fresh, is accepted with it, and what is pending in the first
     is then ignored, so `commit` comes before a change of caches.
 
@@ -190,10 +191,12 @@ class SpeculativeCache:
     def check_pool(self, state_pool: Tensor) -> None:
         """Raises ArgumentError naming `cache` if it is bound to another pool.
 
-        A pool without an address, as tracing sees it, is not looked at.
+        Names `state_pool` where that has other sizes than the cache. A pool without an address, as tracing
+        sees it, is not looked at.
         """
         if needs_op(state_pool) or self._pool is None or self._pool.fits(state_pool):
             return
+        self._check_sizes(state_pool)  # what cannot be the cache's pool at all has an error of its own
         raise ArgumentError(
             "cache",
             f"is of the state pool at {self._pool}, not of this one at {PoolKey.of(state_pool)}; "
@@ -208,6 +211,12 @@ class SpeculativeCache:
     def __getstate__(self) -> dict[str, object]:
         """A copy's pool is another one, at an address that is not known yet."""
         return self.__dict__ | {"_pool": None}
+
+    def __copy__(self) -> "SpeculativeCache":
+        """A copy that shares the tensors is of the same pool."""
+        shared = type(self).__new__(type(self))
+        shared.__dict__.update(self.__dict__)
+        return shared
 
     @torch.inference_mode()
     def reset_slots(self, slots: Tensor) -> None:
