@@ -18,7 +18,12 @@ REPORT = re.compile(
     re.DOTALL,
 )
 LAUNCH_REGISTERS = 168  # kLaunchRegisters of config.h: what setmaxnreg shares out among the warps of a block
-TENSOR_OPCODES = {"HMMA.16816": 0x23C, "QMMA": 0x27A}  # the low twelve bits of an instruction
+KERNELS_PER_UNIT = 6  # of a dtype: three tiles, merged or not
+HMMA, QMMA = 0x23C, 0x27A  # opcodes, the low twelve bits of an instruction
+HMMA_16816, HMMA_BF16 = (
+    1 << 75,
+    1 << 82,
+)  # bits of an HMMA: sixteen in place of eight to reduce; bf16, else fp16
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +55,37 @@ def test_no_spills_and_no_stack(built: dict[tuple[str, str], tuple[Path, str]]) 
     assert seen == 20 * len({arch for _, arch in built})
 
 
-def opcodes(cubin: bytes) -> set[int]:
-    """The low twelve bits of every 16-byte word of the code sections of a cubin."""
+def tensor_instructions(cubin: bytes) -> list[set[str]]:
+    """The names of the matrix instructions in each code section of a cubin."""
     offset = struct.unpack_from("<Q", cubin, 40)[0]
     entry_bytes, count, names_index = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * entry_bytes) for i in range(count)]
     names = cubin[headers[names_index][4] :]
-    found = set()
+    found = []
     for header in headers:
         if names[header[0] :].startswith(b".text."):
             code = cubin[header[4] : header[4] + header[5]]
-            found |= {word & 0xFFF for (word,) in struct.iter_unpack("<H14x", code)}
+            words = {int.from_bytes(code[at : at + 16], "little") for at in range(0, len(code), 16)}
+            found.append({name for name in map(tensor_instruction, words) if name})
     return found
+
+
+def tensor_instruction(word: int) -> str | None:
+    """The name of an instruction if it is a matrix product: as nvdisasm has it, of QMMA the first word."""
+    if word & 0xFFF == QMMA:
+        return "QMMA"
+    if word & 0xFFF != HMMA:
+        return None
+    return f"HMMA.{16816 if word & HMMA_16816 else 1688}.F32{'.BF16' if word & HMMA_BF16 else ''}"
 
 
 @pytest.mark.parametrize(
     ("unit", "instruction"),
-    [("decode_bf16", "HMMA.16816"), ("decode_fp16", "HMMA.16816"), ("decode_e4m3", "QMMA")],
+    [
+        ("decode_bf16", "HMMA.16816.F32.BF16"),
+        ("decode_fp16", "HMMA.16816.F32"),
+        ("decode_e4m3", "QMMA"),
+    ],
 )
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
 def test_products_are_matrix_instructions(
@@ -74,10 +93,8 @@ def test_products_are_matrix_instructions(
 ) -> None:
     if (unit, arch) not in built:
         pytest.skip(f"this nvcc does not compile for {arch}")
-    found = opcodes(built[unit, arch][0].read_bytes())
-    assert TENSOR_OPCODES[instruction] in found
-    if instruction == "QMMA":
-        assert TENSOR_OPCODES["HMMA.16816"] not in found
+    found = tensor_instructions(built[unit, arch][0].read_bytes())
+    assert found == [{instruction}] * KERNELS_PER_UNIT
 
 
 def test_fp8_builds_with_the_portable_transpose(tmp_path: Path) -> None:
@@ -87,16 +104,29 @@ def test_fp8_builds_with_the_portable_transpose(tmp_path: Path) -> None:
     report = sources.compile_unit(
         NVCC, "decode_e4m3", arch, path, "-Xptxas", "-v", "-DMLA_PORTABLE_TRANSPOSE"
     )
-    assert len(REPORT.findall(report)) == 6
+    assert_nothing_on_a_stack(report)
 
 
 def test_the_main_loop_of_sm120_builds_for_other_gpus(tmp_path: Path) -> None:
     assert NVCC is not None
     options = ("-Xptxas", "-v", "-DMLA_SM120_LOOP")
     report = sources.compile_unit(NVCC, "decode_bf16", "sm_90a", tmp_path / "loop.cubin", *options)
+    assert_nothing_on_a_stack(report)
+
+
+def assert_nothing_on_a_stack(report: str) -> None:
+    """Of every kernel in the compiler's report of a unit."""
     found = REPORT.findall(report)
-    assert len(found) == 6
+    assert len(found) == KERNELS_PER_UNIT
     assert all((stack, stores, loads) == ("0", "0", "0") for _, stack, stores, loads, _ in found)
+
+
+def test_a_wheel_that_was_built_beside_nvcc_has_every_cubin() -> None:
+    assert NVCC is not None
+    if Path(__file__).parents[2] / "packages" in load.PACKAGED.resolve().parents:
+        pytest.skip("the sources are used in place, not a wheel")
+    for arch in sources.nvcc_archs(NVCC):
+        assert all(load.packaged_cubin(unit, arch) is not None for unit in sources.UNITS), arch
 
 
 def test_every_cubin_has_its_place(tmp_path: Path) -> None:
