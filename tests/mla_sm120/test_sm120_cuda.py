@@ -36,6 +36,22 @@ BATCHES += [
     Case((LENGTHS * 11)[:64], dtype, num_heads, q_len)
     for dtype, num_heads, q_len in itertools.product(("bf16", "fp16", "e4m3"), (16, 128), (1, 4))
 ]
+ALONE = [
+    Case((length,), dtype, num_heads, q_len)
+    for dtype, num_heads, q_len, length in itertools.product(
+        ("bf16", "fp16", "e4m3"), (8, 16, 128), (1, 4), LENGTHS[1:]
+    )
+]
+MOST_SPLITS = [
+    Case((65536,), dtype, num_heads)
+    for dtype, num_heads in itertools.product(("bf16", "fp16", "e4m3"), (8, 32, 64, 128))
+]
+OF_ONE_LENGTH = [
+    Case((length,) * batch, dtype)
+    for dtype, (batch, length) in itertools.product(
+        ("bf16", "fp16", "e4m3"), ((2, 8192), (16, 1000), (256, 128), (1024, 1000))
+    )
+]
 RAGGED = [
     Case((9, 130, 2, 70), q_lens=(2, 1, 4, 0)),
     Case((300,), "e4m3", 128, q_lens=(3,)),
@@ -64,7 +80,7 @@ def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **opt
     plan.run(*inputs.positional, out=inputs.out, lse=inputs.lse, workspace=workspace, **arguments)
 
 
-@pytest.mark.parametrize("case", MATRIX + BATCHES + RAGGED, ids=str)
+@pytest.mark.parametrize("case", MATRIX + BATCHES + ALONE + MOST_SPLITS + OF_ONE_LENGTH + RAGGED, ids=str)
 def test_matches_float64(case: Case) -> None:
     inputs = Inputs(case, "cuda")
     run(plan_of(inputs), inputs)
@@ -152,6 +168,21 @@ def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str) -> None:
         alone.block_tables = inputs.block_tables[request : request + 1]
         run(plan_of(alone, "m64-whole"), alone)
         assert torch.equal(alone.out.view(torch.uint8)[0], first.view(torch.uint8)[request])
+
+
+@pytest.mark.parametrize("tactic", [None, "m16-c1", "m32-c2", "m64-c4", "m64-c8", "m64-whole"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+def test_same_bits_however_splits_are_merged(dtype: str, tactic: str | None) -> None:
+    inputs = Inputs(Case((8192, 70, 0, 3000), dtype, 64), "cuda")
+    plan = plan_of(inputs, tactic)
+    run(plan, inputs)
+    inputs.check(inputs.out, inputs.lse)
+    first = [tensor.view(torch.uint8).clone() for tensor in (inputs.out, inputs.lse)]
+    for _ in range(20):
+        poison_(inputs.out)
+        run(plan, inputs)
+        again = (inputs.out.view(torch.uint8), inputs.lse.view(torch.uint8))
+        assert all(map(torch.equal, first, again))
 
 
 def test_graph_replays_with_changed_lengths_and_tables() -> None:
