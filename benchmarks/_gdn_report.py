@@ -9,14 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from _gdn_cases import Cell
-from kernel_testing import device_model
 
 PEER_TITLES = {"flashinfer": "FlashInfer", "fla": "FLA"}
-
-
-def results_folder(benchmark: str, device: str) -> Path:
-    """`benchmarks/results/<benchmark>-<model>`, for the name of a device."""
-    return Path(__file__).resolve().parent / "results" / f"{benchmark}-{device_model(device)}"
 
 
 @dataclass

@@ -20,7 +20,8 @@ from gdn_mtp.cute.speculative import Verify, allocate
 from gdn_mtp.cute.tiles import Place
 from gdn_mtp.cute.trace import arguments, rows
 
-CALL_STAGES = ("arithmetic", "tokens", "registers", "index", "everything")  # each without those before it
+# Of a call, kernels that move states alone, by the stage left out: through registers or not, by index or not.
+STATES_ALONE = {"tokens": (True, True), "registers": (False, True), "index": (False, False)}
 STEP_STAGES = ("arithmetic", "all but states read")
 
 
@@ -220,8 +221,7 @@ def _kernel(config: StagesConfig) -> Any:
         return WithoutArithmetic(limited)
     if config.without == "everything":
         return WithoutEverything(limited)
-    level = CALL_STAGES.index(config.without)
-    return StatesAlone(limited, registers=level < 2, index=level < 3)
+    return StatesAlone(limited, *STATES_ALONE[config.without])
 
 
 def _trace(config: StagesConfig, options: str) -> Any:

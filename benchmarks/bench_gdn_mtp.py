@@ -25,9 +25,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from _gdn_cases import (
@@ -48,7 +48,6 @@ from _gdn_report import (
     header,
     line,
     plot,
-    results_folder,
     summary,
     summary_lines,
     tactics_line,
@@ -65,6 +64,7 @@ from _gdn_variants import (
     tactics_of,
     timed_calls,
 )
+from _results import results_folder
 from kernel_testing import copy_bandwidth_gb_s, environment, time_cuda_us
 
 HEADS = ("16/16/32", "16/16/64")
@@ -263,17 +263,34 @@ def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
 
 
-def host_us(run: Callable[[], object]) -> float:
-    """Median microseconds that the host takes per call, over batches of calls that it does not wait for."""
-    samples = []
+class HostTime(NamedTuple):
+    """Microseconds of the host per call: of batches, the median, the lowest and the highest."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
+
+
+def time_host(runs: Mapping[str, Callable[[], object]]) -> dict[str, HostTime]:
+    """Times batches of each of `runs` in turn; calls of a batch are not waited for."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(HOST_BATCHES + 1):  # the first warms up
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(HOST_CALLS):
-            run()
-        samples.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        for name, run in runs.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                run()
+            samples[name].append((time.perf_counter() - start) / HOST_CALLS * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(samples[1:])
+    return {name: HostTime(statistics.median(x[1:]), min(x[1:]), max(x[1:])) for name, x in samples.items()}
+
+
+def host_us(run: Callable[[], object]) -> float:
+    """Median microseconds that the host takes per call, by itself."""
+    return time_host({"run": run})["run"].median
 
 
 def measure_host(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:

@@ -37,8 +37,8 @@ from typing import Any
 import gdn_mtp
 import torch
 from _gdn_cases import HEAD_DIM, OUR_ERROR, POOL_SLOTS, UNIT_ROUNDOFF, parse_heads
-from _gdn_report import results_folder
 from _gdn_variants import import_peer, progress
+from _results import results_folder
 from gdn_mtp import SpeculativeCache
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import gated_delta_rule_reference
@@ -222,9 +222,9 @@ class Ours:
     def __init__(self, cell: Cell, pool: Tensor, tactic: str | None = None) -> None:
         device = pool.device
         problem, arch = cell.problem(), as_arch(device)
-        chosen = resolve(problem, arch, "cute")
+        chosen = resolve(problem, arch, "cute", tactic)
         self.cell, self.pool = cell, pool.clone()
-        self.tactic = tactic or chosen.tactic
+        self.tactic = chosen.tactic
         self.launch = chosen.kernel.prepare(problem, arch, device, self.tactic)
         self.cache = SpeculativeCache(
             len(pool), cell.H, cell.HV, HEAD_DIM, HEAD_DIM,

@@ -26,22 +26,21 @@ import argparse
 import functools
 import json
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import bench_gdn_spec
 import torch
 from _gdn_cases import HEAD_DIM, POOL_SLOTS, Call, Cell, fill_pool, make_calls, make_pool
-from _gdn_report import results_folder
 from _gdn_stages import EMPTY, STAGES, STEP_STAGES, StagesConfig
 from _gdn_variants import Ours, progress, timed_calls
+from _results import results_folder
 from bench_copy_floor import Copies
-from bench_gdn_mtp import DISTRIBUTIONS, HOST_BATCHES, HOST_CALLS, HOST_CASES, checked
+from bench_gdn_mtp import DISTRIBUTIONS, HOST_CASES, HostTime, checked, time_host
 from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import KERNELS
 from gdn_mtp.cute.kernels_speculative import KERNELS as STEP_KERNELS
@@ -143,31 +142,6 @@ def time_steps(cell: bench_gdn_spec.Cell, copy_gb_s: float, device: torch.device
     moved[STEP_STAGES[-1]] = cell.B * cell.slot_nbytes
     row.fraction = {name: moved[name] / us / 1e3 / copy_gb_s for name, us in row.us.items()}
     return row
-
-
-class HostTime(NamedTuple):
-    """Microseconds of the host per call: of batches, the median, the lowest and the highest."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
-
-
-def time_host(runs: Mapping[str, Callable[[], object]]) -> dict[str, HostTime]:
-    """Times batches of each of `runs` in turn; calls of a batch are not waited for."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(HOST_BATCHES + 1):  # the first warms up
-        for name, run in runs.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(HOST_CALLS):
-                run()
-            samples[name].append((time.perf_counter() - start) / HOST_CALLS * 1e6)
-    torch.cuda.synchronize()
-    return {name: HostTime(statistics.median(x[1:]), min(x[1:]), max(x[1:])) for name, x in samples.items()}
 
 
 def host_runs(device: torch.device) -> dict[str, Callable[[], object]]:

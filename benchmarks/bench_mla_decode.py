@@ -22,18 +22,17 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from _mla_cases import DTYPES, Call, Cell
 from _mla_ceilings import matrix_tflops, matrix_unit
+from _results import results_folder
 from kernel_dispatch import as_arch, providers, resolve
 from kernel_testing import (
     calls_for_cold_l2,
     copy_bandwidth_gb_s,
-    device_model,
     environment,
     time_cuda_us,
 )
@@ -92,11 +91,9 @@ def parse_cell(text: str) -> Cell:
 
 def tactic_plans(cell: Cell, backend: str, device: torch.device, every: bool) -> dict[str, Any]:
     """Plans by the name of their tactic, the heuristic's choice first."""
-    from mla_core.plan import plan_selection
-
     selection = resolve(cell.problem, device, backend)
     names = selection.kernel.tactics(cell.problem, as_arch(device)) if every else [selection.tactic]
-    return {name: plan_selection(replace(selection, tactic=name), cell.problem, device) for name in names}
+    return {name: plan(cell.problem, device, backend, name) for name in names}
 
 
 def measure(
@@ -246,8 +243,7 @@ def main() -> int:
     if options.out is None and options.cells:
         print("nothing is written: --cells without --out")
         return int(failed)
-    name = f"mla_{options.provider}-{device_model(torch.cuda.get_device_name())}"
-    out = options.out or Path(__file__).parent / "results" / name
+    out = options.out or results_folder(f"mla_{options.provider}", torch.cuda.get_device_name())
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")

@@ -43,10 +43,15 @@ HEAD_DIM, IO_BYTES = 128, 2  # of q, k, v and the output
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
 
 
+def record(name: str) -> dict[str, Any]:
+    """A file of recorded results."""
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return content
+
+
 def rows_of(*names: str) -> list[dict[str, Any]]:
     """The rows of recorded results, with 16 query and key heads and 32 value heads."""
-    read = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names)
-    return [row for content in read for row in content["rows"] if row["heads"] == "16/16/32"]
+    return [row for name in names for row in record(name)["rows"] if row["heads"] == "16/16/32"]
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -87,7 +92,7 @@ def short_of_goal() -> list[tuple[dict[str, Any], float]]:
 
 def stages(cell: str) -> dict[str, float]:
     """Of a cell, fractions of the copy bandwidth by what is left out of the kernel."""
-    rows = json.loads((RESULTS / "gdn_mtp-stages-h100" / "results.json").read_text(encoding="utf-8"))["rows"]
+    rows = record("gdn_mtp-stages-h100/results.json")["rows"]
     (fractions,) = (row["fraction"] for row in rows if row["cell"] == cell)
     return dict(fractions)
 
@@ -116,8 +121,8 @@ def shortfalls() -> str:
 
 def goals() -> str:
     """Every goal of the benchmark, with what the record has."""
-    record = json.loads((RESULTS / "gdn_mtp-h100" / "results.json").read_text(encoding="utf-8"))
-    lines = [[x["case"], x["goal"], "yes" if x["reached"] else "no", x["found"]] for x in record["targets"]]
+    targets = record("gdn_mtp-h100/results.json")["targets"]
+    lines = [[x["case"], x["goal"], "yes" if x["reached"] else "no", x["found"]] for x in targets]
     return table(["calls", "goal", "reached", "found"], lines)
 
 
@@ -154,7 +159,7 @@ def step_stages() -> str:
 def tactics() -> str:
     """Times of every tactic for what is short of its goal; the header names the commit they are of."""
     name = "gdn_mtp-h100-tactics/updated-fp32.json"
-    commit = json.loads((RESULTS / name).read_text(encoding="utf-8"))["environment"]["git_commit"]
+    commit = record(name)["environment"]["git_commit"]
     rows = {(row["T"], row["B"]): row for row in rows_of(name) if _updates_fp32(row)}
     lines = []
     for short, _ in short_of_goal():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import struct
 from pathlib import Path
 
 import pytest
+from kernel_testing.cubin import sections
 from mla_sm120 import load, sources
 
 NVCC = sources.find_nvcc()
@@ -20,10 +20,8 @@ REPORT = re.compile(
 LAUNCH_REGISTERS = 168  # kLaunchRegisters of config.h: what setmaxnreg shares out among the warps of a block
 KERNELS_PER_UNIT = 6  # of a dtype: three tiles, merged or not
 HMMA, QMMA = 0x23C, 0x27A  # opcodes, the low twelve bits of an instruction
-HMMA_16816, HMMA_BF16 = (
-    1 << 75,
-    1 << 82,
-)  # bits of an HMMA: sixteen in place of eight to reduce; bf16, else fp16
+HMMA_16816 = 1 << 75  # of an HMMA: it reduces sixteen elements, not eight
+HMMA_BF16 = 1 << 82  # they are bf16, not fp16
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +55,11 @@ def test_no_spills_and_no_stack(built: dict[tuple[str, str], tuple[Path, str]]) 
 
 def tensor_instructions(cubin: bytes) -> list[set[str]]:
     """The names of the matrix instructions in each code section of a cubin."""
-    offset = struct.unpack_from("<Q", cubin, 40)[0]
-    entry_bytes, count, names_index = struct.unpack_from("<HHH", cubin, 58)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * entry_bytes) for i in range(count)]
-    names = cubin[headers[names_index][4] :]
     found = []
-    for header in headers:
-        if names[header[0] :].startswith(b".text."):
-            code = cubin[header[4] : header[4] + header[5]]
+    for name, code in sections(cubin):
+        if name.startswith(".text."):
             words = {int.from_bytes(code[at : at + 16], "little") for at in range(0, len(code), 16)}
-            found.append({name for name in map(tensor_instruction, words) if name})
+            found.append({instruction for instruction in map(tensor_instruction, words) if instruction})
     return found
 
 

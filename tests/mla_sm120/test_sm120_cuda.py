@@ -67,10 +67,7 @@ def cold_memory() -> Iterator[None]:
 
 def plan_of(inputs: Inputs, tactic: str | None = None) -> Plan:
     problem, device = DecodeProblem(**inputs.sizes), torch.device("cuda", torch.cuda.current_device())
-    selection = resolve(problem, device, BACKEND)
-    if tactic is not None:
-        selection = replace(selection, tactic=tactic)
-    return plan_selection(selection, problem, device)
+    return plan_selection(resolve(problem, device, BACKEND, tactic), problem, device)
 
 
 def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:

@@ -169,7 +169,7 @@ def test_results_of_the_stages_are_found_by_the_tables(
 
 def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_gdn_stages
+    import bench_gdn_mtp
 
     order: list[str] = []
     clock_us = [0.0]
@@ -180,10 +180,10 @@ def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         clock_us[0] += next(costs_us[name])
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench_gdn_stages, "HOST_CALLS", 1)
-    monkeypatch.setattr(bench_gdn_stages, "HOST_BATCHES", 3)
-    monkeypatch.setattr(bench_gdn_stages, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
-    found = bench_gdn_stages.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
+    monkeypatch.setattr(bench_gdn_mtp, "HOST_CALLS", 1)
+    monkeypatch.setattr(bench_gdn_mtp, "HOST_BATCHES", 3)
+    monkeypatch.setattr(bench_gdn_mtp, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
+    found = bench_gdn_mtp.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
     assert order == ["a", "b"] * 4
     assert {name: str(us) for name, us in found.items()} == {
         "a": "4.00 (2.00 to 9.00)",
@@ -208,7 +208,7 @@ def test_a_copy_that_was_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_results_lie_where_the_tables_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from _gdn_report import results_folder
+    from _results import results_folder
 
     folder = results_folder("gdn_mtp", "NVIDIA H100 80GB HBM3")
     assert folder == BENCHMARKS / "results" / "gdn_mtp-h100"

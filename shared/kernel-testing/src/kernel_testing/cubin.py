@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")
@@ -26,7 +27,9 @@ def cubin_resources(cubin: bytes) -> KernelResources:
     Raises ValueError where there are none.
     """
     found: dict[int, list[int]] = {_FRAME_SIZE: [], _MIN_STACK_SIZE: [], _REGISTERS: []}
-    info = _section(cubin, b".nv.info")
+    info = next((content for name, content in sections(cubin) if name == ".nv.info"), None)
+    if info is None:
+        raise ValueError("the cubin has no section .nv.info")
     at = 0
     while at < len(info):
         kind, attribute, size = _INFO_ENTRY.unpack_from(info, at)
@@ -42,14 +45,14 @@ def cubin_resources(cubin: bytes) -> KernelResources:
     return KernelResources(max(found[_REGISTERS]), max(stack))
 
 
-def _section(elf: bytes, name: bytes) -> bytes:
-    if elf[:5] != b"\x7fELF\x02":
+def sections(cubin: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each section of a cubin, in their order; raises ValueError if it is none."""
+    if cubin[:5] != b"\x7fELF\x02":
         raise ValueError("not a 64-bit ELF file")
-    offset = struct.unpack_from("<Q", elf, 40)[0]
-    entry_size, count, names_index = struct.unpack_from("<HHH", elf, 58)
-    headers = [_SECTION_HEADER.unpack_from(elf, offset + i * entry_size) for i in range(count)]
-    names = elf[headers[names_index][4] :]
+    offset = struct.unpack_from("<Q", cubin, 40)[0]
+    entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 58)
+    headers = [_SECTION_HEADER.unpack_from(cubin, offset + i * entry_size) for i in range(count)]
+    names = cubin[headers[names_index][4] :]
     for header in headers:
-        if names[header[0] : names.index(b"\0", header[0])] == name:
-            return elf[header[4] : header[4] + header[5]]
-    raise ValueError(f"the cubin has no section {name.decode()}")
+        name = names[header[0] : names.index(b"\0", header[0])]
+        yield name.decode(), cubin[header[4] : header[4] + header[5]]
