@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -132,15 +133,39 @@ def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> Non
         (32, 1, 65536, 116, 4),
         (16, 1, 8192, 128, 1),
         (16, 1, 1, 1, 1),
+        (128, 60, 4096, 1, 1),  # 120 tiles on 132 SMs
+        (128, 67, 4096, 4, 1),  # 134 tiles: not two waves, the second of two blocks
+        (128, 96, 4096, 2, 2),
+        (128, 40, 1024, 1, 1),  # too few keys to pay for what a block takes besides
+        (16, 100, 8192, 1, 1),  # 100 SMs load at the copy bandwidth
+        (16, 136, 8192, 6, 1),
+        (16, 256, 8192, 1, 1),
+        (16, 1024, 8192, 1, 1),
     ],
 )
-def test_clusters_of_the_heuristic(
+def test_splits_of_the_heuristic(
     num_heads: int, batch: int, max_seq_len: int, num_splits: int, cluster_size: int
 ) -> None:
     sizes = {"num_heads": num_heads, "batch": batch, "max_seq_len": max_seq_len, "max_pages": None}
     problem = replace(PROBLEM, q_len=1, **sizes)
     division = Division.of(problem, as_arch("sm_90a"), config.tactics(problem)[0])
     assert (division.num_splits, division.cluster_size) == (num_splits, cluster_size)
+
+
+def test_partial_results_of_more_splits_than_fill_the_gpu_fit_a_workspace_of_128_mib() -> None:
+    for batch, num_heads in itertools.product((67, 80, 140, 300, 1024), (8, 64, 128)):
+        problem = replace(PROBLEM, q_len=1, batch=batch, num_heads=num_heads)
+        assert workspace_nbytes(problem, as_arch("sm_120a"), "sm120") <= 128 << 20
+    assert workspace_nbytes(replace(PROBLEM, q_len=1, batch=200), as_arch("sm_120a"), "sm120") > 0
+
+
+def test_a_wave_takes_as_long_as_its_keys_at_the_copy_bandwidth_or_as_one_block_alone() -> None:
+    alone, rest = config.BLOCK_COSTS[16]
+    assert config.grid_cost(100, 100, 10, 16, merges=False) == 10 + rest
+    assert config.grid_cost(90, 100, 10, 16, merges=False) == pytest.approx(9 + rest)
+    assert config.grid_cost(1, 100, 10, 16, merges=False) == pytest.approx(10 * alone + rest)
+    assert config.grid_cost(101, 100, 10, 16, merges=False) == pytest.approx(10 + 10 * alone + 2 * rest)
+    assert config.grid_cost(100, 100, 10, 16, merges=True) == 10 + rest + config.MERGE_COST
 
 
 @pytest.mark.parametrize("name", [f"-c{size}" for size in config.CLUSTER_SIZES])

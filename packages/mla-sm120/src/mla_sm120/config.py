@@ -10,6 +10,7 @@ from mla_core import DecodeProblem, plan_splits
 from mla_core.planning import SplitPlan
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM = 512, 64
+FLOAT32_BYTES = 4
 BOX_KEYS = 16  # of one TMA copy
 TILE_KEYS = 32
 TILE_ROWS = (16, 32, 64)
@@ -38,6 +39,14 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 #   B = 1, 65,536 keys, 128 splits, 16 heads: 36.2 / 36.5 / 36.1
 #   B = 1, 8,192 keys, 128 splits, 16 heads: 12.5 / 13.2 / 12.3
 CLUSTERS = ((256, 96, 4), (256, 16, 2), (0, 3, 1), (256, 2, 2), (0, 0, 1))
+
+# By rows of a tile: what a block takes for TILE_KEYS keys however few blocks load beside it, and for all but
+# its keys, more if its result has to be merged. The unit is the time of TILE_KEYS keys where a block on every
+# SM loads at the copy bandwidth. Fitted to bf16 times of an H100 (benchmarks/results/mla_sm120-splits-h100).
+BLOCK_COSTS = {16: (0.6, 5.0), 32: (0.7, 8.0), 64: (0.9, 10.0)}
+MERGE_COST = 4.0
+MORE_PARTIALS = 8  # numbers of partial results considered, from what fills the GPU once
+MAX_PARTIAL_BYTES = 96 << 20  # of more than that; the workspace that FlashInfer advises, 128 MiB, holds them
 
 
 def objection(problem: DecodeProblem, arch: Arch) -> str | None:
@@ -105,7 +114,7 @@ class Division:
         tile, _, cluster = tactic.removesuffix(WHOLE).partition("-c")
         tile_rows = int(tile.removeprefix("m"))
         if tactic.endswith(WHOLE):
-            return Division._of(problem, tile_rows, 1, 1)
+            return Division(tile_rows, _whole(problem, tile_rows), 1)
         if cluster:
             return Division._of(problem, tile_rows, int(cluster), resident_clusters(arch, int(cluster)))
         alone = Division._of(problem, tile_rows, 1, resident_clusters(arch, 1))
@@ -115,18 +124,47 @@ class Division:
 
     @staticmethod
     def _of(problem: DecodeProblem, tile_rows: int, cluster_size: int, clusters: int) -> Division:
-        """Clusters of a size, as many as are resident at a time, or fewer or smaller ones if keys are few.
+        """Clusters of a size, of which `clusters` are resident at a time, or smaller ones if keys are few.
 
-        Of the numbers of clusters with the same longest split the smallest: it leaves less to combine.
+        At least as many as are resident, if there are keys for them, or the number from there on that
+        `grid_cost` finds the fastest. Of those with the same longest split the smallest: it leaves less to
+        combine.
         """
-        whole = plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
-        while cluster_size > whole.key_tiles:
+        whole = _whole(problem, tile_rows)
+        key_tiles = whole.key_tiles
+        while cluster_size > key_tiles:
             cluster_size //= 2
         row_tiles = problem.batch * -(-problem.rows // tile_rows)
-        most = max(1, min(clusters // row_tiles, whole.key_tiles // cluster_size))
-        longest_split = -(-whole.key_tiles // (most * cluster_size))
-        partials = -(-whole.key_tiles // (longest_split * cluster_size))
+        filling = max(1, min(clusters // row_tiles, key_tiles // cluster_size))
+        affordable = MAX_PARTIAL_BYTES // (whole.rows * KV_LORA_RANK * FLOAT32_BYTES)
+        most = min(filling + MORE_PARTIALS - 1, key_tiles // cluster_size, affordable)
+        partials = min(
+            range(filling, max(filling, most) + 1),
+            key=lambda count: grid_cost(
+                row_tiles * count, clusters, -(-key_tiles // (count * cluster_size)), tile_rows, count > 1
+            ),
+        )
+        longest_split = -(-key_tiles // (partials * cluster_size))
+        partials = -(-key_tiles // (longest_split * cluster_size))
         return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
+
+
+def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
+    """The plan that does not split the keys of a request."""
+    return plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
+
+
+def grid_cost(clusters: int, resident: int, key_tiles: int, tile_rows: int, merges: bool) -> float:
+    """What a grid takes whose clusters run in waves of `resident`, in the unit of `BLOCK_COSTS`.
+
+    key_tiles: of a block. A wave takes as long as memory takes for the keys of its blocks, or longer if a
+    block does: the last one, which fills the GPU in part, has the bandwidth for fewer.
+    """
+    alone, rest = BLOCK_COSTS[tile_rows]
+    full_waves, left = divmod(clusters, resident)
+    loading = full_waves * max(alone, 1.0) + (max(alone, left / resident) if left else 0.0)
+    waves = full_waves + (left > 0)
+    return loading * key_tiles + waves * rest + merges * MERGE_COST
 
 
 def resident_clusters(arch: Arch, cluster_size: int) -> int:

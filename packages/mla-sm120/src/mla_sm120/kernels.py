@@ -37,15 +37,19 @@ class DecodeKernels:
                 f"{device} has {arch.smem_optin_bytes} bytes of shared memory per block, "
                 f"expected {SMEM_BYTES}",
             )
-        division = Division.of(problem, arch, tactic)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        decode = load_kernel(DTYPE_UNITS[problem.q_dtype], division.kernel_name, arch.name, index)
-        combine = None
-        if division.num_partials > 1:
-            name = combine_name(problem, division.num_partials, arch.sm_count)
-            combine = load_kernel("combine", name, arch.name, index)
-        pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
-        return Launcher(problem, division, decode, combine, index, pdl)
+        return launcher(problem, Division.of(problem, arch, tactic), arch, device)
+
+
+def launcher(problem: DecodeProblem, division: Division, arch: Arch, device: torch.device) -> Launcher:
+    """What launches a problem that is divided so. Loads the kernels, which are compiled first if need be."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    decode = load_kernel(DTYPE_UNITS[problem.q_dtype], division.kernel_name, arch.name, index)
+    combine = None
+    if division.num_partials > 1:
+        name = combine_name(problem, division.num_partials, arch.sm_count)
+        combine = load_kernel("combine", name, arch.name, index)
+    pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
+    return Launcher(problem, division, decode, combine, index, pdl)
 
 
 KERNELS = DecodeKernels()
