@@ -159,7 +159,7 @@ def test_a_launch_has_its_cluster(tactic: str, cluster_size: int) -> None:
     problem = replace(PROBLEM, batch=1, num_heads=64, max_seq_len=65536, max_pages=None)
     division = Division.of(problem, as_arch("sm_90a"), tactic)
     launcher = launch.Launcher(problem, division, "decode", "combine", 0, pdl=True)
-    (decode, _), (combine, _) = launcher._state.configs
+    (decode, _), (combine, _) = launcher._threads.own.configs
     by_name = {attribute.id.name: attribute.value for attribute in decode.attrs}
     assert "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION" in by_name
     clusters = [value.clusterDim for name, value in by_name.items() if name.endswith("CLUSTER_DIMENSION")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,17 +48,25 @@ class MapKey(NamedTuple):
     key_stride: int
 
 
-class _ThreadState(threading.local):
-    """Buffers of one thread: parameters, and configurations of launches, whose stream is set per call."""
+class _State:
+    """What launches of one thread hand to the driver: parameters, and configurations on one stream."""
 
-    def __init__(self, make_configs: Any) -> None:
+    def __init__(self, configs: list[tuple[Any, Any]]) -> None:
         self.parameters = ctypes.create_string_buffer(PARAMETER_BYTES)
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
         self.pointers_address = ctypes.addressof(self.pointers)
         self.map_key: MapKey | None = None
         self.seen: tuple[Any, ...] | None = None
-        self.configs = make_configs()
+        self.configs = configs
+        self.stream: int | None = None
         self.launch = _driver().cuLaunchKernelEx
+
+
+class _Threads(threading.local):
+    """A state for each thread, in one attribute: those of this class take long to read."""
+
+    def __init__(self, make_configs: Callable[[], list[tuple[Any, Any]]]) -> None:
+        self.own = _State(make_configs())
 
 
 class Launcher:
@@ -79,7 +88,7 @@ class Launcher:
         self._device_index = device_index
         self._pdl = pdl
         self._out_type = OUT_TYPES[problem.out_dtype]
-        self._state = _ThreadState(self._make_configs)
+        self._threads = _Threads(self._make_configs)
 
     def __call__(
         self,
@@ -102,14 +111,14 @@ class Launcher:
                 f"on {query.device} with cuda:{torch.cuda.current_device()} current, expected both to be "
                 f"cuda:{index}, which the plan is for",
             )
-        state = self._state
+        state = self._threads.own
         # All that the parameters are made of: the same tensors again, as in most steps of a decode loop, need
         # no packing. stride() takes 0.1 us, stride(0) 0.9.
         seen = (
             query.data_ptr(),
             query.stride(),
             kv_cache.data_ptr(),
-            kv_cache.shape[0],
+            kv_cache.numel(),  # changes with shape[0], which takes longer to read
             kv_cache.stride(),
             block_tables.data_ptr(),
             block_tables.stride(),
@@ -124,7 +133,7 @@ class Launcher:
         )
         if seen != state.seen:
             state.seen = None  # until all of it is there
-            key = MapKey(seen[2], seen[3], *seen[4][:2])
+            key = MapKey(kv_cache.data_ptr(), kv_cache.shape[0], *kv_cache.stride()[:2])
             if key != state.map_key:
                 ctypes.memmove(state.parameters, encode_map(key, self.problem), TENSOR_MAP_BYTES)
                 state.map_key = key
@@ -134,8 +143,11 @@ class Launcher:
             )
             state.seen = seen
         stream = torch._C._cuda_getCurrentRawStream(index)
+        if stream != state.stream:
+            for config, _ in state.configs:
+                config.hStream = stream
+            state.stream = stream
         for config, function in state.configs:
-            config.hStream = stream
             (status,) = state.launch(config, function, state.pointers_address, 0)
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
