@@ -33,10 +33,12 @@ class Driver:
     maps: list[launch.MapKey] = field(default_factory=list)
 
     @property
-    def pointers(self) -> dict[str, int]:
-        """Those of the last launch, by the name of what they point to."""
-        values = launch.PARAMETERS.unpack_from(self.launched[-1][2], launch.TENSOR_MAP_BYTES)
-        return dict(zip(POINTERS, values, strict=False))
+    def addresses(self) -> dict[str, int]:
+        """Those in the last launch, by the name of what lies there; of the cache from its map."""
+        parameters = self.launched[-1][2]
+        values = launch.PARAMETERS.unpack_from(parameters, launch.TENSOR_MAP_BYTES)
+        cache = int.from_bytes(parameters[:8], "little")
+        return {"kv_cache": cache, **dict(zip(POINTERS, values, strict=False))}
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_parameters_follow_every_tensor(driver: Driver) -> None:
         other = arguments._replace(**{name: tensor.clone()})
         launcher(*other)
         assert driver.launched[-1][2] != first, name
-        found = driver.pointers | {"kv_cache": driver.maps[-1].address}
+        found = driver.addresses
         assert found["o_partial"] == tensors_of(other)["workspace"].data_ptr()
         for where in found.keys() & tensors_of(other).keys():
             assert found[where] == tensors_of(other)[where].data_ptr(), f"{where} where {name} is new"
@@ -145,6 +147,17 @@ def test_a_view_of_the_same_memory_is_told_apart(driver: Driver) -> None:
         (-(-pages // 2), 2 * 64 * 576, 576),
         (pages, 64 * 576, 2 * 576),
     ]
+
+
+def test_the_maps_of_caches_in_turn_are_encoded_once(driver: Driver) -> None:
+    inputs = Inputs(CASE)
+    launcher = launcher_of(inputs)
+    arguments = arguments_of(inputs, launcher)
+    caches = [inputs.kv_cache.clone() for _ in range(3)]  # of layers of a model
+    for cache in caches * 2:
+        launcher(*arguments._replace(kv_cache=cache))
+        assert driver.addresses["kv_cache"] == cache.data_ptr()
+    assert [key.address for key in driver.maps] == [cache.data_ptr() for cache in caches]
 
 
 def test_every_kernel_of_a_launch_is_on_the_current_stream(driver: Driver) -> None:

@@ -1,7 +1,7 @@
 """Launches: parameters packed as `cuda/params.h` lays them out, and one or two calls of the driver.
 
-The driver is called through cuda-bindings. The tensor map of a cache is encoded when the cache is first seen,
-and again only for a cache at another address or of another shape.
+The driver is called through cuda-bindings. The tensor map of a cache is encoded when a plan first sees the
+cache, and kept: the layers of a model have a cache each.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ COMBINE_PARTIALS_PER_WARP = 4  # at least, where an item has several warps
 CHUNK_ELEMENTS = 64
 CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
 TENSOR_MAP_BYTES = 128
+MAPS_KEPT = 256  # of a plan: more than a model has layers
 STRIDE_ALIGN_BYTES = 16  # of the address and the strides of what TMA reads
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
@@ -103,6 +105,7 @@ class Launcher:
         self._device_index = device_index
         self._pdl = pdl
         self._out_type = OUT_TYPES[problem.out_dtype]
+        self._encode_map = lru_cache(MAPS_KEPT)(partial(encode_map, problem=problem))
         self._threads = _Threads(self._make_configs)
 
     def __call__(
@@ -175,15 +178,17 @@ class Launcher:
 
     def _prepare(self, state: _State, given: Arguments) -> None:
         """Encode the tensor map and pack the parameters, on tensors that are all on the plan's device."""
-        for name, value in given._asdict().items():
-            if isinstance(value, torch.Tensor) and value.get_device() != self._device_index:
+        for name, value in zip(Arguments._fields, given, strict=True):
+            if value is None or isinstance(value, float):
+                continue
+            if value.get_device() != self._device_index:
                 raise ArgumentError(
                     name, f"on {value.device}, expected cuda:{self._device_index}, which the plan is for"
                 )
         cache = given.kv_cache
         key = MapKey(cache.data_ptr(), cache.shape[0], *cache.stride()[:2])
         if key != state.map_key:
-            ctypes.memmove(state.parameters, encode_map(key, self.problem), TENSOR_MAP_BYTES)
+            ctypes.memmove(state.parameters, self._encode_map(key), TENSOR_MAP_BYTES)
             state.map_key = key
         self._pack(state.parameters, given)
 
@@ -224,8 +229,8 @@ class Launcher:
             *out_stride[:3],
             *lse_stride,
             given.block_tables.stride()[0],
-            0.0 if isinstance(given.softmax_scale, torch.Tensor) else given.softmax_scale,
-            0.0 if isinstance(given.output_scale, torch.Tensor) else given.output_scale,
+            given.softmax_scale if isinstance(given.softmax_scale, float) else 0.0,
+            given.output_scale if isinstance(given.output_scale, float) else 0.0,
             problem.batch,
             problem.q_len,
             problem.num_heads,
@@ -275,7 +280,7 @@ class Launcher:
 
 def _address(given: float | torch.Tensor | None) -> int:
     """Where a tensor lies; 0 for what is no tensor."""
-    return given.data_ptr() if isinstance(given, torch.Tensor) else 0
+    return 0 if given is None or isinstance(given, float) else given.data_ptr()
 
 
 def _scale_key(scale: float | torch.Tensor) -> Any:
