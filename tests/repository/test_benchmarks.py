@@ -144,7 +144,8 @@ def test_results_of_the_stages_are_found_by_the_tables(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gdn_tables
     from _gdn_cases import Cell
-    from bench_gdn_stages import STATE_DTYPES, VARIANTS, HostTime, Row, write_results
+    from _host_time import HostTime
+    from bench_gdn_stages import STATE_DTYPES, VARIANTS, Row, write_results
 
     names = ("nothing", *VARIANTS, "copy")
     rows = []
@@ -169,7 +170,7 @@ def test_results_of_the_stages_are_found_by_the_tables(
 
 def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_gdn_mtp
+    import _host_time
 
     order: list[str] = []
     clock_us = [0.0]
@@ -180,10 +181,10 @@ def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         clock_us[0] += next(costs_us[name])
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench_gdn_mtp, "HOST_CALLS", 1)
-    monkeypatch.setattr(bench_gdn_mtp, "HOST_BATCHES", 3)
-    monkeypatch.setattr(bench_gdn_mtp, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
-    found = bench_gdn_mtp.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
+    monkeypatch.setattr(_host_time, "HOST_CALLS", 1)
+    monkeypatch.setattr(_host_time, "HOST_BATCHES", 3)
+    monkeypatch.setattr(_host_time, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
+    found = _host_time.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
     assert order == ["a", "b"] * 4
     assert {name: str(us) for name, us in found.items()} == {
         "a": "4.00 (2.00 to 9.00)",
