@@ -214,3 +214,74 @@ def test_results_lie_where_the_tables_read_them(monkeypatch: pytest.MonkeyPatch)
     folder = results_folder("gdn_mtp", "NVIDIA H100 80GB HBM3")
     assert folder == BENCHMARKS / "results" / "gdn_mtp-h100"
     assert (folder / "results.json").exists()
+
+
+def test_launches_of_mla_sm120_by_other_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctypes
+
+    driver = pytest.importorskip("cuda.bindings.driver")
+    from kernel_dispatch import as_arch
+    from mla_sm120 import launch
+    from mla_sm120.config import Division
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _mla_launches
+
+    launched: list[tuple[int, list[int]]] = []
+
+    def launch_kernel(config: object, function: object, pointers: int, extra: int) -> tuple[object]:
+        count = 1 if pointers else 5
+        launched.append((pointers, list((ctypes.c_uint64 * count).from_address(pointers or extra))))
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    def no_driver(name: str, mode: int = 0) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch_kernel)
+    monkeypatch.setattr(launch, "encode_map", lambda key, problem: bytes(launch.TENSOR_MAP_BYTES))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x100, raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    problem = _mla_launches.CELL.problem
+    division = Division.of(problem, as_arch("sm_90a"), "m16")
+    launcher = launch.Launcher(problem, division, driver.CUfunction(1), None, -1, pdl=True)
+
+    def run(*positional: torch.Tensor, softmax_scale: float, **outputs: torch.Tensor) -> None:
+        launcher(*positional, None, softmax_scale, 1.0, outputs["out"], outputs["lse"], outputs["workspace"])
+
+    plan = SimpleNamespace(run=run, workspace_nbytes=0, _launch=launcher)
+    monkeypatch.setattr(_mla_launches, "plan", lambda problem, device, backend: plan)
+    launches = _mla_launches.Launches("sm90", torch.device("cpu"))
+    assert list(launches.runs) == [
+        "Plan.run",
+        "launcher",
+        "cuda-bindings",
+        "cuda-bindings, one block of parameters",
+    ]
+    assert set(launches.missing) == {"ctypes", "TVM-FFI", "cuda.core"}
+    assert launches.missing["ctypes"] == "OSError: libcuda.so.1: cannot open shared object file"
+    launched.clear()
+    for launch_once in launches.runs.values():
+        launch_once()
+    whole, alone, bound, (pointers, block) = launched
+    assert whole == alone == bound
+    parameters = whole[1][0]
+    assert ctypes.string_at(parameters, launch.PARAMETER_BYTES) == launcher._threads.own.parameters.raw
+    assert pointers == 0
+    assert block[:3] == [1, parameters, 2]
+    assert ctypes.c_size_t.from_address(block[3]).value == launch.PARAMETER_BYTES
+    assert block[4] == 0
+
+
+def test_launches_of_other_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _mla_launches
+
+    launches = _mla_launches.Launches("torch", torch.device("cpu"))
+    assert launches.missing == {}
+    assert list(launches.runs) == ["Plan.run", "launcher"]
+    for run in launches.runs.values():
+        launches._call.out.fill_(float("nan"))
+        run()
+        launches._call.check(_mla_launches.CELL, "torch")
