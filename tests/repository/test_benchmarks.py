@@ -80,6 +80,32 @@ def test_an_mla_cell_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatc
             parse_cell(text)
 
 
+def test_variants_of_an_mla_cell_are_checked_and_then_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_mla_decode
+
+    timed: list[dict[str, int]] = []
+
+    def time_cuda_us(variants: dict[str, list[object]], repeats: int) -> dict[str, float]:
+        timed.append({name: len(calls) for name, calls in variants.items()} | {"repeats": repeats})
+        return dict.fromkeys(variants, 1.0)
+
+    monkeypatch.setattr(bench_mla_decode, "time_cuda_us", time_cuda_us)
+    monkeypatch.setattr(bench_mla_decode, "calls_for_cold_l2", lambda nbytes, device: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cell, cpu = bench_mla_decode.parse_cell("B2-H4-p16-s40-bf16"), torch.device("cpu")
+    options = SimpleNamespace(tactics=False, repeats=5)
+    found = bench_mla_decode.measure(cell, options, "torch", cpu, with_torch=True)
+    ours, torch_provider = found["us"]
+    assert ours.startswith("torch ")
+    assert torch_provider == "torch"
+    assert timed == [{ours: 3, "torch": 1, "repeats": 5}]
+    monkeypatch.setattr(bench_mla_decode.Call, "check", lambda call, cell, what: pytest.fail("wrong"))
+    with pytest.raises(pytest.fail.Exception, match="wrong"):
+        bench_mla_decode.measure(cell, options, "torch", cpu, with_torch=True)
+    assert len(timed) == 1
+
+
 def test_arguments_of_the_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from bench_gdn_stages import parse_arguments
