@@ -97,6 +97,29 @@ def test_a_cubin_that_the_driver_refuses_is_compiled(
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"packaged"
 
 
+@pytest.mark.parametrize("refusal", load.REFUSALS)
+@pytest.mark.parametrize("packaged", [True, False])
+def test_a_driver_that_is_too_old_for_nvrtc_as_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: str, packaged: bool
+) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    (tmp_path / "cubin").write_bytes(b"cubin")
+    monkeypatch.setattr(load, "packaged_cubin", lambda unit, arch: tmp_path / "cubin" if packaged else None)
+    monkeypatch.setattr(load, "compiled_cubin", lambda unit, arch: tmp_path / "cubin")
+    monkeypatch.setattr(driver, "cuLibraryLoadData", lambda *_: (getattr(driver.CUresult, refusal), None))
+    monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (driver.CUresult.CUDA_SUCCESS, 12080))
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 1))
+    advice = (
+        rf"supports CUDA 12\.8 and refuses combine for sm_120a as compiled by NVRTC 13\.1 \({refusal}\); "
+        r"install cuda-bindings and NVRTC of CUDA 12\.8, or a driver for CUDA 13\.1 or newer"
+    )
+    with pytest.raises(RuntimeError, match=advice):
+        load.load_library.__wrapped__("combine", "sm_120a")
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (12, 8))  # which this driver is not too old for
+    with pytest.raises(RuntimeError, match=f"^CUDA: {refusal}$"):
+        load.load_library.__wrapped__("combine", "sm_120a")
+
+
 def test_a_device_with_less_shared_memory_is_declined() -> None:
     arch = replace(Arch.from_name("sm_120a"), smem_optin_bytes=65536)
     assert "65536 bytes of shared memory" in str(config.objection(PROBLEM, arch))
