@@ -17,6 +17,11 @@ from mla_sm120.config import Division
 PROBLEM = DecodeProblem(batch=3, q_len=2, num_heads=16, page_size=64, max_seq_len=8192)
 
 
+@pytest.fixture(autouse=True)
+def _no_kernels_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "origins", {})
+
+
 @pytest.mark.parametrize(("arch", "name"), [("sm_120a", "sm120"), ("sm_121a", "sm121"), ("sm_90a", "sm90")])
 def test_explain_says_what_will_run(arch: str, name: str) -> None:
     report = kernel_dispatch.explain(PROBLEM, arch)
@@ -89,12 +94,16 @@ def test_a_cubin_that_the_driver_refuses_is_compiled(
     monkeypatch.setattr(load, "compiled_cubin", lambda unit, arch: tmp_path / "compiled")
     answers = {b"packaged": getattr(driver.CUresult, refusal), b"compiled": driver.CUresult.CUDA_SUCCESS}
     monkeypatch.setattr(driver, "cuLibraryLoadData", lambda image, *_: (answers[image], image))
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 1))
+    monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_SM120_LOOP")
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"compiled"
+    assert load.origins == {("combine", "sm_120a"): "NVRTC 13.1 -DMLA_SM120_LOOP"}
     answers[b"packaged"] = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         load.load_library.__wrapped__("combine", "sm_120a")
     answers[b"packaged"] = driver.CUresult.CUDA_SUCCESS
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"packaged"
+    assert load.origins == {("combine", "sm_120a"): "cubin of the wheel"}
 
 
 @pytest.mark.parametrize("refusal", load.REFUSALS)

@@ -26,6 +26,8 @@ REFUSALS = (
     "CUDA_ERROR_NO_BINARY_FOR_GPU",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
 )
+# (unit, arch) of what this process has loaded -> where it is from.
+origins: dict[tuple[str, str], str] = {}
 
 
 def packaged_cubin(unit: str, arch: str) -> Path | None:
@@ -77,15 +79,17 @@ def load_library(unit: str, arch: str) -> Any:
     if packaged is not None:
         result = load(packaged)
         if result[0].name not in REFUSALS:
+            origins[unit, arch] = "cubin of the wheel"
             return _checked(result)
     result = load(compiled_cubin(unit, arch))
     if result[0].name in REFUSALS and _driver_version() < _nvrtc_version():
         supported, compiler = _dotted(_driver_version()), _dotted(_nvrtc_version())
         raise RuntimeError(
-            f"mla-sm120: the GPU's driver supports CUDA {supported} and refuses {unit} for {arch} as compiled "
-            f"by NVRTC {compiler} ({result[0].name}); install cuda-bindings and NVRTC of CUDA {supported}, or "
-            f"a driver for CUDA {compiler} or newer"
+            f"mla-sm120: the GPU's driver supports CUDA {supported} and refuses {unit} for {arch} as "
+            f"compiled by NVRTC {compiler} ({result[0].name}); install cuda-bindings and NVRTC of CUDA "
+            f"{supported}, or a driver for CUDA {compiler} or newer"
         )
+    origins[unit, arch] = " ".join(("NVRTC", _dotted(_nvrtc_version()), *_more_options()))
     return _checked(result)
 
 
