@@ -69,9 +69,8 @@ def matmul_tflops(dtype: str) -> float:
 def mma_tflops(dtype: str, arch: str) -> float:
     """TFLOP/s of a plain loop of independent mma.sync in every warp of every SM."""
     instruction, depth = INSTRUCTIONS[dtype]
-    function = compile_function(
-        SOURCE % {"mma": instruction, "tiles": TILES, "steps": STEPS}, "mma_rate", arch
-    )
+    source = SOURCE % {"mma": instruction, "tiles": TILES, "steps": STEPS}
+    function = load_function(compile_cubin(source, "mma_rate", arch), "mma_rate")
     from cuda.bindings import driver
 
     blocks = 2 * torch.cuda.get_device_properties().multi_processor_count
@@ -80,28 +79,34 @@ def mma_tflops(dtype: str, arch: str) -> float:
     def launch() -> None:
         stream = torch.cuda.current_stream().cuda_stream
         parameters = ((out.data_ptr(),), (ctypes.c_void_p,))
-        (status,) = driver.cuLaunchKernel(function, blocks, 1, 1, WARPS * 32, 1, 1, 0, stream, parameters, 0)
-        assert not int(status), status
+        checked(driver.cuLaunchKernel(function, blocks, 1, 1, WARPS * 32, 1, 1, 0, stream, parameters, 0))
 
     microseconds = time_cuda_us({"mma": [launch]}, repeats=7)["mma"]
     return 2 * 16 * 8 * depth * TILES * STEPS * WARPS * blocks / microseconds / 1e6
 
 
-def compile_function(source: str, name: str, arch: str) -> Any:
-    """A kernel compiled by NVRTC and loaded on the current device."""
-    from cuda.bindings import driver, nvrtc
+def compile_cubin(source: str, name: str, arch: str) -> bytes:
+    """What NVRTC makes of a kernel's source."""
+    from cuda.bindings import nvrtc
 
-    status, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
-    assert not int(status), status
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
     options = [b"-std=c++17", f"-arch={arch}".encode()]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    checked(nvrtc.nvrtcCompileProgram(program, len(options), options))
+    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+def load_function(code: bytes, name: str) -> Any:
+    """The kernel `name` of a cubin, on the current device."""
+    from cuda.bindings import driver
+
+    library = checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+    return driver.CUfunction(int(checked(driver.cuLibraryGetKernel(library, name.encode()))))
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """The value that a function of cuda-bindings returned after its status, if it returned one."""
+    status, *values = result
     assert not int(status), status
-    status, size = nvrtc.nvrtcGetCUBINSize(program)
-    code = b" " * size
-    (status,) = nvrtc.nvrtcGetCUBIN(program, code)
-    assert not int(status), status
-    status, library = driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)
-    assert not int(status), status
-    status, kernel = driver.cuLibraryGetKernel(library, name.encode())
-    assert not int(status), status
-    return driver.CUfunction(int(kernel))
+    return values[0] if values else None

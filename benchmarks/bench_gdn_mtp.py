@@ -22,12 +22,11 @@ import functools
 import json
 import os
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _gdn_cases import (
@@ -64,6 +63,7 @@ from _gdn_variants import (
     tactics_of,
     timed_calls,
 )
+from _host_time import time_host
 from _results import results_folder
 from kernel_testing import copy_bandwidth_gb_s, environment, time_cuda_us
 
@@ -77,8 +77,6 @@ SECONDS_PER_VARIANT = 0.15  # aimed at, within these numbers of replays
 MIN_REPEATS, MAX_REPEATS = 7, 20
 MEMORY_SHARE = 0.92  # of the free GPU memory that a row may take
 
-HOST_CALLS = 500  # launched without waiting: the launch queue of a stream holds about 1,000
-HOST_BATCHES = 21
 HOST_CASES = {"B1-T1 update": (1, False), "B1-T4 cache+update": (4, True)}
 
 DISTRIBUTIONS = ("gdn-mtp", "kernel-dispatch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")
@@ -261,31 +259,6 @@ def measure_all(
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
-
-
-class HostTime(NamedTuple):
-    """Microseconds of the host per call: of batches, the median, the lowest and the highest."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
-
-
-def time_host(runs: Mapping[str, Callable[[], object]]) -> dict[str, HostTime]:
-    """Times batches of each of `runs` in turn; calls of a batch are not waited for."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(HOST_BATCHES + 1):  # the first warms up
-        for name, run in runs.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(HOST_CALLS):
-                run()
-            samples[name].append((time.perf_counter() - start) / HOST_CALLS * 1e6)
-    torch.cuda.synchronize()
-    return {name: HostTime(statistics.median(x[1:]), min(x[1:]), max(x[1:])) for name, x in samples.items()}
 
 
 def host_us(run: Callable[[], object]) -> float:

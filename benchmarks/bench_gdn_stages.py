@@ -38,9 +38,10 @@ import torch
 from _gdn_cases import HEAD_DIM, POOL_SLOTS, Call, Cell, fill_pool, make_calls, make_pool
 from _gdn_stages import EMPTY, STAGES, STEP_STAGES, StagesConfig
 from _gdn_variants import Ours, progress, timed_calls
+from _host_time import HostTime, time_host
 from _results import results_folder
 from bench_copy_floor import Copies
-from bench_gdn_mtp import DISTRIBUTIONS, HOST_CASES, HostTime, checked, time_host
+from bench_gdn_mtp import DISTRIBUTIONS, HOST_CASES, checked
 from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import KERNELS
 from gdn_mtp.cute.kernels_speculative import KERNELS as STEP_KERNELS

@@ -7,10 +7,11 @@
 `--provider sm120` means the provider of mla-sm120 for the device at hand: sm120, sm121, or on a Hopper GPU
 the sm_90a build of the same sources, `sm90`. Before it is timed, every variant is compared with float64 at
 the very shape, for the first and the last request, every element; one that is wrong is not timed. A time is
-the median of replays of a CUDA graph with the L2 cache cold. Ceilings are measured in the same run: copy
-bandwidth, and the rate of mma.sync from registers, or of cuBLAS where there is tcgen05. Writes results.json
-and report.txt; of some cells alone only where --out says so. The exit status is 1 if ours is wrong or there
-is no GPU.
+the median of replays of a CUDA graph, variants in turn, with the L2 cache cold. Ceilings are measured in the
+same run: copy bandwidth, and the rate of mma.sync from registers, or of cuBLAS where there is tcgen05. So is
+the host time of a call, beside other ways to launch the kernels of mla-sm120 (`_mla_launches`). Writes
+results.json and report.txt; of some cells alone only where --out says so. The exit status is 1 if ours is
+wrong or there is no GPU.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import itertools
 import json
 import re
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from _host_time import HostTime, time_host
 from _mla_cases import DTYPES, Call, Cell
 from _mla_ceilings import matrix_tflops, matrix_unit
+from _mla_launches import Launches
 from _results import results_folder
 from kernel_dispatch import as_arch, providers, resolve
 from kernel_testing import (
@@ -57,8 +60,7 @@ CELLS = [
 TORCH_CELLS = 2  # the torch provider is slow: it is timed on the first cells of each dtype only
 GROUP = DecodeProblem.entry_point_group
 PROVIDERS_OF = {"sm120": {"sm_90": "sm90", "sm_120": "sm120", "sm_121": "sm121"}}
-DISTRIBUTIONS = ("mla-core", "kernel-dispatch", "cuda-bindings")
-HOST_CALLS, HOST_BATCHES = 300, 11
+DISTRIBUTIONS = ("mla-core", "kernel-dispatch", "cuda-bindings", "cuda-core", "apache-tvm-ffi")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,7 +101,7 @@ def tactic_plans(cell: Cell, backend: str, device: torch.device, every: bool) ->
 def measure(
     cell: Cell, options: argparse.Namespace, backend: str, device: torch.device, with_torch: bool
 ) -> dict[str, Any]:
-    """Times in microseconds by variant, each checked first."""
+    """Times in microseconds by variant, in turn, each checked first."""
     plans = {
         f"{backend} {name}": made
         for name, made in tactic_plans(cell, backend, device, options.tactics).items()
@@ -121,33 +123,15 @@ def measure(
             torch.cuda.synchronize()
             call.check(cell, name)
         used = calls[:1] if name == "torch" else calls
-        variants[name] = [
-            lambda made=made, call=call: made.run(*call.arguments[0], **call.arguments[1]) for call in used
-        ]
-    repeats = options.repeats
-    return {
-        "workspace_nbytes": workspace_nbytes,
-        "us": {
-            name: time_cuda_us({name: runs}, repeats=3 if name == "torch" else repeats)[name]
-            for name, runs in variants.items()
-        },
-    }
+        variants[name] = [partial(made.run, *call.arguments[0], **call.arguments[1]) for call in used]
+    return {"workspace_nbytes": workspace_nbytes, "us": time_cuda_us(variants, options.repeats)}
 
 
-def host_us(backend: str, device: torch.device) -> float:
-    """Median host time of Plan.run with one launch, on a problem too small to fill the queue."""
-    cell = Cell("bf16", 1, 16, 32)
-    made = plan(cell.problem, device, backend)
-    call = Call(cell, device, made.workspace_nbytes)
-    positional, named = call.arguments
-    samples = []
-    for _ in range(HOST_BATCHES):
-        torch.cuda.synchronize()
-        start = time.perf_counter_ns()
-        for _ in range(HOST_CALLS):
-            made.run(*positional, **named)
-        samples.append((time.perf_counter_ns() - start) / 1e3 / HOST_CALLS)
-    return sorted(samples)[len(samples) // 2]
+def measure_host(backend: str, device: torch.device) -> tuple[dict[str, HostTime], dict[str, str]]:
+    """Host time of launches by name, in turn on one stream, and why others are missing."""
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        launches = Launches(backend, device)
+        return time_host(launches.runs), launches.missing
 
 
 def resources(backend: str) -> dict[str, dict[str, int]]:
@@ -214,8 +198,14 @@ def main() -> int:
         record["resources"] = resources(backend)
         for name, figures in record["resources"].items():
             say(f"{name}: " + ", ".join(f"{value} {what}" for what, value in figures.items()))
-    record["host_us"] = host_us(backend, device)
-    say(f"host: Plan.run {record['host_us']:.1f} us")
+    host, record["host_us_missing"] = measure_host(backend, device)
+    record["host_us"] = {name: us.median for name, us in host.items()}
+    record["host_us_range"] = {name: [us.lowest, us.highest] for name, us in host.items()}
+    say("host us per call, median of batches (lowest to highest):")
+    for name, us in host.items():
+        say(f"  {name}: {us}")
+    for name, reason in record["host_us_missing"].items():
+        say(f"  {name} is missing: {reason}")
     say(
         f"{'cell':32s} {'variant':16s} {'us':>9s} {'GB/s':>6s} {'of copy':>8s} {'TFLOP/s':>8s} {'of max':>7s}"
     )

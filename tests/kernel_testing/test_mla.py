@@ -41,8 +41,9 @@ def results(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def test_right_results_pass_and_wrong_ones_do_not(case: Case) -> None:
     inputs = Inputs(case)
     out, lse = results(inputs)
-    inputs.check(out, lse)
-    inputs.check(out, None)
+    worst = inputs.check(out, lse)
+    assert 0.0 < worst <= 1.0
+    assert inputs.check(out, None) == worst
     last = (-1,) * out.dim()
     for changed in (out[last] * 2 + 1, math.nan):
         wrong = out.clone()

@@ -146,7 +146,7 @@ def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
         compiled.append(options)
         (into / "compiled").write_text(unit)
 
-    monkeypatch.setattr(load, "_nvrtc_version", lambda: "13.0")
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(load, "_compile", compile_with)
     monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_PORTABLE_TRANSPOSE")

@@ -149,6 +149,49 @@ def test_a_cache_that_tma_cannot_read_is_named() -> None:
         run(plan_of(inputs), inputs)
 
 
+@pytest.mark.parametrize(
+    "name", ["query", "kv_cache", "block_tables", "seq_lens", "out", "lse", "workspace", "softmax_scale"]
+)
+def test_a_tensor_that_is_not_on_the_gpu_is_named(name: str) -> None:
+    inputs = Inputs(Case((70, 5)), "cuda")
+    plan = plan_of(inputs)
+    arguments = {
+        **dict(zip(("query", "kv_cache", "block_tables", "seq_lens"), inputs.positional, strict=True)),
+        "out": inputs.out,
+        "lse": inputs.lse,
+        "workspace": torch.empty(max(1, plan.workspace_nbytes), dtype=torch.uint8, device="cuda"),
+        "softmax_scale": torch.tensor([inputs.case.scale], device="cuda"),
+    }
+    plan.run(**arguments)
+    inputs.check(inputs.out, inputs.lse)
+    poison_(inputs.out)
+    with pytest.raises(ArgumentError, match=f"^{name}: on cpu"):
+        plan.run(**{**arguments, name: arguments[name].cpu()})
+    assert inputs.out.isnan().all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_plan_is_for_its_gpu_alone() -> None:
+    here, other = torch.cuda.current_device(), 1 - torch.cuda.current_device()
+    inputs = Inputs(Case((300, 5)), "cuda")
+    with torch.cuda.device(other):
+        there = Inputs(Case((300, 5)), "cuda")
+        plan = plan_of(there)
+        run(plan, there)
+        there.check(there.out, there.lse)
+        with pytest.raises(ArgumentError, match=f"query: on cuda:{here} with cuda:{other} current"):
+            run(plan, inputs)
+    with pytest.raises(ArgumentError, match=f"query: on cuda:{here} with cuda:{here} current"):
+        run(plan, inputs)
+    with pytest.raises(ArgumentError, match=f"query: on cuda:{other} with cuda:{here} current"):
+        run(plan, there)
+    with torch.cuda.stream(torch.cuda.Stream(device=other)):  # makes its GPU the current one
+        run(plan, there)
+        there.kv_cache = inputs.kv_cache
+        with pytest.raises(ArgumentError, match=f"kv_cache: on cuda:{here}, expected cuda:{other}"):
+            run(plan, there)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
 def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str) -> None:
     case = Case((1000, 0, 1, 300, 8000) * 4, dtype, 20, 2)

@@ -84,10 +84,10 @@ def launches(
     workspace = torch.full((max(1, division.partials.workspace_bytes),), 255, dtype=torch.uint8)
     parameters = bytearray(launch.PARAMETER_BYTES)
     parameters[: launch.TENSOR_MAP_BYTES] = tensor_map(inputs).encode()
-    query, _, tables, lengths = inputs.positional
     scales = (inputs.case.scale, 1.0)
     outputs = (inputs.out, inputs.lse, workspace)
-    launcher._pack(parameters, query, tables, lengths, inputs.cum_seq_lens_q, *scales, *outputs)
+    arguments = launch.Arguments(*inputs.positional, inputs.cum_seq_lens_q, *scales, *outputs)
+    launcher._pack(parameters, arguments)
     memory = dict(zip(("query", "cache", "tables", "lengths"), inputs.positional, strict=True))
     memory |= dict(zip(("out", "lse", "workspace"), outputs, strict=True))
     if inputs.cum_seq_lens_q is not None:

@@ -18,6 +18,11 @@ from mla_sm120.config import Division
 PROBLEM = DecodeProblem(batch=3, q_len=2, num_heads=16, page_size=64, max_seq_len=8192)
 
 
+@pytest.fixture(autouse=True)
+def _no_kernels_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "origins", {})
+
+
 @pytest.mark.parametrize(("arch", "name"), [("sm_120a", "sm120"), ("sm_121a", "sm121"), ("sm_90a", "sm90")])
 def test_explain_says_what_will_run(arch: str, name: str) -> None:
     report = kernel_dispatch.explain(PROBLEM, arch)
@@ -90,12 +95,39 @@ def test_a_cubin_that_the_driver_refuses_is_compiled(
     monkeypatch.setattr(load, "compiled_cubin", lambda unit, arch: tmp_path / "compiled")
     answers = {b"packaged": getattr(driver.CUresult, refusal), b"compiled": driver.CUresult.CUDA_SUCCESS}
     monkeypatch.setattr(driver, "cuLibraryLoadData", lambda image, *_: (answers[image], image))
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 1))
+    monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_SM120_LOOP")
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"compiled"
+    assert load.origins == {("combine", "sm_120a"): "NVRTC 13.1 -DMLA_SM120_LOOP"}
     answers[b"packaged"] = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         load.load_library.__wrapped__("combine", "sm_120a")
     answers[b"packaged"] = driver.CUresult.CUDA_SUCCESS
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"packaged"
+    assert load.origins == {("combine", "sm_120a"): "cubin of the wheel"}
+
+
+@pytest.mark.parametrize("refusal", load.REFUSALS)
+@pytest.mark.parametrize("packaged", [True, False])
+def test_a_driver_that_is_too_old_for_nvrtc_as_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: str, packaged: bool
+) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    (tmp_path / "cubin").write_bytes(b"cubin")
+    monkeypatch.setattr(load, "packaged_cubin", lambda unit, arch: tmp_path / "cubin" if packaged else None)
+    monkeypatch.setattr(load, "compiled_cubin", lambda unit, arch: tmp_path / "cubin")
+    monkeypatch.setattr(driver, "cuLibraryLoadData", lambda *_: (getattr(driver.CUresult, refusal), None))
+    monkeypatch.setattr(driver, "cuDriverGetVersion", lambda: (driver.CUresult.CUDA_SUCCESS, 12080))
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 1))
+    advice = (
+        rf"supports CUDA 12\.8 and refuses combine for sm_120a as compiled by NVRTC 13\.1 \({refusal}\); "
+        r"install cuda-bindings and NVRTC of CUDA 12\.8, or a driver for CUDA 13\.1 or newer"
+    )
+    with pytest.raises(RuntimeError, match=advice):
+        load.load_library.__wrapped__("combine", "sm_120a")
+    monkeypatch.setattr(load, "_nvrtc_version", lambda: (12, 8))  # which this driver is not too old for
+    with pytest.raises(RuntimeError, match=f"^CUDA: {refusal}$"):
+        load.load_library.__wrapped__("combine", "sm_120a")
 
 
 def test_a_device_with_less_shared_memory_is_declined() -> None:
@@ -184,7 +216,7 @@ def test_a_launch_has_its_cluster(tactic: str, cluster_size: int) -> None:
     problem = replace(PROBLEM, batch=1, num_heads=64, max_seq_len=65536, max_pages=None)
     division = Division.of(problem, as_arch("sm_90a"), tactic)
     launcher = launch.Launcher(problem, division, "decode", "combine", 0, pdl=True)
-    (decode, _), (combine, _) = launcher._state.configs
+    (decode, _), (combine, _) = launcher._threads.own.configs
     by_name = {attribute.id.name: attribute.value for attribute in decode.attrs}
     assert "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION" in by_name
     clusters = [value.clusterDim for name, value in by_name.items() if name.endswith("CLUSTER_DIMENSION")]

@@ -80,6 +80,32 @@ def test_an_mla_cell_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatc
             parse_cell(text)
 
 
+def test_variants_of_an_mla_cell_are_checked_and_then_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_mla_decode
+
+    timed: list[dict[str, int]] = []
+
+    def time_cuda_us(variants: dict[str, list[object]], repeats: int) -> dict[str, float]:
+        timed.append({name: len(calls) for name, calls in variants.items()} | {"repeats": repeats})
+        return dict.fromkeys(variants, 1.0)
+
+    monkeypatch.setattr(bench_mla_decode, "time_cuda_us", time_cuda_us)
+    monkeypatch.setattr(bench_mla_decode, "calls_for_cold_l2", lambda nbytes, device: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cell, cpu = bench_mla_decode.parse_cell("B2-H4-p16-s40-bf16"), torch.device("cpu")
+    options = SimpleNamespace(tactics=False, repeats=5)
+    found = bench_mla_decode.measure(cell, options, "torch", cpu, with_torch=True)
+    ours, torch_provider = found["us"]
+    assert ours.startswith("torch ")
+    assert torch_provider == "torch"
+    assert timed == [{ours: 3, "torch": 1, "repeats": 5}]
+    monkeypatch.setattr(bench_mla_decode.Call, "check", lambda call, cell, what: pytest.fail("wrong"))
+    with pytest.raises(pytest.fail.Exception, match="wrong"):
+        bench_mla_decode.measure(cell, options, "torch", cpu, with_torch=True)
+    assert len(timed) == 1
+
+
 def test_arguments_of_the_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from bench_gdn_stages import parse_arguments
@@ -144,7 +170,8 @@ def test_results_of_the_stages_are_found_by_the_tables(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gdn_tables
     from _gdn_cases import Cell
-    from bench_gdn_stages import STATE_DTYPES, VARIANTS, HostTime, Row, write_results
+    from _host_time import HostTime
+    from bench_gdn_stages import STATE_DTYPES, VARIANTS, Row, write_results
 
     names = ("nothing", *VARIANTS, "copy")
     rows = []
@@ -169,7 +196,7 @@ def test_results_of_the_stages_are_found_by_the_tables(
 
 def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_gdn_mtp
+    import _host_time
 
     order: list[str] = []
     clock_us = [0.0]
@@ -180,10 +207,10 @@ def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         clock_us[0] += next(costs_us[name])
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench_gdn_mtp, "HOST_CALLS", 1)
-    monkeypatch.setattr(bench_gdn_mtp, "HOST_BATCHES", 3)
-    monkeypatch.setattr(bench_gdn_mtp, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
-    found = bench_gdn_mtp.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
+    monkeypatch.setattr(_host_time, "HOST_CALLS", 1)
+    monkeypatch.setattr(_host_time, "HOST_BATCHES", 3)
+    monkeypatch.setattr(_host_time, "time", SimpleNamespace(perf_counter=lambda: clock_us[0] / 1e6))
+    found = _host_time.time_host({"a": lambda: run("a"), "b": lambda: run("b")})
     assert order == ["a", "b"] * 4
     assert {name: str(us) for name, us in found.items()} == {
         "a": "4.00 (2.00 to 9.00)",
@@ -213,3 +240,74 @@ def test_results_lie_where_the_tables_read_them(monkeypatch: pytest.MonkeyPatch)
     folder = results_folder("gdn_mtp", "NVIDIA H100 80GB HBM3")
     assert folder == BENCHMARKS / "results" / "gdn_mtp-h100"
     assert (folder / "results.json").exists()
+
+
+def test_launches_of_mla_sm120_by_other_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctypes
+
+    driver = pytest.importorskip("cuda.bindings.driver")
+    from kernel_dispatch import as_arch
+    from mla_sm120 import launch
+    from mla_sm120.config import Division
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _mla_launches
+
+    launched: list[tuple[int, list[int]]] = []
+
+    def launch_kernel(config: object, function: object, pointers: int, extra: int) -> tuple[object]:
+        count = 1 if pointers else 5
+        launched.append((pointers, list((ctypes.c_uint64 * count).from_address(pointers or extra))))
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    def no_driver(name: str, mode: int = 0) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch_kernel)
+    monkeypatch.setattr(launch, "encode_map", lambda key, problem: bytes(launch.TENSOR_MAP_BYTES))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x100, raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    problem = _mla_launches.CELL.problem
+    division = Division.of(problem, as_arch("sm_90a"), "m16")
+    launcher = launch.Launcher(problem, division, driver.CUfunction(1), None, -1, pdl=True)
+
+    def run(*positional: torch.Tensor, softmax_scale: float, **outputs: torch.Tensor) -> None:
+        launcher(*positional, None, softmax_scale, 1.0, outputs["out"], outputs["lse"], outputs["workspace"])
+
+    plan = SimpleNamespace(run=run, workspace_nbytes=0, _launch=launcher)
+    monkeypatch.setattr(_mla_launches, "plan", lambda problem, device, backend: plan)
+    launches = _mla_launches.Launches("sm90", torch.device("cpu"))
+    assert list(launches.runs) == [
+        "Plan.run",
+        "launcher",
+        "cuda-bindings",
+        "cuda-bindings, one block of parameters",
+    ]
+    assert set(launches.missing) == {"ctypes", "TVM-FFI", "cuda.core"}
+    assert launches.missing["ctypes"] == "OSError: libcuda.so.1: cannot open shared object file"
+    launched.clear()
+    for launch_once in launches.runs.values():
+        launch_once()
+    whole, alone, bound, (pointers, block) = launched
+    assert whole == alone == bound
+    parameters = whole[1][0]
+    assert ctypes.string_at(parameters, launch.PARAMETER_BYTES) == launcher._threads.own.parameters.raw
+    assert pointers == 0
+    assert block[:3] == [1, parameters, 2]
+    assert ctypes.c_size_t.from_address(block[3]).value == launch.PARAMETER_BYTES
+    assert block[4] == 0
+
+
+def test_launches_of_other_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _mla_launches
+
+    launches = _mla_launches.Launches("torch", torch.device("cpu"))
+    assert launches.missing == {}
+    assert list(launches.runs) == ["Plan.run", "launcher"]
+    for run in launches.runs.values():
+        launches._call.out.fill_(float("nan"))
+        run()
+        launches._call.check(_mla_launches.CELL, "torch")

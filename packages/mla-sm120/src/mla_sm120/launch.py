@@ -1,7 +1,7 @@
 """Launches: parameters packed as `cuda/params.h` lays them out, and one or two calls of the driver.
 
-The driver is called through cuda-bindings. The tensor map of a cache is encoded when the cache is first seen,
-and again only for a cache at another address or of another shape.
+The driver is called through cuda-bindings. The tensor map of a cache is encoded when a plan first sees the
+cache, and kept: the layers of a model have a cache each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ COMBINE_PARTIALS_PER_WARP = 4  # at least, where an item has several warps
 CHUNK_ELEMENTS = 64
 CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
 TENSOR_MAP_BYTES = 128
+MAPS_KEPT = 256  # of a plan: more than a model has layers
 STRIDE_ALIGN_BYTES = 16  # of the address and the strides of what TMA reads
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
@@ -47,17 +50,40 @@ class MapKey(NamedTuple):
     key_stride: int
 
 
-class _ThreadState(threading.local):
-    """Buffers of one thread: parameters, and configurations of launches, whose stream is set per call."""
+class Arguments(NamedTuple):
+    """What a launcher of `mla_core.decode.v1` takes; shapes as in `Launcher.__call__`."""
 
-    def __init__(self, make_configs: Any) -> None:
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    cum_seq_lens_q: torch.Tensor | None
+    softmax_scale: float | torch.Tensor
+    output_scale: float | torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    workspace: torch.Tensor | None
+
+
+class _State:
+    """What launches of one thread hand to the driver: parameters, and configurations on one stream."""
+
+    def __init__(self, configs: list[tuple[Any, Any]]) -> None:
         self.parameters = ctypes.create_string_buffer(PARAMETER_BYTES)
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
         self.pointers_address = ctypes.addressof(self.pointers)
         self.map_key: MapKey | None = None
         self.seen: tuple[Any, ...] | None = None
-        self.configs = make_configs()
+        self.configs = configs
+        self.stream: int | None = None
         self.launch = _driver().cuLaunchKernelEx
+
+
+class _Threads(threading.local):
+    """A state for each thread, in one attribute: those of this class take long to read."""
+
+    def __init__(self, make_configs: Callable[[], list[tuple[Any, Any]]]) -> None:
+        self.own = _State(make_configs())
 
 
 class Launcher:
@@ -79,7 +105,8 @@ class Launcher:
         self._device_index = device_index
         self._pdl = pdl
         self._out_type = OUT_TYPES[problem.out_dtype]
-        self._state = _ThreadState(self._make_configs)
+        self._encode_map = lru_cache(MAPS_KEPT)(partial(encode_map, problem=problem))
+        self._threads = _Threads(self._make_configs)
 
     def __call__(
         self,
@@ -96,20 +123,21 @@ class Launcher:
     ) -> None:
         """Write `out` and, where given, `lse`, on the current stream of the device."""
         index = self._device_index
-        if query.get_device() != index or torch._C._cuda_getDevice() != index:
+        current = torch._C._cuda_getDevice()
+        if query.get_device() != index or current != index:
             raise ArgumentError(
                 "query",
-                f"on {query.device} with cuda:{torch.cuda.current_device()} current, expected both to be "
-                f"cuda:{index}, which the plan is for",
+                f"on {query.device} with cuda:{current} current, expected both to be cuda:{index}, which the "
+                f"plan is for",
             )
-        state = self._state
+        state = self._threads.own
         # All that the parameters are made of: the same tensors again, as in most steps of a decode loop, need
         # no packing. stride() takes 0.1 us, stride(0) 0.9.
         seen = (
             query.data_ptr(),
             query.stride(),
             kv_cache.data_ptr(),
-            kv_cache.shape[0],
+            kv_cache.numel(),  # changes with shape[0], which takes longer to read
             kv_cache.stride(),
             block_tables.data_ptr(),
             block_tables.stride(),
@@ -124,42 +152,56 @@ class Launcher:
         )
         if seen != state.seen:
             state.seen = None  # until all of it is there
-            key = MapKey(seen[2], seen[3], *seen[4][:2])
-            if key != state.map_key:
-                ctypes.memmove(state.parameters, encode_map(key, self.problem), TENSOR_MAP_BYTES)
-                state.map_key = key
-            scales = (softmax_scale, output_scale)
-            self._pack(
-                state.parameters, query, block_tables, seq_lens, cum_seq_lens_q, *scales, out, lse, workspace
+            arguments = Arguments(
+                query,
+                kv_cache,
+                block_tables,
+                seq_lens,
+                cum_seq_lens_q,
+                softmax_scale,
+                output_scale,
+                out,
+                lse,
+                workspace,
             )
+            self._prepare(state, arguments)
             state.seen = seen
         stream = torch._C._cuda_getCurrentRawStream(index)
+        if stream != state.stream:
+            for config, _ in state.configs:
+                config.hStream = stream
+            state.stream = stream
         for config, function in state.configs:
-            config.hStream = stream
             (status,) = state.launch(config, function, state.pointers_address, 0)
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
 
-    def _pack(
-        self,
-        into: Any,
-        query: torch.Tensor,
-        block_tables: torch.Tensor,
-        seq_lens: torch.Tensor,
-        cum_seq_lens_q: torch.Tensor | None,
-        softmax_scale: float | torch.Tensor,
-        output_scale: float | torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        workspace: torch.Tensor | None,
-    ) -> None:
+    def _prepare(self, state: _State, given: Arguments) -> None:
+        """Encode the tensor map and pack the parameters, on tensors that are all on the plan's device."""
+        for name, value in zip(Arguments._fields, given, strict=True):
+            if value is None or isinstance(value, float):
+                continue
+            if value.get_device() != self._device_index:
+                raise ArgumentError(
+                    name, f"on {value.device}, expected cuda:{self._device_index}, which the plan is for"
+                )
+        cache = given.kv_cache
+        key = MapKey(cache.data_ptr(), cache.shape[0], *cache.stride()[:2])
+        if key != state.map_key:
+            ctypes.memmove(state.parameters, self._encode_map(key), TENSOR_MAP_BYTES)
+            state.map_key = key
+        self._pack(state.parameters, given)
+
+    def _pack(self, into: Any, given: Arguments) -> None:
         problem, division = self.problem, self.division
+        query, out, lse = given.query, given.out, given.lse
         # A ragged query has no dimension of requests.
-        query_stride = query.stride() if cum_seq_lens_q is None else (0, *query.stride())
-        out_stride = out.stride() if cum_seq_lens_q is None else (0, *out.stride())
+        ragged = given.cum_seq_lens_q is not None
+        query_stride = (0, *query.stride()) if ragged else query.stride()
+        out_stride = (0, *out.stride()) if ragged else out.stride()
         lse_stride: tuple[int, ...] = (0, 0)
         if lse is not None:
-            lse_stride = lse.stride()[:2] if cum_seq_lens_q is None else (0, lse.stride()[0])
+            lse_stride = (0, lse.stride()[0]) if ragged else lse.stride()[:2]
         query_address, out_address = query.data_ptr(), out.data_ptr()
         query_units = STRIDE_ALIGN_BYTES // query.element_size()
         query_aligned = query_address % STRIDE_ALIGN_BYTES == 0 and not any(
@@ -168,29 +210,27 @@ class Launcher:
         out_aligned = out_address % (2 * out.element_size()) == 0 and not any(s % 2 for s in out_stride[:3])
         o_partial = 0
         if division.num_partials > 1:
-            assert workspace is not None
-            o_partial = workspace.data_ptr()
-        softmax_on_device = isinstance(softmax_scale, torch.Tensor)
-        output_on_device = isinstance(output_scale, torch.Tensor)
+            assert given.workspace is not None
+            o_partial = given.workspace.data_ptr()
         PARAMETERS.pack_into(
             into,
             TENSOR_MAP_BYTES,
             query_address,
             out_address,
-            0 if lse is None else lse.data_ptr(),
+            _address(lse),
             o_partial,
             o_partial + division.partials.o_partial_bytes if o_partial else 0,
-            block_tables.data_ptr(),
-            seq_lens.data_ptr(),
-            0 if cum_seq_lens_q is None else cum_seq_lens_q.data_ptr(),
-            softmax_scale.data_ptr() if isinstance(softmax_scale, torch.Tensor) else 0,
-            output_scale.data_ptr() if isinstance(output_scale, torch.Tensor) else 0,
+            _address(given.block_tables),
+            _address(given.seq_lens),
+            _address(given.cum_seq_lens_q),
+            _address(given.softmax_scale),
+            _address(given.output_scale),
             *query_stride[:3],
             *out_stride[:3],
             *lse_stride,
-            block_tables.stride()[0],
-            0.0 if softmax_on_device else softmax_scale,
-            0.0 if output_on_device else output_scale,
+            given.block_tables.stride()[0],
+            given.softmax_scale if isinstance(given.softmax_scale, float) else 0.0,
+            given.output_scale if isinstance(given.output_scale, float) else 0.0,
             problem.batch,
             problem.q_len,
             problem.num_heads,
@@ -236,6 +276,11 @@ class Launcher:
         config.attrs = attributes
         config.numAttrs = len(attributes)
         return config
+
+
+def _address(given: float | torch.Tensor | None) -> int:
+    """Where a tensor lies; 0 for what is no tensor."""
+    return 0 if given is None or isinstance(given, float) else given.data_ptr()
 
 
 def _scale_key(scale: float | torch.Tensor) -> Any:

@@ -26,6 +26,8 @@ REFUSALS = (
     "CUDA_ERROR_NO_BINARY_FOR_GPU",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
 )
+# (unit, arch) of what this process has loaded -> where it is from.
+origins: dict[tuple[str, str], str] = {}
 
 
 def packaged_cubin(unit: str, arch: str) -> Path | None:
@@ -43,7 +45,7 @@ def compiled_cubin(unit: str, arch: str) -> Path:
         config={},
         arch=arch,
         options=NVRTC_OPTIONS + _more_options(),
-        toolchain=toolchain_versions("cuda-bindings") | {"nvrtc": _nvrtc_version()},
+        toolchain=toolchain_versions("cuda-bindings") | {"nvrtc": _dotted(_nvrtc_version())},
         source_hash=_digest(),
     )
     folder = CompileCache().get_or_build(key, lambda into: _compile(unit, arch, key.options, into))
@@ -77,8 +79,18 @@ def load_library(unit: str, arch: str) -> Any:
     if packaged is not None:
         result = load(packaged)
         if result[0].name not in REFUSALS:
+            origins[unit, arch] = "cubin of the wheel"
             return _checked(result)
-    return _checked(load(compiled_cubin(unit, arch)))
+    result = load(compiled_cubin(unit, arch))
+    if result[0].name in REFUSALS and _driver_version() < _nvrtc_version():
+        supported, compiler = _dotted(_driver_version()), _dotted(_nvrtc_version())
+        raise RuntimeError(
+            f"mla-sm120: the GPU's driver supports CUDA {supported} and refuses {unit} for {arch} as "
+            f"compiled by NVRTC {compiler} ({result[0].name}); install cuda-bindings and NVRTC of CUDA "
+            f"{supported}, or a driver for CUDA {compiler} or newer"
+        )
+    origins[unit, arch] = " ".join(("NVRTC", _dotted(_nvrtc_version()), *_more_options()))
+    return _checked(result)
 
 
 @cache
@@ -90,18 +102,31 @@ def _more_options() -> tuple[str, ...]:
     return tuple(os.environ.get(OPTIONS_VARIABLE, "").split())
 
 
-def _nvrtc_version() -> str:
+def _dotted(version: tuple[int, int]) -> str:
+    """A version of CUDA as people write it."""
+    return f"{version[0]}.{version[1]}"
+
+
+def _driver_version() -> tuple[int, int]:
+    """The newest CUDA that the driver supports."""
+    from cuda.bindings import driver
+
+    version = _checked(driver.cuDriverGetVersion())
+    return version // 1000, version % 1000 // 10
+
+
+def _nvrtc_version() -> tuple[int, int]:
     from cuda.bindings import nvrtc
     from cuda.pathfinder import DynamicLibNotFoundError
 
     try:
         major, minor = _checked(nvrtc.nvrtcVersion())
+        return major, minor
     except DynamicLibNotFoundError as error:
         raise RuntimeError(
             "mla-sm120: there is no cubin of these sources for this GPU and its driver, and no NVRTC to "
             "compile one with; install a wheel that was built where nvcc is, or nvidia-cuda-nvrtc"
         ) from error
-    return f"{major}.{minor}"
 
 
 def _compile(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None:
@@ -115,7 +140,7 @@ def _compile(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{unit} for {arch}: NVRTC {_nvrtc_version()} failed\n{log.decode()}")
+            raise RuntimeError(f"{unit} for {arch}: NVRTC {_dotted(_nvrtc_version())} failed\n{log.decode()}")
         code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
         (into / cubin_name(unit, arch)).write_bytes(code)

@@ -132,9 +132,10 @@ class Inputs:
         output_scale: float = 1.0,
         *,
         e4m3_smallest_weight: float = 2.0**-17,
-    ) -> None:
+    ) -> float:
         """Hold results against float64; every element lies inside its own bound.
 
+        Returns the largest error of `out`, in units of its element's bound.
         e4m3_smallest_weight: half the smallest weight that the kernel does not take for zero, relative to the
             largest of a row: 2^-10 over the power of two that its largest weight is stored as, at least.
         """
@@ -163,6 +164,7 @@ class Inputs:
         if lse is not None:
             lse_bound = LSE_ABSOLUTE * (1.0 + abs(case.scale) * HEAD_DIM)
             assert_close_elementwise(lse, want_lse, lse_bound, LSE_RELATIVE, f"{case}: lse")
+        return float(error.abs().max()) if error.numel() else 0.0
 
     def _poisoned(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: str) -> Tensor:
         """NaN; its rows lie `gap` elements apart, which hold NaN too."""
