@@ -179,9 +179,7 @@ class Launcher:
     def _prepare(self, state: _State, given: Arguments) -> None:
         """Encode the tensor map and pack the parameters, on tensors that are all on the plan's device."""
         for name, value in zip(Arguments._fields, given, strict=True):
-            if value is None or isinstance(value, float):
-                continue
-            if value.get_device() != self._device_index:
+            if isinstance(value, torch.Tensor) and value.get_device() != self._device_index:
                 raise ArgumentError(
                     name, f"on {value.device}, expected cuda:{self._device_index}, which the plan is for"
                 )
@@ -229,8 +227,8 @@ class Launcher:
             *out_stride[:3],
             *lse_stride,
             given.block_tables.stride()[0],
-            given.softmax_scale if isinstance(given.softmax_scale, float) else 0.0,
-            given.output_scale if isinstance(given.output_scale, float) else 0.0,
+            0.0 if isinstance(given.softmax_scale, torch.Tensor) else given.softmax_scale,
+            0.0 if isinstance(given.output_scale, torch.Tensor) else given.output_scale,
             problem.batch,
             problem.q_len,
             problem.num_heads,
@@ -280,7 +278,7 @@ class Launcher:
 
 def _address(given: float | torch.Tensor | None) -> int:
     """Where a tensor lies; 0 for what is no tensor."""
-    return 0 if given is None or isinstance(given, float) else given.data_ptr()
+    return given.data_ptr() if isinstance(given, torch.Tensor) else 0
 
 
 def _scale_key(scale: float | torch.Tensor) -> Any:
