@@ -327,6 +327,9 @@ def test_garbage_stays_in_its_own_slot(state, seed):
     [
         ({"num_accepted": int32([4, 0, 0])}, "num_accepted exceeds"),
         ({"accepted_nodes": int32([[3]] * 3)}, "accepted_nodes exceed"),
+        ({"accepted_nodes": int32([[1, -1, 0]] * 3)}, "accepted_nodes do not ascend"),
+        ({"accepted_nodes": int32([[1, 1]] * 3)}, "accepted_nodes do not ascend"),
+        ({"state_indices": index_tensor([4, -1, 6])}, "state_indices names a slot beyond the pool"),
         ({"cursor": (4, 2, 99)}, "a cursor of the speculative cache is out of range"),
         ({"cursor": (4, 3, 1)}, "a cursor of the speculative cache is out of range"),
     ],
@@ -341,12 +344,54 @@ def test_kernels_of_debug_mode_stop_with_a_message(changes, match):
     if "cursor" in changes:
         slot, field, value = changes["cursor"]
         history.cache.cursor[slot, field] = value
-    tensors = [x.cpu() for x in (history.pool, index_tensor(SLOTS), *history.cache.tensors)]
+    slots = changes.get("state_indices", index_tensor(SLOTS))
+    tensors = [x.cpu() for x in (history.pool, slots, *history.cache.tensors)]
     acceptance = [changes.get(name) for name in ("num_accepted", "accepted_nodes")]
     before = tensors[0].clone()
     with pytest.raises(RuntimeError, match=match):
         launch(*tensors, *(None if x is None else x.cpu() for x in acceptance))
     assert torch.equal(tensors[0], before)
+
+
+WINDOWS = {  # of requests in slot 4, in none, and in slot 0
+    "more tokens than there are": ({"num_tokens": int32([4, 9, 5])}, "num_tokens is not between 0 and T"),
+    "fewer tokens than none": ({"num_tokens": int32([-1, 9, 0])}, "num_tokens is not between 0 and T"),
+    "parent of its own": ({"parent_indices": int32([[-1, 1, 0, 0]] * 3)}, "parent_indices names neither"),
+    "parent beyond the root": (
+        {"parent_indices": int32([[-1, 0, 0, -2]] * 3)},
+        "parent_indices names neither",
+    ),
+    "nothing wrong": (
+        {"num_tokens": int32([2, 9, 0]), "parent_indices": int32([[-1, 0, 7, -9], [9] * 4, [9] * 4])},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_kernels_of_debug_mode_look_at_the_window(case):
+    changes, match = WINDOWS[case]
+    history, heads = prepared(), SETUP.heads()
+    problem = gdn_mtp.SpeculativeProblem(
+        *(3, 4, SETUP.H, SETUP.HV, SETUP.K, SETUP.V, 16), accept="none", debug=True
+    )
+    launch = KERNEL.prepare(problem, Arch.from_name("cpu"), torch.device("cpu"), "chunked")
+    q, k, v, a, b = (x.cpu() for x in SETUP.tokens(3, 4, seed=2).values())
+    written = [history.pool.cpu(), *(x.cpu() for x in history.cache.tensors), torch.full_like(v, NAN)]
+    pool, *cache, output = written
+    before = [x.clone() for x in written]
+    given = [changes.get(name) for name in ("num_tokens", "parent_indices")]
+    window = [None if x is None else x.cpu() for x in given]
+    weights = (heads["A_log"].cpu(), heads["dt_bias"].cpu(), 1.0)
+    call = (q, k, v, a, b, *weights, pool, index_tensor(SLOTS).cpu(), *cache, None, None, *window, 0, output)
+    if match is None:
+        launch(*call)
+        assert output.isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match=match):
+        launch(*call)
+    for x, old in zip(written, before, strict=True):
+        assert torch.equal(x.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
 def test_a_slot_that_was_not_reset_goes_on_where_it_was():
