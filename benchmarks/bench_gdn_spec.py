@@ -348,7 +348,7 @@ def check_ours(ours: Ours, steps: Steps) -> None:
                 number = int(steps.accepted[i, row])
                 taken[r].append({name: x[row : row + 1, :number] for name, x in window[-1].items()})
         window.append(steps.tokens[i % len(steps.tokens)])
-    states = gdn_mtp.materialize(pool, slots, ours.cache, backend="cute")
+    states = gdn_mtp.materialize(pool, slots, ours.cache, None, backend="cute")
     for r, row in enumerate(rows.tolist()):
         history = {name: torch.cat([part[name] for part in taken[r]], 1) for name in window[0]}
         number = history["q"].shape[1]

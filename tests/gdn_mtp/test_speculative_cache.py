@@ -263,10 +263,10 @@ def test_a_cache_is_of_one_pool():
     indices, everything = index_tensor([4]), history.snapshot([])
     for call in (gdn_mtp.materialize, gdn_mtp.commit):
         with pytest.raises(ArgumentError, match=r"cache: is of the state pool at .*bind"):
-            call(moved, indices, history.cache)
+            call(moved, indices, history.cache, None)
     everything()
     history.cache.bind(moved)
-    assert gdn_mtp.commit(moved, indices, history.cache) is moved
+    assert gdn_mtp.commit(moved, indices, history.cache, None) is moved
 
 
 def test_a_second_cache_of_a_pool_does_not_see_what_the_first_has_pending():
@@ -276,8 +276,8 @@ def test_a_second_cache_of_a_pool_does_not_see_what_the_first_has_pending():
     history.verify([4], 4, 1, {"num_accepted": int32([3])}, fold="full")
     other, indices = SETUP.cache(), index_tensor([4])
     before = history.pool.clone()
-    assert_same_bits(gdn_mtp.materialize(history.pool, indices, other), before[[4]], "states")
-    assert not torch.equal(gdn_mtp.materialize(history.pool, indices, history.cache), before[[4]])
+    assert_same_bits(gdn_mtp.materialize(history.pool, indices, other, None), before[[4]], "states")
+    assert not torch.equal(gdn_mtp.materialize(history.pool, indices, history.cache, None), before[[4]])
 
 
 @pytest.mark.parametrize("fold", ["auto", "full", 0])
