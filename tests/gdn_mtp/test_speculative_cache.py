@@ -1,5 +1,7 @@
 """The cache itself: sizes, memory, slots that move, a pool that moves, saving and loading."""
 
+import copy
+
 import gdn_mtp
 import pytest
 import torch
@@ -287,6 +289,21 @@ def test_with_room_for_two_windows_every_policy_folds_at_once(fold):
     history.verify([4], 4, 1, {"num_accepted": int32([1])}, fold=fold)
     assert history.cache.cursor[4, 1] == 0
     history.check_against_sequential_decoding()
+
+
+ARGUMENTS = ("pool_size", "H", "HV", "K", "V", "max_tokens", "capacity", "io_dtype", "device")
+
+
+@pytest.mark.parametrize("name", [*CacheTensors._fields, *ARGUMENTS])
+def test_attributes_are_read_only(name):
+    history = History(SETUP)
+    history.verify([1], 4, 0)
+    for cache in (history.cache, *(copies(history.cache) for copies in (copy.copy, copy.deepcopy))):
+        value = getattr(cache, name)
+        with pytest.raises(AttributeError, match=f"SpeculativeCache.{name} is read-only"):
+            setattr(cache, name, value)
+        assert getattr(cache, name) is value
+    history.cache.bind(history.pool.clone())
 
 
 def test_tensors_have_the_documented_order():
