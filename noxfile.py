@@ -311,6 +311,11 @@ def device(session: nox.Session) -> None:
     session.log("%s holds the record", folder)
 
 
+# One token and a whole chunk of eight with every tactic, two chunks with the one preferred.
+GDN_EVERY_LOOP = (
+    "(test_every_tactic[ and (-1- or -8-)) or (sizes_and_modes and 128-fp32-16)"
+    " or (k_major_states and 128) or test_history["
+)
 # What compute-sanitizer looks at: a package's tests, and per tool a pytest selection, every path, small.
 SANITIZED = {
     "gdn-mtp": (
@@ -318,9 +323,8 @@ SANITIZED = {
         {
             "memcheck": "test_every_tactic[ or k_major_states or rows_lie_apart"
             " or (sizes_and_modes and 64-fp32) or test_history[",
-            # One token and a whole chunk of eight with every tactic, two chunks with the one preferred.
-            "racecheck": "(test_every_tactic[ and (-1- or -8-)) or (sizes_and_modes and 128-fp32-16)"
-            " or (k_major_states and 128) or test_history[",
+            "racecheck": GDN_EVERY_LOOP,
+            "synccheck": GDN_EVERY_LOOP,
         },
     ),
     "mla-sm120": (

@@ -12,10 +12,12 @@ advance: a graph has several steps of every request, and after the replays the c
 simulation of them, which also counts the folds and the pending tokens that were read.
 
 Before it is timed, ours runs a few steps of which outputs and final states are compared with float64 decoding
-of the accepted tokens alone. A time is the median of replays of a CUDA graph, variants in turn, every step on
-slots that are not in the L2 cache. Necessary bytes are those of states read, states written by folds, the
-ring's entries read and written, q, k, v and the output; the ceiling is the copy bandwidth measured in the
-same run.
+of the accepted tokens alone, FlashInfer's one step, likewise. Ours is not timed if it is wrong; FlashInfer's
+is, its time marked, and no ratio is made of it. A time is the median of replays of a CUDA graph, variants in
+turn, every step on slots that are not in the L2 cache. Necessary bytes are those of states read, states
+written by folds, the ring's entries read and written, q, k, v and the output; the ceiling is the copy
+bandwidth measured in the same run. The memory compared is that of a slot of the cache with that of a request
+in a buffer of the states after every token.
 
 The exit status is 1 if ours is wrong or there is no CUDA device.
 """
@@ -36,7 +38,15 @@ from typing import Any
 
 import gdn_mtp
 import torch
-from _gdn_cases import HEAD_DIM, OUR_ERROR, POOL_SLOTS, UNIT_ROUNDOFF, parse_heads
+from _gdn_cases import (
+    HEAD_DIM,
+    OUR_ERROR,
+    PEER_ERROR,
+    POOL_SLOTS,
+    UNIT_ROUNDOFF,
+    checked_requests,
+    parse_heads,
+)
 from _gdn_variants import import_peer, progress
 from _results import results_folder
 from gdn_mtp import SpeculativeCache
@@ -67,13 +77,6 @@ REPEATS = 9
 CHECKED_STEPS = 9
 CHECKED_REQUESTS = 3
 DISTRIBUTIONS = ("gdn-mtp", "kernel-dispatch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "triton")
-TARGETS = {  # (T, smallest batch, largest batch): ratio to FlashInfer at least
-    (4, 16, 1 << 20): 3.0,
-    (8, 16, 1 << 20): 5.0,
-    (4, 1, 4): 1.3,
-    (8, 1, 4): 1.3,
-}
-COPY_TARGET, COPY_TARGET_BATCH = 0.85, 32  # of the copy bandwidth, from this batch on
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class Cell:
             state_dtype=self.state_dtype,
         )  # fmt: skip
 
+    @property
+    def intermediate_nbytes(self) -> int:
+        """Bytes of the states after each of a request's tokens."""
+        return self.T * self.slot_nbytes
+
     def groups(self, device: torch.device) -> int:
         """Sets of B slots in rotation: so many that a step finds none of its states in the L2 cache."""
         return calls_for_cold_l2(self.B * self.slot_nbytes, device)
@@ -137,15 +145,21 @@ class Steps:
 
 @dataclass
 class Row:
-    """What was measured for one cell; `us` by variant."""
+    """What was measured for one cell.
+
+    us: by variant. wrong: what is with ours. failed: peers whose results were wrong, with the first wrong
+    element. notes: why a peer has no time.
+    """
 
     cell: Cell
     copy_gb_s: float
     tactic: str = ""
     us: dict[str, float] = field(default_factory=dict)
+    cache_nbytes: int = 0  # of a slot
     folds_per_step: float = 0.0  # of a request
     pending_per_step: float = 0.0
     wrong: str = ""
+    failed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -163,9 +177,15 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """FlashInfer's time over ours."""
-        both = {"ours", "flashinfer"} <= self.us.keys()
-        return self.us["flashinfer"] / self.us["ours"] if both else None
+        """FlashInfer's time over ours, where its results are right."""
+        if "flashinfer" in self.failed or not {"ours", "flashinfer"} <= self.us.keys():
+            return None
+        return self.us["flashinfer"] / self.us["ours"]
+
+    @property
+    def memory_ratio(self) -> float:
+        """Bytes of a request's intermediate states over those of a slot of the cache."""
+        return self.cell.intermediate_nbytes / self.cache_nbytes
 
     def record(self) -> dict[str, Any]:
         cell = self.cell
@@ -175,7 +195,8 @@ class Row:
             "fold_above": cell.fold_above, "necessary_bytes": self.necessary_nbytes, "us": self.us,
             "fraction_of_copy": self.fraction(), "tactic": self.tactic, "ratio": {"flashinfer": self.ratio},
             "folds_per_step": self.folds_per_step, "pending_per_step": self.pending_per_step,
-            "wrong": self.wrong, "notes": self.notes,
+            "cache_bytes": self.cache_nbytes, "intermediate_bytes": cell.intermediate_nbytes,
+            "wrong": self.wrong, "failed": self.failed, "notes": self.notes,
         }  # fmt: skip
 
     def line(self) -> str:
@@ -185,8 +206,9 @@ class Row:
             f"{self.fraction() or math.nan:5.2f} of copy",
         ]
         parts.append(f"folds {self.folds_per_step:.2f} pending {self.pending_per_step:.1f}")
-        if self.ratio is not None:
-            parts.append(f"FlashInfer {self.us['flashinfer']:8.2f} us, ratio {self.ratio:.2f}")
+        if "flashinfer" in self.us:
+            ratio = "WRONG" if self.ratio is None else f"ratio {self.ratio:.2f}"
+            parts.append(f"FlashInfer {self.us['flashinfer']:8.2f} us, {ratio}")
         others = [f"{name} {us:.2f}" for name, us in self.us.items() if name not in ("ours", "flashinfer")]
         return "  ".join(parts + others + ([f"WRONG: {self.wrong}"] if self.wrong else []))
 
@@ -246,16 +268,19 @@ class FlashInfer:
     """Its verify with every intermediate state, then the accepted ones copied to the pool."""
 
     def __init__(self, cell: Cell, pool: Tensor) -> None:
-        if cell.B * cell.T * cell.slot_nbytes // cell.state_dtype.itemsize >= 2**31:
+        if cell.B * cell.intermediate_nbytes // cell.state_dtype.itemsize >= 2**31:
             raise ValueError("has 32-bit offsets into the intermediate states, which are too many")
         module = import_peer("flashinfer.gdn_decode")
         fp32 = cell.state_dtype == torch.float32
         self.verify = module.gated_delta_rule_mtp if fp32 else module.gated_delta_rule_decode_pretranspose
         self.state = {} if fp32 else {"state": None}
-        self.pool = pool.clone()
+        self.cell, self.pool = cell, pool.clone()
         shape = (cell.B, cell.T, cell.HV, HEAD_DIM, HEAD_DIM)
-        count = calls_for_cold_l2(cell.B * cell.T * cell.slot_nbytes, pool.device) - 1
-        self.buffers = [torch.empty(shape, dtype=cell.state_dtype, device=pool.device) for _ in range(count)]
+        count = calls_for_cold_l2(cell.B * cell.intermediate_nbytes, pool.device) - 1
+        nan = float("nan")
+        self.buffers = [
+            torch.full(shape, nan, dtype=cell.state_dtype, device=pool.device) for _ in range(count)
+        ]
 
     def step(self, steps: Steps, i: int) -> Callable[[], None]:
         """Step i of a graph."""
@@ -323,27 +348,53 @@ def check_ours(ours: Ours, steps: Steps) -> None:
                 number = int(steps.accepted[i, row])
                 taken[r].append({name: x[row : row + 1, :number] for name, x in window[-1].items()})
         window.append(steps.tokens[i % len(steps.tokens)])
-    if not bool(steps.output.isfinite().all()):
-        raise AssertionError("output: not finite everywhere; it was NaN before the step")
-    states = gdn_mtp.materialize(pool, slots, ours.cache, backend="cute")
+    states = gdn_mtp.materialize(pool, slots, ours.cache, None, backend="cute")
     for r, row in enumerate(rows.tolist()):
         history = {name: torch.cat([part[name] for part in taken[r]], 1) for name in window[0]}
         number = history["q"].shape[1]
-        last = {name: x[row : row + 1] for name, x in window[-1].items()}
-        full: dict[str, Any] = {name: torch.cat([history[name], last[name]], 1) for name in history}
-        full |= {**steps.weights, "state": entry[r : r + 1]}
-        expected = gated_delta_rule_reference(**full)
-        accepted_state = expected.intermediate_states[:, number - 1]
-        norm = max(entry.double().norm(dim=-1).max().item(), accepted_state.norm(dim=-1).max().item())
+        tokens = {name: torch.cat([x, window[-1][name][row : row + 1]], 1) for name, x in history.items()}
         rounding = UNIT_ROUNDOFF[cell.state_dtype] if cell.state_dtype != torch.float32 else 0.0
-        error = norm * ((number + cell.T) * OUR_ERROR + CHECKED_STEPS * rounding)
-        unit = UNIT_ROUNDOFF[torch.bfloat16]
-        assert_close_elementwise(
-            steps.output[row], expected.output[0, number:], HEAD_DIM**-0.5 * error, unit, "output"
-        )
-        assert_close_elementwise(
-            states[row], accepted_state[0], error, UNIT_ROUNDOFF[cell.state_dtype], "state"
-        )
+        error = (number + cell.T) * OUR_ERROR + CHECKED_STEPS * rounding
+        compare(cell, steps, tokens, entry[r : r + 1], number, steps.output[row], states[row], error)
+
+
+def fault_of(peer: FlashInfer, steps: Steps) -> str:
+    """Run FlashInfer's first step; what is wrong with outputs or accepted states of some requests, or ""."""
+    cell, slots = peer.cell, steps.slots(0).long()
+    rows = checked_requests(cell.B, slots.device)
+    entry = peer.pool[slots[rows]]
+    steps.output.fill_(float("nan"))
+    peer.step(steps, 0)()
+    error = cell.T * PEER_ERROR[cell.state_dtype]
+    try:
+        for r, row in enumerate(rows.tolist()):
+            tokens = {name: x[row : row + 1] for name, x in steps.tokens[0].items()}
+            number, state = int(steps.accepted[0, row]), peer.pool[slots[row]]
+            compare(cell, steps, tokens, entry[r : r + 1], number, steps.output[row], state, error)
+    except AssertionError as found:
+        return str(found)
+    return ""
+
+
+def compare(
+    cell: Cell, steps: Steps, tokens: dict[str, Tensor], entry: Tensor, number: int, output: Tensor,
+    state: Tensor, error: float,
+) -> None:  # fmt: skip
+    """Raises AssertionError unless a request's results are those of float64 decoding from state `entry`.
+
+    tokens: of the request alone; the last T of them are the window that `output` [T, HV, V] belongs to.
+    state: [HV, V, K], after the first `number` tokens. error: of the arithmetic, in norms of a state row.
+    Of the other requests the output has to be finite.
+    """
+    if not bool(steps.output.isfinite().all()):
+        raise AssertionError("output: not finite everywhere; it was NaN before the step")
+    expected = gated_delta_rule_reference(**tokens, **steps.weights, state=entry)
+    expected_state = expected.intermediate_states[0, number - 1]
+    norm = max(x.double().norm(dim=-1).max().item() for x in (entry, expected_state))
+    atol, unit = norm * error, UNIT_ROUNDOFF[torch.bfloat16]
+    expected_output = expected.output[0, -cell.T :]
+    assert_close_elementwise(output, expected_output, HEAD_DIM**-0.5 * atol, unit, "output")
+    assert_close_elementwise(state, expected_state, atol, UNIT_ROUNDOFF[cell.state_dtype], "state")
 
 
 def measure(cell: Cell, row: Row, pool: Tensor, options: argparse.Namespace) -> None:
@@ -352,6 +403,7 @@ def measure(cell: Cell, row: Row, pool: Tensor, options: argparse.Namespace) -> 
     steps = make_steps(cell, len(pool), device)
     ours = {"ours": Ours(cell, pool)}
     row.tactic = ours["ours"].tactic
+    row.cache_nbytes = ours["ours"].cache.nbytes // len(pool)
     if options.tactics is not None:
         problem, arch = cell.problem(), as_arch(device)
         names = resolve(problem, arch, "cute").kernel.tactics(problem, arch)
@@ -370,7 +422,9 @@ def measure(cell: Cell, row: Row, pool: Tensor, options: argparse.Namespace) -> 
     if "flashinfer" in options.peers:
         try:
             peer = FlashInfer(cell, pool)
-            peer.step(steps, 0)()
+            fault = fault_of(peer, steps)
+            if fault:
+                row.failed["flashinfer"] = fault
             timed["flashinfer"] = [peer.step(steps, i) for i in indices]
         except Exception as error:
             row.notes["flashinfer"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -386,25 +440,68 @@ def measure(cell: Cell, row: Row, pool: Tensor, options: argparse.Namespace) -> 
                 return
 
 
+@dataclass(frozen=True)
+class Goal:
+    """`value` is to be at least `least` in every row of `tokens` tokens and these batch sizes."""
+
+    title: str
+    least: float
+    value: Callable[[Row], float | None]  # None where it was not measured
+    tokens: int | None = None  # T; None for any
+    least_batch: int = 1
+    most_batch: float = math.inf
+
+    def applies(self, cell: Cell) -> bool:
+        return self.tokens in (None, cell.T) and self.least_batch <= cell.B <= self.most_batch
+
+    def verdict(self, rows: Sequence[Row]) -> str:
+        """In how many cells it is met, and the lowest value; a row of wrong results does not meet it."""
+        right = [row for row in rows if not row.wrong]
+        values = [(value, row) for row in right if (value := self.value(row)) is not None]
+        cells, wrong = len(rows) - len(right) + len(values), len(rows) - len(right)
+        if not cells:
+            return "not measured"
+        met = sum(value >= self.least for value, _ in values)
+        parts = [f"{'met' if met == cells else 'MISSED'}: in {met} of {cells} cells"]
+        if values:
+            lowest, row = min(values, key=lambda pair: pair[0])
+            parts.append(f"lowest {lowest:.3f} at {row.cell}")
+        if wrong:
+            parts.append(f"{wrong} with wrong results")
+        if cells < len(rows):
+            parts.append(f"{len(rows) - cells} more not measured")
+        return ", ".join(parts)
+
+
+def _over_flashinfer(row: Row) -> float | None:
+    return row.ratio
+
+
+def _of_copy(row: Row) -> float | None:
+    return row.fraction()
+
+
+def _memory(row: Row) -> float | None:
+    return row.memory_ratio
+
+
+GOALS = (
+    Goal("T = 4, B >= 16: x FlashInfer's speed", 3.0, _over_flashinfer, tokens=4, least_batch=16),
+    Goal("T = 8, B >= 16: x FlashInfer's speed", 5.0, _over_flashinfer, tokens=8, least_batch=16),
+    Goal("T = 4, B <= 4: x FlashInfer's speed", 1.3, _over_flashinfer, tokens=4, most_batch=4),
+    Goal("T = 8, B <= 4: x FlashInfer's speed", 1.3, _over_flashinfer, tokens=8, most_batch=4),
+    Goal("B >= 32: of the copy bandwidth", 0.85, _of_copy, least_batch=32),
+    Goal("T = 8: bytes of intermediate states over the cache's", 16.0, _memory, tokens=8),
+)
+
+
 def verdicts(rows: Sequence[Row]) -> dict[str, str]:
-    """Each target with the worst row under it."""
+    """What became of each goal that is about any of the rows."""
     found = {}
-    for (T, low, high), least in TARGETS.items():
-        ratios = [
-            (row.ratio, row) for row in rows if row.cell.T == T and low <= row.cell.B <= high and row.ratio
-        ]
-        if ratios:
-            worst, row = min(ratios, key=lambda pair: pair[0])
-            met = "met" if worst >= least else "MISSED"
-            found[f"T = {T}, B {low}..{high}: at least {least} x FlashInfer"] = (
-                f"{met}: {worst:.2f} at {row.cell}"
-            )
-    fractions = [(row.fraction(), row) for row in rows if row.cell.B >= COPY_TARGET_BATCH and row.fraction()]
-    if fractions:
-        least_fraction, row = min(fractions, key=lambda pair: pair[0] or 0.0)
-        met = "met" if (least_fraction or 0.0) >= COPY_TARGET else "MISSED"
-        name = f"at least {COPY_TARGET} of the copy bandwidth for B >= {COPY_TARGET_BATCH}"
-        found[name] = f"{met}: {least_fraction:.3f} at {row.cell}"
+    for goal in GOALS:
+        about = [row for row in rows if goal.applies(row.cell)]
+        if about:
+            found[f"{goal.title}, at least {goal.least:g}"] = goal.verdict(about)
     return found
 
 
@@ -504,6 +601,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         for variant, note in row.notes.items():
             print(f"{variant} is missing at {row.cell}: {note}")
+        for variant, fault in row.failed.items():
+            print(f"{variant} is wrong at {row.cell}: {fault}")
     print(f"copy bandwidth at the end {content['copy_gb_s']['end']:.0f} GB/s")
     print(*(f"{name}: {verdict}" for name, verdict in content["targets"].items()), sep="\n")
     print(f"wrote {folder / 'results.json'}")

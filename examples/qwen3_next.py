@@ -121,7 +121,7 @@ class Step:
     kind           "prefill" (one request), "decode" (T = 1) or "verify"
     intermediate   verify with gather: [B, T, HV, V, K] float32 per layer
     spare_slots    verify with scatter: [B, T] int32
-    accepted       verify with compact: num_accepted or accepted_nodes, as gdn_mtp.verify takes them
+    accepted       verify with compact: num_accepted, accepted_nodes, one of them None, for gdn_mtp.verify
     parents        verify of trees: [B, T] int32, the token that each follows, -1 for the last committed one
     conv_windows   set by verify: [B, conv_dim, kernel_size - 1 + T] per layer
     """
@@ -134,7 +134,7 @@ class Step:
     kind: Literal["prefill", "decode", "verify"]
     intermediate: dict[int, Tensor] | None = None
     spare_slots: Tensor | None = None
-    accepted: dict[str, Tensor] | None = None
+    accepted: tuple[Tensor | None, Tensor | None] | None = None
     parents: Tensor | None = None
     conv_windows: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -257,7 +257,7 @@ class PooledGatedDeltaNet(nn.Module):
                 step.pool.state[layer],
                 step.slots,
                 step.pool.caches[layer],
-                **step.accepted,
+                *step.accepted,
                 parent_indices=step.parents,
                 backend=self.backend,
             )
@@ -436,20 +436,17 @@ class PooledEngine:
             for buffer in buffers.values():
                 buffer[rows[:, None], :, target] = buffer[rows[:, None], :, source]
 
-    def _accepted(self, rows: Tensor) -> dict[str, Tensor]:
+    def _accepted(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What of the last verify of each row is accepted; it is told once."""
-        if self.trees:
-            accepted = {"accepted_nodes": self.accepted_nodes[rows]}
-        else:
-            accepted = {"num_accepted": self.num_accepted[rows]}
+        counts, nodes = self.num_accepted[rows], self.accepted_nodes[rows]
         self.num_accepted[rows], self.accepted_nodes[rows] = 0, -1
-        return accepted
+        return (None, nodes) if self.trees else (counts, None)
 
     def _fold(self, rows: Tensor) -> None:
         """Fold accepted tokens into the pool, for a decode that reads it."""
         accepted = self._accepted(rows)
         for layer, cache in self.pool.caches.items():
-            gdn_mtp.commit(self.pool.state[layer], self.pool.slots[rows], cache, **accepted)
+            gdn_mtp.commit(self.pool.state[layer], self.pool.slots[rows], cache, *accepted)
 
     def _pad(self, requests: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Fill requests and tokens [n, T] up to max_batch rows: rows [max_batch], tokens [max_batch, T]."""

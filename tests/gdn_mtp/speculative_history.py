@@ -36,9 +36,10 @@ class Setup:
     index: torch.dtype = torch.int32
     tactic: Tactic = field(default_factory=lambda: Tactic(4, 1))
     pdl: bool = True
+    debug: bool = False
 
     def __str__(self) -> str:
-        flags = "-tree" * self.tree + "-raw" * (not self.l2norm)
+        flags = "-tree" * self.tree + "-raw" * (not self.l2norm) + "-debug" * self.debug
         dtypes = "-".join(str(x).removeprefix("torch.").replace("float", "fp") for x in (self.io, self.state))
         sizes = f"T{self.max_tokens}-R{self.capacity}-H{self.H}-HV{self.HV}-D{self.D}"
         return f"{sizes}-{dtypes}{flags}-{self.tactic.name}"
@@ -49,7 +50,7 @@ class Setup:
             mode=mode, T=tokens, K=self.D, V=self.D, capacity=self.capacity, io_dtype=io, gate_dtype=io,
             dt_bias_dtype="float32", out_dtype=io, state_dtype=state, index_dtype=index,
             use_qk_l2norm=self.l2norm, accept=accept, variable_tokens=self.variable and mode == "verify",
-            tree=self.tree and mode == "verify", tensor_scale=False, debug=False, pdl=self.pdl,
+            tree=self.tree and mode == "verify", tensor_scale=False, debug=self.debug, pdl=self.pdl,
             smem_optin_bytes=SMEM_OPTIN_BYTES, tactic=self.tactic,
         )  # fmt: skip
 
@@ -285,3 +286,58 @@ class History:
         most = self.setup.max_tokens
         full = self.setup.capacity - 2 * most
         self.verify(named, most, self.random.choice((0, full // 2, full, full, full)))
+
+
+@dataclass(frozen=True)
+class Misuse:
+    """A call of a slot whose cursor begins with `cursor`, and what a kernel of debug mode says of it."""
+
+    message: str
+    mode: str = "commit"
+    slot: int = 1
+    cursor: tuple[int, int, int] = (0, 4, 2)
+    accepted: int | tuple[int, ...] = 0  # a number of tokens, or nodes
+    tokens: int = 4
+    parents: tuple[int, ...] | None = None
+
+    def launch(self, launch: Launch, device: torch.device) -> None:
+        setup = Setup(tree=self.parents is not None, debug=True)
+        history = History(setup, launch, 3, device)
+        history.cursor[1, :3] = history.ints(list(self.cursor))
+        nodes = None if isinstance(self.accepted, int) else history.ints([list(self.accepted)])
+        counts = history.ints([self.accepted]) if nodes is None else None
+        named = (history.pool, history.indices([self.slot]), *history.cache, counts, nodes)
+        T, H, HV, D = setup.max_tokens, setup.H, setup.HV, setup.D
+        accept = "counts" if nodes is None else "nodes"
+        config = setup.config(self.mode, T if self.mode == "verify" else 0, accept)
+        if self.mode != "verify":
+            launch(config, (*named, None))
+            return
+        q, k, v = (history.normal(1, T, heads, D).to(setup.io) for heads in (H, H, HV))
+        a, b = (history.normal(1, T, HV).to(setup.io) for _ in range(2))
+        parents = None if self.parents is None else history.ints([list(self.parents)])
+        tokens = (q, k, v, a, b, history.A_log, history.dt_bias, D**-0.5)
+        window = (history.ints([self.tokens]), parents, 0, torch.empty_like(v))
+        launch(config, (*tokens, *named, *window))
+
+
+MISUSES = {
+    "more accepted": Misuse("num_accepted is not between 0", accepted=3),
+    "node past the window": Misuse("accepted_nodes names a node", accepted=(0, 2)),
+    "nodes out of order": Misuse("accepted_nodes do not ascend", accepted=(1, -1, 0)),
+    "node twice": Misuse("accepted_nodes do not ascend", accepted=(1, 1)),
+    "start out of range": Misuse("cursor of a slot", cursor=(16, 0, 0)),
+    "window too long": Misuse("cursor of a slot", cursor=(0, 12, 5)),
+    "slot beyond the pool": Misuse("state_indices names a slot beyond the pool", slot=3),
+    "slot of a verify beyond the pool": Misuse("state_indices names a slot", "verify", slot=3),
+    "more tokens than there are": Misuse("num_tokens is not between 0 and T", "verify", tokens=5),
+    "fewer tokens than none": Misuse("num_tokens is not between 0 and T", "verify", tokens=-1),
+    "parent of its own": Misuse("parent_indices names neither", "verify", parents=(-1, 0, 2, 0)),
+    "parent beyond the root": Misuse("parent_indices names neither", "verify", parents=(-1, 0, 1, -2)),
+}
+# What a kernel of debug mode passes over: nodes that are none, parents of tokens that a request has not.
+USES = {
+    "nodes with gaps": Misuse("", accepted=(-1, 0, -7, 1)),
+    "parents of no tokens": Misuse("", "verify", tokens=2, parents=(-1, 0, 7, -9)),
+    "a slot that is padding": Misuse("", "verify", slot=-1, tokens=9, parents=(5, 5, 5, 5)),
+}

@@ -153,7 +153,7 @@ class History:
             state_pool=self.pool,
             state_indices=indices,
             cache=self.cache,
-            **acceptance,
+            **said(acceptance),
             **window,
             **setup.options,
             fold=fold,
@@ -191,10 +191,10 @@ class History:
         acceptance, indices = acceptance or {}, index_tensor(slots)
         named = (self.pool, indices, self.cache)
         everything = self.snapshot([])
-        states = gdn_mtp.materialize(*named, **acceptance, backend=self.backend)
+        states = gdn_mtp.materialize(*named, **said(acceptance), backend=self.backend)
         everything()
         unchanged, pool = self.snapshot(slots), self.pool.clone()
-        returned = gdn_mtp.commit(*named, **acceptance, backend=self.backend)
+        returned = gdn_mtp.commit(*named, **said(acceptance), backend=self.backend)
         unchanged()
         assert returned is self.pool
         self._note_acceptance(slots, acceptance)
@@ -295,6 +295,11 @@ class History:
 def random_tree(T: int, rng: random.Random) -> list[int]:
     """Parents of T nodes, each an earlier one or the root."""
     return [rng.randrange(-1, node) if node else -1 for node in range(T)]
+
+
+def said(acceptance: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """`acceptance` with `num_accepted`, which has no default."""
+    return {"num_accepted": None, **acceptance}
 
 
 def int32(values: object) -> Tensor:

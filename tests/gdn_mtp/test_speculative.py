@@ -60,7 +60,7 @@ def test_only_what_is_accepted_counts(accepted):
         others = SETUP.tokens(2, 4, seed=drafts)
         mixed = [torch.cat([tokens[n][:, :accepted], others[n][:, accepted:]], dim=1) for n in "qkvab"]
         rest = arguments(history, [4, 1], 4)[5:]
-        gdn_mtp.verify(*mixed, *rest)
+        gdn_mtp.verify(*mixed, *rest, None)
         output = gdn_mtp.verify(*arguments(history, [4, 1], 2, seed=9), int32([accepted] * 2))
         states = gdn_mtp.materialize(history.pool, index_tensor([4, 1]), history.cache, int32([2, 2]))
         results.append((output, states))
@@ -89,20 +89,20 @@ def test_siblings_do_not_see_each_other():
     tokens = SETUP.tokens(1, 3, seed=0)
     nodes = [tokens[name] for name in "qkvab"]
     rest = arguments(tree, [2], 3)[5:]
-    output = gdn_mtp.verify(*nodes, *rest, parent_indices=int32([[-1, 0, 0]]))
+    output = gdn_mtp.verify(*nodes, *rest, None, parent_indices=int32([[-1, 0, 0]]))
     for path in ([0, 1], [0, 2]):
         rest = arguments(chain, [2], 2)[5:]
-        expected = gdn_mtp.verify(*(x[:, path] for x in nodes), *rest)
+        expected = gdn_mtp.verify(*(x[:, path] for x in nodes), *rest, None)
         assert_same_bits(output[:, path], expected, "output")
 
 
 def test_nan_stays_in_its_request_and_behind_its_token():
     history = History(SETUP)
     inputs = arguments(history, [2, 3], 4)
-    clean = gdn_mtp.verify(*inputs, backend="torch")
+    clean = gdn_mtp.verify(*inputs, None, backend="torch")
     for x in inputs[:5]:
         x[0, 2] = float("nan")
-    output = gdn_mtp.verify(*inputs, backend="torch")
+    output = gdn_mtp.verify(*inputs, None, backend="torch")
     assert_same_bits(output[0, :2], clean[0, :2], "tokens before")
     assert_same_bits(output[1], clean[1], "the other request")
     assert output[0, 2:].isnan().all()
@@ -114,14 +114,14 @@ def test_nan_of_a_sibling_stays_on_its_branch():
     history = History(SETUP)
     inputs = arguments(history, [2], 4)
     options = {"parent_indices": int32([[-1, 0, 0, 2]]), "backend": "torch"}
-    clean = gdn_mtp.verify(*inputs, **options)
+    clean = gdn_mtp.verify(*inputs, None, **options)
     for x in inputs[:5]:
         x[0, 1] = float("nan")
-    output = gdn_mtp.verify(*inputs, **options)
+    output = gdn_mtp.verify(*inputs, None, **options)
     assert_same_bits(output[0, [0, 2, 3]], clean[0, [0, 2, 3]], "the other branch")
     assert output[0, 1].isnan().all()
     path = int32([[0, 2, 3]])
-    states = gdn_mtp.materialize(*inputs[7:], accepted_nodes=path, backend="torch")
+    states = gdn_mtp.materialize(*inputs[7:], None, path, backend="torch")
     assert states.isfinite().all()
 
 
@@ -129,7 +129,7 @@ def test_nan_of_a_sibling_stays_on_its_branch():
 def test_output_dtypes_and_default(out):
     history, other = History(SETUP), History(SETUP)
     output = history.verify([1, 4], 3, 0, out=out)
-    default = gdn_mtp.verify(*arguments(other, [1, 4], 3))
+    default = gdn_mtp.verify(*arguments(other, [1, 4], 3), None)
     assert default.dtype == SETUP.io
     torch.testing.assert_close(output.float(), default.float(), rtol=2**-7, atol=2**-7)
 
@@ -137,12 +137,12 @@ def test_output_dtypes_and_default(out):
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_index_dtypes_and_strides(index_dtype):
     history, other = History(SETUP), History(SETUP)
-    expected = gdn_mtp.verify(*arguments(other, [1, -1, 4], 3))
+    expected = gdn_mtp.verify(*arguments(other, [1, -1, 4], 3), None)
     given = list(arguments(history, [1, -1, 4], 3))
     given[8] = torch.tensor([1, 9, -1, 9, 4, 9], dtype=index_dtype, device=DEVICE)[::2]
     given[:3] = [torch.cat([x, x], dim=1)[:, :3] for x in given[:3]]
     tree = int32([[-1, 0, 1]]).expand(3, 3)
-    assert_same_bits(gdn_mtp.verify(*given, parent_indices=tree), expected, "output")
+    assert_same_bits(gdn_mtp.verify(*given, None, parent_indices=tree), expected, "output")
 
 
 def test_pool_may_be_a_strided_view():
@@ -153,7 +153,7 @@ def test_pool_may_be_a_strided_view():
     for current, pool in ((history, view), (other, other.pool)):
         given = list(arguments(current, [1, 4], 4))
         given[7] = pool
-        gdn_mtp.verify(*given)
+        gdn_mtp.verify(*given, None)
         gdn_mtp.commit(pool, given[8], current.cache, int32([4, 2]))
     assert_same_bits(view, other.pool, "pool")
     assert memory[:, 0].isnan().all()
@@ -163,8 +163,8 @@ def test_pool_may_be_a_strided_view():
 @pytest.mark.parametrize("scale", [None, 0.5, "tensor"])
 def test_scale(scale):
     value = torch.tensor([0.5], device=DEVICE) if scale == "tensor" else scale
-    output = gdn_mtp.verify(*arguments(History(SETUP), [1], 3), scale=value)
-    base = gdn_mtp.verify(*arguments(History(SETUP), [1], 3), scale=1.0)
+    output = gdn_mtp.verify(*arguments(History(SETUP), [1], 3), None, scale=value)
+    base = gdn_mtp.verify(*arguments(History(SETUP), [1], 3), None, scale=1.0)
     factor = SETUP.K**-0.5 if scale is None else 0.5
     torch.testing.assert_close(output, (base.float() * factor).to(BF16), rtol=2**-7, atol=0)
 
@@ -181,7 +181,7 @@ def test_slots_lie_past_two_to_the_31_elements():
     for pool in (near, far):
         cache = gdn_mtp.SpeculativeCache(2, 1, 1, setup.K, setup.V, max_tokens=4, device="cpu")
         named = {"state_pool": pool, "state_indices": slots, "cache": cache}
-        gdn_mtp.verify(**tokens, **named)
+        gdn_mtp.verify(**tokens, **named, num_accepted=None)
         output = gdn_mtp.verify(**tokens, **named, num_accepted=accepted, fold="always")
         states = gdn_mtp.materialize(**named, num_accepted=accepted)
         gdn_mtp.commit(**named, num_accepted=accepted)
@@ -235,9 +235,9 @@ def test_every_argument_acts(name):
 def test_no_requests():
     history = History(SETUP)
     everything = history.snapshot([])
-    assert gdn_mtp.verify(*arguments(history, [], 3)).shape == (0, 3, SETUP.HV, SETUP.V)
-    assert gdn_mtp.materialize(history.pool, index_tensor([]), history.cache).shape[0] == 0
-    gdn_mtp.commit(history.pool, index_tensor([]), history.cache)
+    assert gdn_mtp.verify(*arguments(history, [], 3), None).shape == (0, 3, SETUP.HV, SETUP.V)
+    assert gdn_mtp.materialize(history.pool, index_tensor([]), history.cache, None).shape[0] == 0
+    gdn_mtp.commit(history.pool, index_tensor([]), history.cache, None)
     everything()
 
 
@@ -358,11 +358,11 @@ class Loop(torch.nn.Module):
 
     def forward(self, inputs, pool, indices, accepted):
         call = partial(gdn_mtp.verify, **inputs, state_pool=pool, state_indices=indices, cache=self.cache)
-        first = call(scale=self.scale)
+        first = call(num_accepted=None, scale=self.scale)
         second = call(num_accepted=accepted, fold="always")
         third = call(num_accepted=accepted, fold=3)
         states = gdn_mtp.materialize(pool, indices, self.cache, accepted)
-        pool = gdn_mtp.commit(pool, indices, self.cache, accepted_nodes=accepted[:, None] - 1)
+        pool = gdn_mtp.commit(pool, indices, self.cache, None, accepted[:, None] - 1)
         return first + second + third, states.sum(), pool.sum()
 
 
@@ -417,8 +417,8 @@ class TestCompilation:
             convert = mode.from_tensor
             given = arguments(history, [4, 0], 4)
             fake = [convert(x) if isinstance(x, torch.Tensor) else x for x in given]
-            output = gdn_mtp.verify(*fake)
-            states = gdn_mtp.materialize(*fake[7:])
+            output = gdn_mtp.verify(*fake, None)
+            states = gdn_mtp.materialize(*fake[7:], None)
         assert (output.shape, output.dtype) == ((2, 4, SETUP.HV, SETUP.V), BF16)
         assert (states.shape, states.dtype) == ((2, SETUP.HV, SETUP.V, SETUP.K), FP32)
 
@@ -439,7 +439,7 @@ class TestCompilation:
         history = History(SETUP)
         given = arguments(history, [4, 0], 4)
         given[0].requires_grad_()
-        assert gdn_mtp.verify(*given).isfinite().all()
+        assert gdn_mtp.verify(*given, None).isfinite().all()
         assert history.cache.cursor[4].tolist() == [0, 0, 4, 0]
 
 

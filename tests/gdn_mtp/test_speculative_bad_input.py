@@ -27,7 +27,7 @@ def pooled():
     pool, verified, cache = SETUP.pool().cpu(), new_cache(), new_cache()
     slots = torch.tensor([4, -1, 2], dtype=torch.int32)
     tokens = {name: x.cpu() for name, x in {**SETUP.tokens(B, T, 0), **SETUP.heads()}.items()}
-    gdn_mtp.verify(**tokens, state_pool=pool, state_indices=slots, cache=verified)
+    gdn_mtp.verify(**tokens, state_pool=pool, state_indices=slots, cache=verified, num_accepted=None)
     cache.load_state_dict(verified.state_dict())
     return {"state_pool": pool, "state_indices": slots, "cache": cache}, tokens
 
@@ -50,7 +50,7 @@ def verify():
 
 def commit():
     nodes = torch.tensor([[0, 1], [-1, -1], [0, -1]], dtype=torch.int32)
-    return {**pooled()[0], "accepted_nodes": nodes, "backend": "auto"}
+    return {**pooled()[0], "num_accepted": None, "accepted_nodes": nodes, "backend": "auto"}
 
 
 def materialize():
@@ -110,7 +110,8 @@ VALUES = {
 def perturbations():
     for function, (call, make) in FUNCTIONS.items():
         for name, value in make().items():
-            if inspect.signature(call).parameters[name].default is inspect.Parameter.empty:
+            required = inspect.signature(call).parameters[name].default is inspect.Parameter.empty
+            if required and name != "num_accepted":  # where None says that nothing is accepted
                 yield pytest.param(function, name, None, id=f"{function}-{name}-none")
             others = VALUES.get(name, {}).items()
             if isinstance(value, torch.Tensor):
@@ -153,13 +154,25 @@ def test_a_perturbed_argument_is_named(function, name, value):
     assert_rejected(function, FUNCTIONS[function][1]() | {name: value}, name)
 
 
+@pytest.mark.parametrize("function", ["verify", "commit", "materialize"])
+def test_what_is_accepted_has_to_be_said(function):
+    """Left out, it would reject the last window."""
+    call, make = FUNCTIONS[function]
+    arguments = {name: x for name, x in make().items() if name not in ("num_accepted", "accepted_nodes")}
+    cursor = arguments["cache"].cursor.clone()
+    with pytest.raises(TypeError, match="num_accepted"):
+        call(**arguments)
+    assert torch.equal(arguments["cache"].cursor, cursor)
+    call(**arguments, num_accepted=None)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", CACHE_TENSORS)
 def test_a_perturbed_tensor_of_the_cache_is_named(function, name):
-    """Someone has put another tensor into the cache."""
+    """Someone has put another tensor into the cache, although its attributes are read-only."""
     for what, other in tensor_perturbations(name, getattr(pooled()[0]["cache"], name)):
         arguments = FUNCTIONS[function][1]()
-        setattr(arguments["cache"], name, other)
+        vars(arguments["cache"])[name] = other
         with pytest.raises(ArgumentError) as caught:
             FUNCTIONS[function][0](**arguments)
         assert caught.value.argument.startswith("cache."), f"{what}: {caught.value}"
@@ -213,9 +226,9 @@ def test_a_call_that_fails_binds_the_cache_to_nothing():
     pool, slots, _ = named.values()
     cache = new_cache()
     with pytest.raises(ArgumentError, match=r"cache\.updates: HV = 4, expected 3"):
-        gdn_mtp.commit(pool[:, :3], slots, cache)
+        gdn_mtp.commit(pool[:, :3], slots, cache, None)
     with pytest.raises(ArgumentError, match="state_indices: 8 at"):
         gdn_mtp.plan(problem("commit", accept="none"), "cpu").run(pool.clone(), slots + 4, cache)
-    gdn_mtp.verify(**tokens, state_pool=pool, state_indices=slots, cache=cache)
+    gdn_mtp.verify(**tokens, state_pool=pool, state_indices=slots, cache=cache, num_accepted=None)
     with pytest.raises(ArgumentError, match="cache: is of the state pool at"):
-        gdn_mtp.commit(pool.clone(), slots, cache)
+        gdn_mtp.commit(pool.clone(), slots, cache, None)

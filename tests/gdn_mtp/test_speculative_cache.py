@@ -1,5 +1,7 @@
 """The cache itself: sizes, memory, slots that move, a pool that moves, saving and loading."""
 
+import copy
+
 import gdn_mtp
 import pytest
 import torch
@@ -263,10 +265,10 @@ def test_a_cache_is_of_one_pool():
     indices, everything = index_tensor([4]), history.snapshot([])
     for call in (gdn_mtp.materialize, gdn_mtp.commit):
         with pytest.raises(ArgumentError, match=r"cache: is of the state pool at .*bind"):
-            call(moved, indices, history.cache)
+            call(moved, indices, history.cache, None)
     everything()
     history.cache.bind(moved)
-    assert gdn_mtp.commit(moved, indices, history.cache) is moved
+    assert gdn_mtp.commit(moved, indices, history.cache, None) is moved
 
 
 def test_a_second_cache_of_a_pool_does_not_see_what_the_first_has_pending():
@@ -276,8 +278,8 @@ def test_a_second_cache_of_a_pool_does_not_see_what_the_first_has_pending():
     history.verify([4], 4, 1, {"num_accepted": int32([3])}, fold="full")
     other, indices = SETUP.cache(), index_tensor([4])
     before = history.pool.clone()
-    assert_same_bits(gdn_mtp.materialize(history.pool, indices, other), before[[4]], "states")
-    assert not torch.equal(gdn_mtp.materialize(history.pool, indices, history.cache), before[[4]])
+    assert_same_bits(gdn_mtp.materialize(history.pool, indices, other, None), before[[4]], "states")
+    assert not torch.equal(gdn_mtp.materialize(history.pool, indices, history.cache, None), before[[4]])
 
 
 @pytest.mark.parametrize("fold", ["auto", "full", 0])
@@ -287,6 +289,21 @@ def test_with_room_for_two_windows_every_policy_folds_at_once(fold):
     history.verify([4], 4, 1, {"num_accepted": int32([1])}, fold=fold)
     assert history.cache.cursor[4, 1] == 0
     history.check_against_sequential_decoding()
+
+
+ARGUMENTS = ("pool_size", "H", "HV", "K", "V", "max_tokens", "capacity", "io_dtype", "device")
+
+
+@pytest.mark.parametrize("name", [*CacheTensors._fields, *ARGUMENTS])
+def test_attributes_are_read_only(name):
+    history = History(SETUP)
+    history.verify([1], 4, 0)
+    for cache in (history.cache, *(copies(history.cache) for copies in (copy.copy, copy.deepcopy))):
+        value = getattr(cache, name)
+        with pytest.raises(AttributeError, match=f"SpeculativeCache.{name} is read-only"):
+            setattr(cache, name, value)
+        assert getattr(cache, name) is value
+    history.cache.bind(history.pool.clone())
 
 
 def test_tensors_have_the_documented_order():

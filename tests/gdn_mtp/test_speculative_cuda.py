@@ -168,7 +168,7 @@ def test_offsets_past_two_to_the_31_elements():
             pool_size, H, HV, D, D, max_tokens=4, capacity=capacity, device=DEVICE
         )
         named = {"state_pool": pool, "state_indices": index_tensor([pool_size - 1]), "cache": cache}
-        gdn_mtp.verify(**inputs, **named)
+        gdn_mtp.verify(**inputs, **named, num_accepted=None)
         gdn_mtp.verify(**inputs, **named, num_accepted=accepted, fold="full")
         output = gdn_mtp.verify(**inputs, **named, num_accepted=accepted, fold="always")
         materialized = gdn_mtp.materialize(**named, num_accepted=accepted)
@@ -193,7 +193,7 @@ def test_same_bits_alone_as_in_a_batch_and_again(state):
             output = gdn_mtp.verify(
                 **tokens, **setup.heads(), **named, num_accepted=accepted, fold=4, backend="cute"
             )
-        return output, gdn_mtp.materialize(**named, backend="cute")
+        return output, gdn_mtp.materialize(**named, num_accepted=None, backend="cute")
 
     together = run(slice(None))
     for what, x, y in zip(("output", "states"), run(slice(None)), together, strict=True):

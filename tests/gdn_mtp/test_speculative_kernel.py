@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.kernels_speculative import TACTICS
 from gdn_support import BF16, DEVICE, FP16, FP32
 from kernel_dispatch import as_arch
-from speculative_history import History, Setup
+from speculative_history import MISUSES, USES, History, Setup
 
 SETUPS = (
     Setup(D=128, variable=False),
@@ -30,6 +29,7 @@ SETUPS = (
     Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=TACTICS["w4t1r"]),
     Setup(max_tokens=5, capacity=16, D=128, tactic=TACTICS["w2t2s"]),
     Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=TACTICS["w2t1r"]),
+    Setup(max_tokens=6, capacity=29, tree=True, tactic=TACTICS["w4t1s"], debug=True),
 )
 STEPS = 60
 
@@ -64,24 +64,9 @@ def test_history(setup: Setup) -> None:
     history.commit(list(range(9)))
 
 
-MISUSES = {
-    "more accepted": ((0, 4, 2), 3, False, "num_accepted is not between 0"),
-    "node past the window": ((0, 4, 2), 2, True, "accepted_nodes names a node"),
-    "start out of range": ((16, 0, 0), 0, False, "cursor of a slot"),
-    "window too long": ((0, 12, 5), 0, False, "cursor of a slot"),
-}
-
-
 def misuse(name: str) -> None:
-    """Commit a slot with that misuse in debug mode, which ends the process's use of the GPU."""
-    cursor, accepted, tree, _ = MISUSES[name]
-    setup = Setup(tree=tree)
-    history = History(setup, launch, pool_size=3, device=DEVICE)
-    history.cursor[1, :3] = history.ints(list(cursor))
-    nodes = history.ints([[0, accepted]]) if tree else None
-    numbers = None if tree else history.ints([accepted])
-    config = replace(setup.config("commit", 0, "nodes" if tree else "counts"), debug=True)
-    launch(config, (history.pool, history.indices([1]), *history.cache, numbers, nodes, None))
+    """That misuse in debug mode, which ends the process's use of the GPU."""
+    MISUSES[name].launch(launch, DEVICE)
     torch.cuda.synchronize()
 
 
@@ -94,5 +79,12 @@ def test_misuse_stops_the_kernel_in_debug_mode(name: str) -> None:
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode != 0
-    assert MISUSES[name][-1] in done.stdout + done.stderr
+    assert MISUSES[name].message in done.stdout + done.stderr
     assert "device-side assert" in done.stderr
+
+
+@pytest.mark.skipif(not has_kernels(), reason="needs a GPU of SM90 or newer")
+@pytest.mark.parametrize("name", USES)
+def test_what_is_passed_over_does_not_stop_the_kernel(name: str) -> None:
+    USES[name].launch(launch, DEVICE)
+    torch.cuda.synchronize()

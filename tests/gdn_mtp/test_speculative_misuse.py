@@ -12,7 +12,7 @@ from gdn_support import BF16, DEVICE, FP16, FP32, NAN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_dispatch import Arch, ArgumentError, debug
-from speculative_support import History, Setup, index_tensor, int32
+from speculative_support import History, Setup, index_tensor, int32, said
 
 SETUP = Setup()
 SLOTS = [4, -1, 0]
@@ -31,7 +31,7 @@ def arguments(history, **changes):
     tokens = SETUP.tokens(3, 4, seed=2)
     heads = SETUP.heads()
     given = {**tokens, **heads, "state_pool": history.pool, "state_indices": index_tensor(SLOTS)}
-    return {**given, "cache": history.cache, **changes}
+    return {**given, "cache": history.cache, "num_accepted": None, **changes}
 
 
 def assert_refused(history, name, match, **changes):
@@ -137,7 +137,7 @@ def test_two_pools_that_begin_at_one_address_are_told_apart():
     memory = torch.zeros(2 * pool_size, SETUP.HV, SETUP.V, SETUP.K, device=DEVICE)
     layer, flat = memory.view(pool_size, 2, *memory.shape[1:])[:, 0], memory[:pool_size]
     cache, tokens = SETUP.cache(), {**SETUP.tokens(2, 2, 0), **SETUP.heads()}
-    gdn_mtp.verify(**tokens, state_pool=layer, state_indices=slots, cache=cache)
+    gdn_mtp.verify(**tokens, state_pool=layer, state_indices=slots, cache=cache, num_accepted=None)
     before = memory.clone()
     with pytest.raises(ArgumentError, match="cache: is of the state pool at"):
         gdn_mtp.commit(flat, slots, cache, int32([2, 2]))
@@ -193,7 +193,7 @@ def test_a_cursor_out_of_range(call, field, value, match):
     everything = history.snapshot([])
     given = arguments(history)
     if call != "verify":
-        given = {name: given[name] for name in ("state_pool", "state_indices", "cache")}
+        given = {name: given[name] for name in ("state_pool", "state_indices", "cache", "num_accepted")}
     with debug(), pytest.raises(ArgumentError, match=f"slot 4: {match}"):
         getattr(gdn_mtp, call)(**given)
     everything()
@@ -220,9 +220,9 @@ def test_materialize_and_commit_check_alike():
             with pytest.raises(ArgumentError, match=r"num_accepted: 4 at \[0\]"):
                 call(*named, int32([4, 0, 0]))
         with pytest.raises(ArgumentError, match="states: dtype"):
-            gdn_mtp.materialize(*named, states=torch.empty(3, 4, 8, 16, dtype=BF16, device=DEVICE))
+            gdn_mtp.materialize(*named, None, states=torch.empty(3, 4, 8, 16, dtype=BF16, device=DEVICE))
         with pytest.raises(ArgumentError, match="states: shares memory"):
-            gdn_mtp.materialize(*named, states=history.pool[:3])
+            gdn_mtp.materialize(*named, None, states=history.pool[:3])
     everything()
 
 
@@ -303,17 +303,17 @@ def test_garbage_stays_in_its_own_slot(state, seed):
     unchanged = history.snapshot(slots)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gdn_mtp.speculative.specs.values_are_readable", lambda tensor: False)
-        gdn_mtp.materialize(**named, **acceptance)
+        gdn_mtp.materialize(**named, **said(acceptance))
         gdn_mtp.verify(
             **setup.tokens(4, 4, 3),
             **setup.heads(),
             **named,
-            **acceptance,
+            **said(acceptance),
             num_tokens=words(4),
             parent_indices=words(4, 4),
             fold=rng.choice(["auto", "always"]),
         )
-        gdn_mtp.commit(**named, **acceptance)
+        gdn_mtp.commit(**named, **said(acceptance))
     unchanged()
     for slot in slots:  # what a reset slot does next is sound again
         history.pool[slot] = history.setup.pool(5)[slot]
@@ -327,6 +327,9 @@ def test_garbage_stays_in_its_own_slot(state, seed):
     [
         ({"num_accepted": int32([4, 0, 0])}, "num_accepted exceeds"),
         ({"accepted_nodes": int32([[3]] * 3)}, "accepted_nodes exceed"),
+        ({"accepted_nodes": int32([[1, -1, 0]] * 3)}, "accepted_nodes do not ascend"),
+        ({"accepted_nodes": int32([[1, 1]] * 3)}, "accepted_nodes do not ascend"),
+        ({"state_indices": index_tensor([4, -1, 6])}, "state_indices names a slot beyond the pool"),
         ({"cursor": (4, 2, 99)}, "a cursor of the speculative cache is out of range"),
         ({"cursor": (4, 3, 1)}, "a cursor of the speculative cache is out of range"),
     ],
@@ -341,7 +344,8 @@ def test_kernels_of_debug_mode_stop_with_a_message(changes, match):
     if "cursor" in changes:
         slot, field, value = changes["cursor"]
         history.cache.cursor[slot, field] = value
-    tensors = [x.cpu() for x in (history.pool, index_tensor(SLOTS), *history.cache.tensors)]
+    slots = changes.get("state_indices", index_tensor(SLOTS))
+    tensors = [x.cpu() for x in (history.pool, slots, *history.cache.tensors)]
     acceptance = [changes.get(name) for name in ("num_accepted", "accepted_nodes")]
     before = tensors[0].clone()
     with pytest.raises(RuntimeError, match=match):
@@ -349,14 +353,55 @@ def test_kernels_of_debug_mode_stop_with_a_message(changes, match):
     assert torch.equal(tensors[0], before)
 
 
+WINDOWS = {  # of requests in slot 4, in none, and in slot 0
+    "more tokens than there are": ({"num_tokens": int32([4, 9, 5])}, "num_tokens is not between 0 and T"),
+    "fewer tokens than none": ({"num_tokens": int32([-1, 9, 0])}, "num_tokens is not between 0 and T"),
+    "parent of its own": ({"parent_indices": int32([[-1, 1, 0, 0]] * 3)}, "parent_indices names neither"),
+    "parent beyond the root": (
+        {"parent_indices": int32([[-1, 0, 0, -2]] * 3)},
+        "parent_indices names neither",
+    ),
+    "nothing wrong": (
+        {"num_tokens": int32([2, 9, 0]), "parent_indices": int32([[-1, 0, 7, -9], [9] * 4, [9] * 4])},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_kernels_of_debug_mode_look_at_the_window(case):
+    changes, match = WINDOWS[case]
+    history, heads = prepared(), SETUP.heads()
+    problem = gdn_mtp.SpeculativeProblem(
+        *(3, 4, SETUP.H, SETUP.HV, SETUP.K, SETUP.V, 16), accept="none", debug=True
+    )
+    launch = KERNEL.prepare(problem, Arch.from_name("cpu"), torch.device("cpu"), "chunked")
+    q, k, v, a, b = (x.cpu() for x in SETUP.tokens(3, 4, seed=2).values())
+    written = [history.pool.cpu(), *(x.cpu() for x in history.cache.tensors), torch.full_like(v, NAN)]
+    pool, *cache, output = written
+    before = [x.clone() for x in written]
+    given = [changes.get(name) for name in ("num_tokens", "parent_indices")]
+    window = [None if x is None else x.cpu() for x in given]
+    weights = (heads["A_log"].cpu(), heads["dt_bias"].cpu(), 1.0)
+    call = (q, k, v, a, b, *weights, pool, index_tensor(SLOTS).cpu(), *cache, None, None, *window, 0, output)
+    if match is None:
+        launch(*call)
+        assert output.isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match=match):
+        launch(*call)
+    for x, old in zip(written, before, strict=True):
+        assert torch.equal(x.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
 def test_a_slot_that_was_not_reset_goes_on_where_it_was():
     """Why a new request needs `reset_slots`: without it the old request's tokens come along."""
     history = prepared()
     history.pool[4] = 0.0
-    stale = gdn_mtp.materialize(history.pool, index_tensor([4]), history.cache)
+    stale = gdn_mtp.materialize(history.pool, index_tensor([4]), history.cache, None)
     assert (stale != 0).any()
     history.cache.reset_slots(index_tensor([4]))
-    assert (gdn_mtp.materialize(history.pool, index_tensor([4]), history.cache) == 0).all()
+    assert (gdn_mtp.materialize(history.pool, index_tensor([4]), history.cache, None) == 0).all()
 
 
 def test_nan_in_the_pool_of_another_slot_does_not_matter():

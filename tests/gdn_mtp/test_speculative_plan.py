@@ -154,10 +154,10 @@ def test_the_second_call_of_a_kind_reuses_the_plan():
             gdn_mtp.verify(*arguments(history, [4, 1], 4, seed=step), accepted)
         gdn_mtp.commit(history.pool, index_tensor([4, 1]), history.cache, accepted)
         assert [problem.mode for problem in prepared] == ["verify", "commit"]
-        gdn_mtp.verify(*arguments(history, [4, 1], 3))
-        gdn_mtp.verify(*arguments(history, [4, 1], 3), use_qk_l2norm=False)
+        gdn_mtp.verify(*arguments(history, [4, 1], 3), None)
+        gdn_mtp.verify(*arguments(history, [4, 1], 3), None, use_qk_l2norm=False)
         with debug():
-            gdn_mtp.verify(*arguments(history, [4, 1], 3))
+            gdn_mtp.verify(*arguments(history, [4, 1], 3), None)
     assert len(prepared) == 5
     assert prepared[-1].debug
     assert launched == ["verify"] * 3 + ["commit"] + ["verify"] * 3
@@ -168,7 +168,7 @@ def test_a_strict_backend_never_falls_back():
     history = History(SETUP)
     everything = history.snapshot([])
     with registered(GROUP, declining), pytest.raises(NoKernelError, match="not today"):
-        gdn_mtp.verify(*arguments(history, [1], 2), backend="spy")
+        gdn_mtp.verify(*arguments(history, [1], 2), None, backend="spy")
     everything()
 
 
@@ -181,7 +181,7 @@ def test_a_provider_that_asks_for_a_workspace_is_refused():
 
     provider = Provider("greedy", ("any",), lambda problem, arch: None, Greedy, 50)
     with registered(GROUP, provider), pytest.raises(NoKernelError, match="'greedy' asks for 512 bytes"):
-        gdn_mtp.verify(*arguments(History(SETUP), [1], 2))
+        gdn_mtp.verify(*arguments(History(SETUP), [1], 2), None)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -196,7 +196,7 @@ def test_tuning_leaves_the_effect_of_one_call(inference):
         history = History(SETUP)
         with torch.inference_mode(inference):  # memory made there is written outside
             history.pool, history.cache = history.pool.clone(), SETUP.cache()
-        gdn_mtp.verify(*arguments(history, [4, -1, 0], 4))
+        gdn_mtp.verify(*arguments(history, [4, -1, 0], 4), None)
         acceptance = int32([3, 0, 1])
         output = gdn_mtp.verify(*arguments(history, [4, -1, 0], 4), acceptance, fold="always")
         return output, history.pool, history.cache.state_dict()

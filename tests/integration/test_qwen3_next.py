@@ -11,12 +11,22 @@ import gdn_mtp
 import pytest
 import qwen3_next
 import torch
+from gdn_mtp.plans import Plan
+from gdn_mtp.speculative.plans import SpeculativePlan
 from transformers import Qwen3NextForCausalLM
 
 PROMPT_LENS = (2, 9, 24)  # shorter than the convolution; two longer ones
 NUM_TOKENS = 12
 MAX_LEN = 48
 MAX_BATCH = 4  # one row more than requests: padding
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_KERNELS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+ON_DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not HAS_KERNELS, reason="needs a GPU of SM90 or newer")),
+]
+PROVIDERS = {"cpu": "torch", "cuda": "cute"}
 
 SEEDS = [pytest.param(seed, id=f"seed{seed}") for seed in (0, 1, 2)]
 ROLLBACKS = ["compact", "gather", "scatter"]
@@ -29,28 +39,27 @@ TREES = {
 
 
 @functools.cache
-def stock_model(seed: int) -> Qwen3NextForCausalLM:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def stock_model(seed: int, device: str) -> Qwen3NextForCausalLM:
     return common.random_model(Qwen3NextForCausalLM, qwen3_next.small_config(), seed, device=device)
 
 
 @functools.cache
-def cases_of(seed: int) -> list[common.Case]:
-    return common.make_cases(stock_model(seed), PROMPT_LENS, NUM_TOKENS, seed, candidates=96)
+def cases_of(seed: int, device: str = DEVICE) -> list[common.Case]:
+    return common.make_cases(stock_model(seed, device), PROMPT_LENS, NUM_TOKENS, seed, candidates=96)
 
 
 @functools.cache
-def patched_model(seed: int) -> Qwen3NextForCausalLM:
-    model = copy.deepcopy(stock_model(seed))
+def patched_model(seed: int, device: str) -> Qwen3NextForCausalLM:
+    model = copy.deepcopy(stock_model(seed, device))
     qwen3_next.patch(model)
     return model
 
 
 def engine_of(
-    seed: int, num_drafts: int = 0, rollback: str = "gather", trees: bool = False
+    seed: int, num_drafts: int = 0, rollback: str = "gather", trees: bool = False, device: str = DEVICE
 ) -> qwen3_next.PooledEngine:
     return qwen3_next.PooledEngine(
-        patched_model(seed),
+        patched_model(seed, device),
         max_batch=MAX_BATCH,
         max_len=MAX_LEN,
         num_verify=1 + num_drafts,
@@ -72,6 +81,20 @@ def failures(results: list[checks.Check]) -> list[checks.Check]:
     return [check for check in results if not check.passed]
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The providers whose kernels a test launches."""
+    providers = set()
+    for kind in (Plan, SpeculativePlan):
+
+        def recording(plan, *arguments, _launch=kind.launch):
+            providers.add(plan.provider)
+            return _launch(plan, *arguments)
+
+        monkeypatch.setattr(kind, "launch", recording)
+    return providers
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_greedy_equals_the_untouched_model(seed):
     cases = cases_of(seed)
@@ -81,25 +104,30 @@ def test_greedy_equals_the_untouched_model(seed):
 
 @pytest.mark.parametrize("rollback", ROLLBACKS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_speculative_equals_the_untouched_model(seed, rollback):
-    cases = cases_of(seed)
-    engine, drafter = engine_of(seed, 3, rollback), drafter_of(cases, 0.3, seed)
+@pytest.mark.parametrize("device", ON_DEVICES)
+def test_speculative_equals_the_untouched_model(device, seed, rollback, launched):
+    cases = cases_of(seed, device)
+    engine, drafter = engine_of(seed, 3, rollback, device=device), drafter_of(cases, 0.3, seed)
     outputs, accepted = common.generate_speculative(engine, prompts_of(cases), NUM_TOKENS, drafter, 3)
     assert not failures(checks.check_outputs(cases, outputs))
     assert not failures([checks.check_acceptance(accepted, 3)])
+    assert launched == {PROVIDERS[device]}
 
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_trees_of_drafts_equal_the_untouched_model(seed, tree):
-    cases, shape = cases_of(seed), TREES[tree]
-    engine, drafter = engine_of(seed, len(shape) - 1, "compact", trees=True), drafter_of(cases, 0.3, seed)
+@pytest.mark.parametrize("device", ON_DEVICES)
+def test_trees_of_drafts_equal_the_untouched_model(device, seed, tree, launched):
+    cases, shape = cases_of(seed, device), TREES[tree]
+    engine = engine_of(seed, len(shape) - 1, "compact", trees=True, device=device)
+    drafter = drafter_of(cases, 0.3, seed)
     outputs, paths = common.generate_from_trees(engine, prompts_of(cases), NUM_TOKENS, drafter, shape)
     assert not failures(checks.check_outputs(cases, outputs))
     taken = {tuple(path) for request in paths for path in request}
     assert len(taken) > 2
     if tree != "chain":
         assert any(path != tuple(range(len(path))) for path in taken)  # accepted nodes with others between
+    assert launched == {PROVIDERS[device]}
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0], ids=["right", "wrong"])
@@ -254,12 +282,12 @@ def test_wrong_acceptance_is_noticed(trees):
     told = engine._accepted
 
     def untrue(rows):
-        accepted = told(rows)
-        for tensor in accepted.values():
-            tensor.copy_(tensor.clamp_max(0) if trees else tensor.clamp_max(1))
-            if trees:
-                tensor[:, 1:] = -1
-        return accepted
+        counts, nodes = told(rows)
+        if not trees:
+            return counts.clamp_max(1), None
+        nodes = nodes.clamp_max(0)
+        nodes[:, 1:] = -1
+        return None, nodes
 
     engine._accepted = untrue
     drafter = drafter_of(cases, 0.3, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,14 +11,28 @@ from cutlass.cute.runtime import make_fake_stream
 from emulator_recording import TYPES
 from gdn_mtp.cute.config import Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
-from gdn_mtp.cute.trace import arguments, kernel
+from gdn_mtp.cute.trace import ASSERTIONS, arguments, kernel
 from gdn_support import BF16, FP16, FP32, assert_same_bits
-from ptx_emulator import Emulated, Launches, compile_cute, emulate, explore
-from ptx_emulator.host.cute import Call
-from speculative_history import History, Setup
+from ptx_emulator import Emulated, Launches, ScheduleError, compile_cute, emulate, explore
+from ptx_emulator.host.cute import Call, ptx_of
+from speculative_history import MISUSES, USES, History, Setup
 from torch import Tensor
 
 SCHEDULES = 3  # fair, greedy, asynchronous copies late
+
+PRINTS = re.compile(
+    r"st\.param\.b64\s+\[param0\], (%rd\d+);\s+call\.uni \(retval0\), vprintf, \(param0, param1\);"
+)
+ASSERTS = r"""
+    .param .b32 line; .param .b64 function; .param .b64 size;
+    st.param.b64 [param0], \1; st.param.b64 [param1], \1; st.param.b32 [line], 0;
+    st.param.b64 [function], \1; st.param.b64 [size], 1;
+    call.uni __assertfail, (param0, param1, line, function, size);"""
+
+
+def asserting(ptx: str) -> str:
+    """PTX that fails an assertion where the DSL prints a message and traps: the emulator does not print."""
+    return PRINTS.sub(ASSERTS, ptx)
 
 
 class Emulator:
@@ -34,9 +49,13 @@ class Emulator:
         """A launch, to be run."""
         if config not in self.functions:
             stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-            compiled = compile_cute(kernel(config), *arguments(config), stream, arch=self.arch)
+            options = ASSERTIONS if config.debug else ""
+            compiled = compile_cute(
+                kernel(config), *arguments(config), stream, arch=self.arch, options=options
+            )
             written = {"verify": ("output",), "commit": (), "materialize": ("states",)}[config.mode]
-            self.functions[config] = emulate(compiled, self.arch, uninitialised=written)
+            ptx = asserting(ptx_of(compiled)) if config.debug else None
+            self.functions[config] = emulate(compiled, self.arch, ptx=ptx, uninitialised=written)
         for x in args:
             if isinstance(x, Tensor):
                 TYPES[x.data_ptr()] = str(x.dtype).removeprefix("torch.")
@@ -57,6 +76,7 @@ class Emulator:
             "sm_100a",
             Setup(max_tokens=4, capacity=32, D=128, HV=1, tree=True, tactic=Tactic(4, 1, trigger="start")),
         ),
+        ("sm_90a", Setup(max_tokens=5, capacity=16, tree=True, debug=True)),
     ],
     ids=str,
 )
@@ -69,6 +89,17 @@ def test_history(arch: str, setup: Setup) -> None:
     for _ in range(6):
         history.step(2)
     history.commit([0, 1, 2])
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_stops_the_kernel_in_debug_mode(name: str) -> None:
+    with pytest.raises(ScheduleError, match=MISUSES[name].message):
+        MISUSES[name].launch(Emulator("sm_90a"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_is_passed_over_does_not_stop_the_kernel(name: str) -> None:
+    USES[name].launch(Emulator("sm_90a"), torch.device("cpu"))
 
 
 def test_verifies_may_start_before_the_one_before_has_ended() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+MEMORY_GOAL = "T = 8: bytes of intermediate states over the cache's, at least 16"
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -21,7 +25,9 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("name", ["bench_gdn_mtp.py", "bench_gdn_stages.py", "bench_mla_decode.py"])
+@pytest.mark.parametrize(
+    "name", ["bench_gdn_mtp.py", "bench_gdn_spec.py", "bench_gdn_stages.py", "bench_mla_decode.py"]
+)
 def test_it_explains_itself_and_needs_a_gpu(name: str) -> None:
     assert run(name, "--help").returncode == 0
     without_gpu = run(name)
@@ -216,6 +222,119 @@ def test_host_time_is_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         "a": "4.00 (2.00 to 9.00)",
         "b": "1.00 (1.00 to 1.00)",
     }
+
+
+FAULTS = {
+    "": "",
+    "outputs": "output: not finite everywhere",
+    "states": "state: ",
+    "the token accepted": "state: ",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("missing", FAULTS)
+def test_a_peers_wrong_step_is_named(
+    monkeypatch: pytest.MonkeyPatch, missing: str, dtype: torch.dtype
+) -> None:
+    """FlashInfer's place is taken by ours of the same names, which leaves something out."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_gdn_spec
+    import gdn_mtp
+
+    def verify(**arguments: Any) -> None:
+        left_out = {"output": None} if missing == "outputs" else {}
+        name = "gated_delta_rule_decode_pretranspose" if "state" in arguments else "gated_delta_rule_mtp"
+        getattr(gdn_mtp, name)(**arguments | left_out)
+
+    def gather_accepted(
+        buffer: torch.Tensor, accepted: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        if missing == "states":
+            return
+        token = accepted.long() - (0 if missing == "the token accepted" else 1)
+        pool[slots.long()] = buffer[torch.arange(len(buffer)), token % buffer.shape[1]]
+
+    module = SimpleNamespace(gated_delta_rule_mtp=verify, gated_delta_rule_decode_pretranspose=verify)
+    monkeypatch.setattr(bench_gdn_spec, "import_peer", lambda name: module)
+    monkeypatch.setattr(bench_gdn_spec, "calls_for_cold_l2", lambda nbytes, device: 2)
+    monkeypatch.setitem(sys.modules, "_gdn_gather", SimpleNamespace(gather_accepted=gather_accepted))
+    cell = bench_gdn_spec.Cell(H=1, HV=2, B=3, T=4, state_dtype=dtype, capacity=16, fold="auto")
+    pool = torch.randn(8, 2, 128, 128, generator=torch.Generator().manual_seed(0)).mul_(0.5).to(dtype)
+    steps = bench_gdn_spec.make_steps(cell, len(pool), pool.device)
+    found = bench_gdn_spec.fault_of(bench_gdn_spec.FlashInfer(cell, pool), steps)
+    assert found.startswith(FAULTS[missing])
+    assert bool(found) == bool(missing)
+
+
+@pytest.mark.parametrize("accepts", ["what it should", "too little"])
+def test_our_steps_are_compared(monkeypatch: pytest.MonkeyPatch, accepts: str) -> None:
+    """In the place of the kernel, which needs a GPU, is the function."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_gdn_spec
+    import gdn_mtp
+
+    monkeypatch.setattr(bench_gdn_spec, "calls_for_cold_l2", lambda nbytes, device: 2)
+    materialize = gdn_mtp.materialize
+    monkeypatch.setattr(gdn_mtp, "materialize", lambda *tensors, backend: materialize(*tensors))
+    cell = bench_gdn_spec.Cell(H=1, HV=2, B=3, T=4, state_dtype=torch.float32, capacity=16, fold="auto")
+    pool = torch.randn(8, 2, 128, 128, generator=torch.Generator().manual_seed(0)).mul_(0.5)
+    steps = bench_gdn_spec.make_steps(cell, len(pool), pool.device)
+    cache = gdn_mtp.SpeculativeCache(8, 1, 2, 128, 128, max_tokens=4, capacity=16, device="cpu")
+    verified: list[int] = []
+
+    def step(steps: bench_gdn_spec.Steps, i: int) -> Callable[[], object]:
+        accepted = steps.accepted[i] if verified else torch.zeros_like(steps.accepted[i])
+        if accepts == "too little":
+            accepted = accepted.clamp_max(3)
+        verified.append(i)
+        tokens = steps.tokens[i % len(steps.tokens)] | steps.weights
+        named = {"state_pool": pool, "state_indices": steps.slots(i), "cache": cache, "output": steps.output}
+        return functools.partial(gdn_mtp.verify, **tokens, **named, num_accepted=accepted)
+
+    ours = SimpleNamespace(cell=cell, pool=pool, cache=cache, step=step)
+    if accepts == "what it should":
+        bench_gdn_spec.check_ours(ours, steps)
+        return
+    with pytest.raises(AssertionError, match="output: "):
+        bench_gdn_spec.check_ours(ours, steps)
+
+
+def test_goals_of_speculative_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gdn_mtp
+    from bench_gdn_spec import Cell, Row, verdicts
+
+    def row(B: int, T: int = 8, HV: int = 32, ours: float = 100.0, **changes: Any) -> Row:
+        cell = Cell(H=16, HV=HV, B=B, T=T, state_dtype=torch.bfloat16, capacity=3 * T, fold="auto")
+        cache = gdn_mtp.SpeculativeCache(
+            4, 16, HV, 128, 128, max_tokens=T, capacity=cell.capacity, device="cpu"
+        )
+        us = {"ours": ours, "flashinfer": 600.0}
+        return Row(cell, 3000.0, **{"us": us, "cache_nbytes": cache.nbytes // 4} | changes)
+
+    rows = [
+        row(16),
+        row(64, ours=150.0),
+        row(128, failed={"flashinfer": "state: wrong"}),
+        row(256, HV=16, us={}, wrong="w4t1s: output: wrong"),
+        row(1, T=4, us={"ours": 4.0}),
+    ]
+    found = verdicts(rows)
+    assert found.pop("T = 8, B >= 16: x FlashInfer's speed, at least 5") == (
+        "MISSED: in 1 of 3 cells, lowest 4.000 at 16/16/32 B64-T8-R24 auto bf16, 1 with wrong results, "
+        "1 more not measured"
+    )
+    assert found.pop("T = 4, B <= 4: x FlashInfer's speed, at least 1.3") == "not measured"
+    assert found.pop(MEMORY_GOAL).startswith("MISSED: in 3 of 4 cells, lowest 16.")
+    copied = found.pop("B >= 32: of the copy bandwidth, at least 0.85")
+    assert copied.startswith("MISSED: in 0 of 3 cells")
+    assert not found
+    assert rows[2].record()["ratio"] == {"flashinfer": None}  # what gdn_tables.py shows
+    assert rows[2].record()["failed"] == {"flashinfer": "state: wrong"}
+    assert "us, WRONG" in rows[2].line()
+    assert verdicts([row(16), row(64)])[MEMORY_GOAL].startswith("met: in 2 of 2 cells")
+    assert verdicts([row(16, HV=16)])[MEMORY_GOAL].startswith("MISSED: in 0 of 1 cells, lowest 14.")
 
 
 def test_a_copy_that_was_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_sanitize_looks_at_every_tactic_of_gdn_mtp(root: Path, sanitize: Sanitiz
     for command, listing in zip(session.commands, listings, strict=True):
         ids = re.findall(r"::(\w+\[\S+\])$", listing, re.MULTILINE)
         selected.setdefault(tool_of(command), set()).update(ids)
-    assert set(selected) == {"memcheck", "racecheck"}
+    assert set(selected) == {"memcheck", "racecheck", "synccheck"}
 
     tactics = {name for rows in kernels.HEURISTIC.values() for _, name in rows}
     of_windows = {name for rows in kernels_speculative.HEURISTIC.values() for _, name in rows}

@@ -61,6 +61,13 @@ class Pending:
 class RingTiles(TokenChunks):
     """Reads pending tokens, and advances tiles of the state by them."""
 
+    def read_slot(self, state_indices, request, pool_size):
+        """The slot of a request, which is padding where it is negative or beyond the pool."""
+        slot = read_index(state_indices, request)
+        if self.config.debug:
+            assert_(slot < pool_size, "gdn_mtp: state_indices names a slot beyond the pool")
+        return slot
+
     def load_window(self, cache, slot):
         """Start and length of a slot's pending tokens, and the length of its last window."""
         cursor = cache.cursor[slot, None].iterator
@@ -110,6 +117,8 @@ class RingTiles(TokenChunks):
             node = accepted
             if cutlass.const_expr(self.config.debug):
                 assert_(node < window, "gdn_mtp: accepted_nodes names a node that was not verified")
+                ascends = (node < 0) | (node > highest_before(node))
+                assert_(ascends, "gdn_mtp: accepted_nodes do not ascend, as a path from a root does")
             valid = (node >= 0) & (node < window)
             bit = select(valid, Int32(1) << ((length + node) & (WARP_LANES - 1)), Int32(0))
             live = live | cute.arch.warp_redux_sync(bit, "or")
@@ -295,6 +304,15 @@ class RingTiles(TokenChunks):
         self.stage_tile(self.advanced(s, pending, shared, place, tile), shared, place, tile, None)
         self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
         cute.arch.cp_async_bulk_commit_group()
+
+
+def highest_before(x):
+    """The largest x of all earlier lanes, at least -1."""
+    lane = cute.arch.lane_idx()
+    highest = Int32(-1)
+    for i in range(WARP_LANES - 1):
+        highest = select(i < lane, cutlass.max(highest, cute.arch.shuffle_sync(x, i)), highest)
+    return highest
 
 
 def bits_below(n):

@@ -24,6 +24,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
+from cutlass.cute.testing import assert_
 from cutlass.memory import SmemAllocator
 
 from .chunks import LOWER, QUERY, as_operand
@@ -41,7 +42,6 @@ from .fragments import (
     NUMERIC,
     mma_split,
     parts,
-    read_index,
     read_l2,
     select,
 )
@@ -160,7 +160,7 @@ class Verify(RingTiles):
                 self.prefetch_state(state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
-        slot = read_index(state_indices, request)
+        slot = self.read_slot(state_indices, request, state.shape[0])
         place = Place(request, hv, slot, row, warp, lane)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
@@ -176,7 +176,12 @@ class Verify(RingTiles):
             count = cfg.T
             if cutlass.const_expr(cfg.variable_tokens):
                 count = read_l2(num_tokens.iterator + request, Int32)
+                if cutlass.const_expr(cfg.debug):
+                    assert_((count >= 0) & (count <= cfg.T), "gdn_mtp: num_tokens is not between 0 and T")
                 count = cutlass.min(cutlass.max(count, 0), cfg.T)
+            if cutlass.const_expr(cfg.tree and cfg.debug):
+                earlier = (lane >= count) | ((parent >= -1) & (parent < lane))
+                assert_(earlier, "gdn_mtp: parent_indices names neither -1 nor an earlier token")
             tokens = self.load_tokens(tensors, place, head)
             values = self.load_values(tensors, place, 0)
             accepted = self.accept(loaded)

@@ -11,7 +11,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from .config import MMA_ROWS, WARP_LANES
-from .fragments import read_index
 from .ring import Cache, RingTiles
 from .speculative import allocate
 from .tiles import Place
@@ -56,7 +55,7 @@ class Fold(RingTiles):
         if cutlass.const_expr(cfg.pdl):
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
-        slot = read_index(state_indices, request)
+        slot = self.read_slot(state_indices, request, state.shape[0])
         place = Place(request, hv, slot, row, warp, lane)
         if (slot < 0) | (slot >= state.shape[0]):
             if cutlass.const_expr(cfg.mode == "materialize"):

@@ -14,8 +14,9 @@ Shared rules, where they differ from those in `gdn_mtp.api`:
 - num_accepted [B] int32: of the last window of request i, the first 0 to window tokens are accepted. Or
   accepted_nodes [B, n] int32, n at most the capacity, -1 where there is none: the accepted nodes of a tree,
   ascending. Either way they are a path from a root, which is for the caller to see to: the cache does not
-  keep parents. With neither, nothing of the last window is accepted. A slot that has been reset, committed,
-  or never verified has a window of 0 tokens.
+  keep parents. With neither, nothing of the last window is accepted; num_accepted has no default, so that
+  nobody rejects a window by leaving it out. A slot that has been reset, committed, or never verified has a
+  window of 0 tokens.
 - States are carried in float32. What a slot stands for is the pool's state with the pending tokens applied to
   it. A bf16 pool is rounded, to nearest, when a fold or a commit writes it and at no other time;
   `materialize` rounds what it returns. The window of a verify that folds is that of the state before the
@@ -53,7 +54,7 @@ def verify(
     state_pool: Tensor,
     state_indices: Tensor,
     cache: SpeculativeCache,
-    num_accepted: Tensor | None = None,
+    num_accepted: Tensor | None,
     accepted_nodes: Tensor | None = None,
     *,
     num_tokens: Tensor | None = None,
@@ -93,7 +94,7 @@ def commit(
     state_pool: Tensor,
     state_indices: Tensor,
     cache: SpeculativeCache,
-    num_accepted: Tensor | None = None,
+    num_accepted: Tensor | None,
     accepted_nodes: Tensor | None = None,
     *,
     backend: str = "auto",
@@ -112,7 +113,7 @@ def materialize(
     state_pool: Tensor,
     state_indices: Tensor,
     cache: SpeculativeCache,
-    num_accepted: Tensor | None = None,
+    num_accepted: Tensor | None,
     accepted_nodes: Tensor | None = None,
     *,
     states: Tensor | None = None,

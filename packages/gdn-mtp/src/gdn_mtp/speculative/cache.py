@@ -98,7 +98,8 @@ class SpeculativeCache:
     they are folded at the next verify whatever its `fold` says.
     io_dtype: of q, k and v. device: None for the current CUDA device, or the CPU where there is none.
     Raises ArgumentError or ArgumentTypeError naming the argument.
-    Attributes: the arguments, and the tensors of `CacheTensors`, which a caller may read and copy.
+    Attributes, all read-only: the arguments, and the tensors of `CacheTensors`, which a caller may read and
+    copy.
 
     A cache belongs to one pool: the first call that succeeds, outside code that `torch.compile` traces, binds
     it to the pool's address, strides and dtype, and another pool is refused from then on. `bind` says that
@@ -154,6 +155,14 @@ class SpeculativeCache:
     k_scale: Tensor
     cursor: Tensor
     live: Tensor
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """What kernels are compiled for and tensors that a graph has captured stay; the pool may move."""
+        if name in self.__dict__ and name != "_pool":
+            raise AttributeError(
+                f"SpeculativeCache.{name} is read-only; load_state_dict copies tensors into a cache"
+            )
+        super().__setattr__(name, value)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -36,7 +36,8 @@ class SpeculativeProblem:
     materialized states. index_dtype: of state_indices. use_qk_l2norm: q and k are normalised first.
     variable_tokens: requests have a number of tokens each. tree: tokens name their parents.
     tensor_scale: the scale is a one-element tensor on the device.
-    debug: the kernel stops with a message where the cache or what is accepted is out of range.
+    debug: the kernel stops with a message where slots, the cache, tokens, their parents or what is accepted
+    are out of range.
     state_rows: how the rows of a state lie in memory; see `GatedDeltaRuleProblem`.
     """
 

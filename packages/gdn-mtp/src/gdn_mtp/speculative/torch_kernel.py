@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from kernel_dispatch import Arch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from gdn_mtp.problem import L2NORM_EPSILON
 from gdn_mtp.speculative.cache import CacheTensors
@@ -78,6 +78,8 @@ def verify(
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale
     for rows in _chunks(problem, len(state_indices)):
         ring = _accept(problem, cache, rows, state_indices, num_accepted, accepted_nodes)
+        if problem.debug:
+            _trap_window(problem, ring.slots < 0, _at(num_tokens, rows), _at(parent_indices, rows))
         states = _load(cache, ring, state)
         folds = ring.length > fold_above
         store_slots(state, ring.slots.masked_fill(~folds, -1), states)
@@ -182,6 +184,9 @@ def _accept(
     R, pool_size = problem.capacity, cache.cursor.shape[0]
     slots = state_indices[rows].long()
     num_accepted, accepted_nodes = _at(num_accepted, rows), _at(accepted_nodes, rows)
+    if problem.debug:
+        within = (slots < pool_size).all()
+        torch._assert_async(within, "gdn_mtp: state_indices names a slot beyond the pool")
     slots = slots.masked_fill((slots < 0) | (slots >= pool_size), -1)
     cursor = cache.cursor.index_select(0, slots.clamp_min(0)).long()
     bits = cache.live.index_select(0, slots.clamp_min(0)).long()
@@ -224,6 +229,26 @@ def _trap(
     if accepted_nodes is not None:
         within = (accepted_nodes < window[:, None]).all(1)
         torch._assert_async((within | padding).all(), "gdn_mtp: accepted_nodes exceed what was verified")
+        highest = pad(accepted_nodes, (1, 0), value=-1).cummax(1).values[:, :-1]
+        ascend = ((accepted_nodes < 0) | (accepted_nodes > highest)).all(1)
+        torch._assert_async((ascend | padding).all(), "gdn_mtp: accepted_nodes do not ascend")
+
+
+def _trap_window(
+    problem: SpeculativeProblem, padding: Tensor, num_tokens: Tensor | None, parents: Tensor | None
+) -> None:
+    """Stop as `_trap` does, for a number of tokens or a parent out of range."""
+    steps = torch.arange(problem.T, device=padding.device)
+    absent = padding[:, None]
+    if num_tokens is not None:
+        allowed = (num_tokens >= 0) & (num_tokens <= problem.T)
+        torch._assert_async((allowed | padding).all(), "gdn_mtp: num_tokens is not between 0 and T")
+        absent = absent | (steps >= num_tokens[:, None])
+    if parents is not None:
+        earlier = (parents >= -1) & (parents < steps)
+        torch._assert_async(
+            (earlier | absent).all(), "gdn_mtp: parent_indices names neither -1 nor an earlier token"
+        )
 
 
 def _load(cache: CacheTensors, ring: _Ring, state_pool: Tensor) -> Tensor:
