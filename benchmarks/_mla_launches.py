@@ -164,7 +164,8 @@ class Launches:
         return ctypes.addressof(array)
 
     def _add(self, name: str, launch: Callable[[], Any]) -> None:
-        """Take what returns a status, if its first launch is a success."""
+        """Take what returns a status, if its first launch and the kernel are a success."""
         status = launch()
         checked(status if isinstance(status, tuple) else (status,))
+        torch.cuda.synchronize(self._device)
         self.runs[name] = launch
