@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+# Models imported from here on are what transformers computes in PyTorch. Where these packages are installed,
+# it would take their kernels, which need a GPU, even for a model on the CPU.
+sys.modules.update(dict.fromkeys(("fla", "causal_conv1d")))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
