@@ -38,6 +38,15 @@ GOALS = (
     (4, 16, math.inf, 0.90),
     (8, 32, math.inf, 0.88),
 )
+STAGES = {  # of a call, what is left out last: what heads its column
+    "nothing": "whole",
+    "arithmetic": "no arithmetic",
+    "tokens": "no tokens",
+    "registers": "no registers",
+    "disorder": "slots in order",
+    "index": "no index",
+    "copy": "plain copy",
+}
 OTHER_TACTICS = 4  # shown of each, the fastest
 HEAD_DIM, IO_BYTES = 128, 2  # of q, k, v and the output
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
@@ -128,22 +137,21 @@ def goals() -> str:
 
 def call_stages() -> str:
     """What is short of its goal, with more and more left out."""
-    titles = {
-        "nothing": "whole",
-        "arithmetic": "no arithmetic",
-        "tokens": "no tokens",
-        "registers": "no registers",
-        "disorder": "slots in order",
-        "index": "no index",
-        "copy": "plain copy",
-    }
     lines = []
     for row, goal in short_of_goal():
-        left = {name: f"{fraction:.3f}" for name, fraction in _stages_of(row).items()}
-        if row["T"] == 1:
-            left["arithmetic"] = "-"  # recorded with a barrier that the whole kernel does not have
-        lines.append([_call(row), f"{goal:.2f}", *(left[name] for name in titles)])
-    return table(["call", "goal", *titles.values()], lines)
+        left = _stages_of(row)
+        lines.append([_call(row), f"{goal:.2f}", *(f"{left[name]:.3f}" for name in STAGES)])
+    return table(["call", "goal", *STAGES.values()], lines)
+
+
+def bf16_stages() -> str:
+    """Calls that update bf16 states, with more and more left out."""
+    lines = []
+    for T in (1, 4, 8):
+        for B in (16, 32, 64):
+            left = stages(f"16/16/32 B{B}-T{T} update bf16")
+            lines.append([f"T = {T}, B = {B}", *(f"{left[name]:.3f}" for name in STAGES)])
+    return table(["call", *STAGES.values()], lines)
 
 
 def step_stages() -> str:
@@ -194,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shortfalls": shortfalls,
     "goals": goals,
     "call_stages": call_stages,
+    "bf16_stages": bf16_stages,
     "step_stages": step_stages,
     "tactics": tactics,
     "steps_h100": lambda: steps(
