@@ -2,9 +2,9 @@
 
 `Plan.run` calls the launcher, which reads the tensors and calls the driver. For mla-sm120 the driver is
 called by itself as well, with the configuration and the packed parameters of the launcher: through
-cuda-bindings, as the launcher does, and so with all parameters in one block; through ctypes; and through the
-launcher of TVM-FFI. That is a C++ header: functions that use it are compiled here, one that only launches,
-and one that takes the tensors of the call first, as a launcher in C++ would. cuda.core takes no struct as a
+cuda-bindings, as the launcher does; through ctypes; and through the launcher of TVM-FFI. That is a C++
+header: functions that use it are compiled here, one that only launches, and one that takes the tensors of the
+call first, as a launcher in C++ would. cuda.core takes no struct as a
 parameter, which these kernels have: it launches an empty kernel with a pointer, and cuda-bindings does so
 beside it.
 """
@@ -26,7 +26,6 @@ from mla_core import plan
 CELL = Cell("bf16", 1, 16, 32)  # one launch, of which a queue holds many
 BLOCK_THREADS = 256  # of the empty kernel
 EMPTY_SOURCE = 'extern "C" __global__ void empty(float*) {}'
-BUFFER_POINTER, BUFFER_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_...
 TVM_FFI_SOURCE = """
 #include <memory>
 #include <tvm/ffi/container/tensor.h>
@@ -88,18 +87,11 @@ class Launches:
         self.runs["launcher"] = partial(self._launcher, *arguments)
 
     def _cuda_bindings(self) -> None:
-        """The launcher's call, and one with a block of parameters in place of pointers to each."""
+        """The launcher's call."""
         from cuda.bindings import driver
 
-        parameters = self._state.parameters
-        size = ctypes.c_size_t(len(parameters))
-        block = self._pointers(
-            BUFFER_POINTER, ctypes.addressof(parameters), BUFFER_SIZE, ctypes.addressof(size), END
-        )
-        self._kept.append(size)
-        launch = partial(driver.cuLaunchKernelEx, self._config, self._function)
-        self._add("cuda-bindings", partial(launch, self._state.pointers_address, 0))
-        self._add("cuda-bindings, one block of parameters", partial(launch, 0, block))
+        given = (self._config, self._function, self._state.pointers_address, 0)
+        self._add("cuda-bindings", partial(driver.cuLaunchKernelEx, *given))
 
     def _ctypes(self) -> None:
         launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
@@ -167,5 +159,6 @@ class Launches:
         """Take what returns a status, if its first launch and the kernel are a success."""
         status = launch()
         checked(status if isinstance(status, tuple) else (status,))
-        torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.runs[name] = launch

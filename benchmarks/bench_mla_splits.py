@@ -108,7 +108,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if not torch.cuda.is_available() or as_arch(None).base not in ("sm_90", "sm_120", "sm_121"):
-        print("bench_mla_splits.py needs a GPU of compute capability 9.0 or 12.x", file=sys.stderr)
+        print("bench_mla_splits.py needs a CUDA device of compute capability 9.0 or 12.x", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     record: dict[str, Any] = {
