@@ -173,6 +173,7 @@ def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> Non
         (16, 136, 8192, 6, 1),
         (16, 256, 8192, 1, 1),
         (16, 1024, 8192, 1, 1),
+        (128, 200, 4096, 2, 2),  # a cluster stores no partial results, for which rows are too many
     ],
 )
 def test_splits_of_the_heuristic(

@@ -38,7 +38,8 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 #   B = 1, 65,536 keys, 128 splits, 64 heads: 50.6 / 48.4 / 47.3; 32: 39.8 / 39.6 / 38.9
 #   B = 1, 65,536 keys, 128 splits, 16 heads: 36.2 / 36.5 / 36.1
 #   B = 1, 8,192 keys, 128 splits, 16 heads: 12.5 / 13.2 / 12.3
-CLUSTERS = ((256, 96, 4), (256, 16, 2), (0, 3, 1), (256, 2, 2), (0, 0, 1))
+CLUSTER_KEYS = 256
+CLUSTERS = ((CLUSTER_KEYS, 96, 4), (CLUSTER_KEYS, 16, 2), (0, 3, 1), (CLUSTER_KEYS, 2, 2), (0, 0, 1))
 
 # By rows of a tile: what a block takes for TILE_KEYS keys however few blocks load beside it, and for all but
 # its keys, more if its result has to be merged. The unit is the time of TILE_KEYS keys where a block on every
@@ -120,7 +121,13 @@ class Division:
         alone = Division._of(problem, tile_rows, 1, resident_clusters(arch, 1))
         keys = problem.max_seq_len // alone.num_splits
         size = next(size for few, splits, size in CLUSTERS if keys >= few and alone.num_splits >= splits)
-        return Division._of(problem, tile_rows, size, resident_clusters(arch, size))
+        if size > 1:
+            return Division._of(problem, tile_rows, size, resident_clusters(arch, size))
+        if alone.num_splits > 1 or keys < 2 * CLUSTER_KEYS:
+            return alone
+        # Rows may be too many for partial results, which two splits in a cluster do without.
+        pair = Division._of(problem, tile_rows, 2, resident_clusters(arch, 2))
+        return min(alone, pair, key=lambda x: x._cost(problem, resident_clusters(arch, x.cluster_size)))
 
     @staticmethod
     def _of(problem: DecodeProblem, tile_rows: int, cluster_size: int, clusters: int) -> Division:
@@ -137,16 +144,21 @@ class Division:
         row_tiles = problem.batch * -(-problem.rows // tile_rows)
         filling = max(1, min(clusters // row_tiles, key_tiles // cluster_size))
         affordable = MAX_PARTIAL_BYTES // (whole.rows * KV_LORA_RANK * FLOAT32_BYTES)
-        most = min(filling + MORE_PARTIALS - 1, key_tiles // cluster_size, affordable)
-        partials = min(
-            range(filling, max(filling, most) + 1),
-            key=lambda count: grid_cost(
-                row_tiles * count, clusters, -(-key_tiles // (count * cluster_size)), tile_rows, count > 1
-            ),
-        )
+        most = max(filling, min(filling + MORE_PARTIALS - 1, key_tiles // cluster_size, affordable))
+
+        def divided(partials: int) -> Division:
+            return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
+
+        partials = min(range(filling, most + 1), key=lambda count: divided(count)._cost(problem, clusters))
         longest_split = -(-key_tiles // (partials * cluster_size))
         partials = -(-key_tiles // (longest_split * cluster_size))
-        return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
+        return divided(partials)
+
+    def _cost(self, problem: DecodeProblem, resident: int) -> float:
+        """What the call takes, by `grid_cost`, where so many of its clusters are resident at a time."""
+        clusters = problem.batch * -(-problem.rows // self.tile_rows) * self.num_partials
+        key_tiles = -(-self.splits.key_tiles // self.num_splits)
+        return grid_cost(clusters, resident, key_tiles, self.tile_rows, merges=self.num_partials > 1)
 
 
 def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
@@ -154,7 +166,7 @@ def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
     return plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
 
 
-def grid_cost(clusters: int, resident: int, key_tiles: int, tile_rows: int, merges: bool) -> float:
+def grid_cost(clusters: int, resident: int, key_tiles: int, tile_rows: int, *, merges: bool) -> float:
     """What a grid takes whose clusters run in waves of `resident`, in the unit of `BLOCK_COSTS`.
 
     key_tiles: of a block. A wave takes as long as memory takes for the keys of its blocks, or longer if a
