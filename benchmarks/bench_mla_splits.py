@@ -127,6 +127,9 @@ def main() -> int:
             wrong = True
             lines.append(f"{cell!s:30} WRONG: {error}")
             continue
+        except torch.OutOfMemoryError:
+            lines.append(f"{cell!s:30} does not fit the GPU's memory")
+            continue
         record["us"][str(cell)] = times
         over_least = next(iter(times.values())) / min(times.values())
         listed = ", ".join(f"{name} {us:.1f}" for name, us in times.items())

@@ -8,19 +8,34 @@ the untouched model only, so it cannot hide a mistake of the implementation unde
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-# Models imported from here on are what transformers computes in PyTorch. Where these packages are installed,
-# it would take their kernels, which need a GPU, even for a model on the CPU.
-sys.modules.update(dict.fromkeys(("fla", "causal_conv1d")))  # type: ignore[arg-type]
+
+@contextlib.contextmanager
+def pytorch_models() -> Iterator[None]:
+    """Models imported inside are what transformers computes in PyTorch.
+
+    Where fla or causal_conv1d is installed, it would take their kernels, which need a GPU, even for a model
+    on the CPU.
+    """
+    names = ("fla", "causal_conv1d")
+    before = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 @dataclasses.dataclass(frozen=True)

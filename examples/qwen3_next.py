@@ -27,11 +27,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import common
 import gdn_mtp
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-from transformers.models.qwen3_next import modeling_qwen3_next as stock
+
+with common.pytorch_models():
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+    from transformers.models.qwen3_next import modeling_qwen3_next as stock
 
 PADDING = -1  # slot of a batch row that holds no request
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from kernel_dispatch import Arch
@@ -41,13 +42,24 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 CLUSTER_KEYS = 256
 CLUSTERS = ((CLUSTER_KEYS, 96, 4), (CLUSTER_KEYS, 16, 2), (0, 3, 1), (CLUSTER_KEYS, 2, 2), (0, 0, 1))
 
-# By rows of a tile: what a block takes for TILE_KEYS keys however few blocks load beside it, and for all but
-# its keys, more if its result has to be merged. The unit is the time of TILE_KEYS keys where a block on every
-# SM loads at the copy bandwidth. Fitted to bf16 times of an H100 (benchmarks/results/mla_sm120-splits-h100).
-BLOCK_COSTS = {16: (0.6, 5.0), 32: (0.7, 8.0), 64: (0.9, 10.0)}
-MERGE_COST = 4.0
+
+class BlockCost(NamedTuple):
+    """Parts of a block's time, in units of a tile of keys where every SM loads at the copy bandwidth.
+
+    key_tile: what it takes however few blocks load beside it. rest: all but the keys.
+    """
+
+    key_tile: float
+    rest: float
+
+
+# By rows of a block. Fitted to bf16 times of an H100; benchmarks/results/mla_sm120-splits-h100 has times with
+# the numbers of splits that come of it.
+BLOCK_COSTS = {16: BlockCost(0.6, 5.0), 32: BlockCost(0.7, 8.0), 64: BlockCost(0.9, 10.0)}
+SM120_KEY_TILE = 0.5  # of that: memory is slower there by a factor of two or more for each SM; not measured
+MERGE_COST = 4.0  # of a call whose partial results are combined
 MORE_PARTIALS = 8  # numbers of partial results considered, from what fills the GPU once
-MAX_PARTIAL_BYTES = 96 << 20  # of more than that; the workspace that FlashInfer advises, 128 MiB, holds them
+MAX_PARTIAL_BYTES = 96 << 20  # of more than that; a workspace of 128 MiB, as FlashInfer advises, holds them
 
 
 def objection(problem: DecodeProblem, arch: Arch) -> str | None:
@@ -117,48 +129,51 @@ class Division:
         if tactic.endswith(WHOLE):
             return Division(tile_rows, _whole(problem, tile_rows), 1)
         if cluster:
-            return Division._of(problem, tile_rows, int(cluster), resident_clusters(arch, int(cluster)))
-        alone = Division._of(problem, tile_rows, 1, resident_clusters(arch, 1))
+            return Division._of(problem, arch, tile_rows, int(cluster))
+        alone = Division._of(problem, arch, tile_rows, 1)
         keys = problem.max_seq_len // alone.num_splits
         size = next(size for few, splits, size in CLUSTERS if keys >= few and alone.num_splits >= splits)
         if size > 1:
-            return Division._of(problem, tile_rows, size, resident_clusters(arch, size))
+            return Division._of(problem, arch, tile_rows, size)
         if alone.num_splits > 1 or keys < 2 * CLUSTER_KEYS:
             return alone
         # Rows may be too many for partial results, which two splits in a cluster do without.
-        pair = Division._of(problem, tile_rows, 2, resident_clusters(arch, 2))
-        return min(alone, pair, key=lambda x: x._cost(problem, resident_clusters(arch, x.cluster_size)))
+        pair = Division._of(problem, arch, tile_rows, 2)
+        return min(alone, pair, key=lambda division: division._cost(problem, arch))
 
     @staticmethod
-    def _of(problem: DecodeProblem, tile_rows: int, cluster_size: int, clusters: int) -> Division:
-        """Clusters of a size, of which `clusters` are resident at a time, or smaller ones if keys are few.
+    def _of(problem: DecodeProblem, arch: Arch, tile_rows: int, cluster_size: int) -> Division:
+        """Clusters of a size, or smaller ones if keys are few.
 
-        At least as many as are resident, if there are keys for them, or the number from there on that
-        `grid_cost` finds the fastest. Of those with the same longest split the smallest: it leaves less to
-        combine.
+        As many as are resident at a time, as far as there are keys for them; with the preferred tile the
+        number from there on that `grid_cost` finds the fastest. Of numbers with the same longest split the
+        smallest, which leaves less to combine.
         """
         whole = _whole(problem, tile_rows)
         key_tiles = whole.key_tiles
+        resident = resident_clusters(arch, cluster_size)
         while cluster_size > key_tiles:
             cluster_size //= 2
         row_tiles = problem.batch * -(-problem.rows // tile_rows)
-        filling = max(1, min(clusters // row_tiles, key_tiles // cluster_size))
+        filling = max(1, min(resident // row_tiles, key_tiles // cluster_size))
         affordable = MAX_PARTIAL_BYTES // (whole.rows * KV_LORA_RANK * FLOAT32_BYTES)
-        most = max(filling, min(filling + MORE_PARTIALS - 1, key_tiles // cluster_size, affordable))
+        more = MORE_PARTIALS if tile_rows == preferred_tile(problem) else 1
+        most = max(filling, min(filling + more - 1, key_tiles // cluster_size, affordable))
 
         def divided(partials: int) -> Division:
             return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
 
-        partials = min(range(filling, most + 1), key=lambda count: divided(count)._cost(problem, clusters))
+        partials = min(range(filling, most + 1), key=lambda count: divided(count)._cost(problem, arch))
         longest_split = -(-key_tiles // (partials * cluster_size))
-        partials = -(-key_tiles // (longest_split * cluster_size))
-        return divided(partials)
+        return divided(-(-key_tiles // (longest_split * cluster_size)))
 
-    def _cost(self, problem: DecodeProblem, resident: int) -> float:
-        """What the call takes, by `grid_cost`, where so many of its clusters are resident at a time."""
+    def _cost(self, problem: DecodeProblem, arch: Arch) -> float:
+        """What the call takes, by `grid_cost`."""
         clusters = problem.batch * -(-problem.rows // self.tile_rows) * self.num_partials
+        resident = resident_clusters(arch, self.cluster_size)
         key_tiles = -(-self.splits.key_tiles // self.num_splits)
-        return grid_cost(clusters, resident, key_tiles, self.tile_rows, merges=self.num_partials > 1)
+        block = block_cost(arch, self.tile_rows)
+        return grid_cost(clusters, resident, key_tiles, block) + MERGE_COST * (self.num_partials > 1)
 
 
 def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
@@ -166,17 +181,21 @@ def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
     return plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
 
 
-def grid_cost(clusters: int, resident: int, key_tiles: int, tile_rows: int, *, merges: bool) -> float:
-    """What a grid takes whose clusters run in waves of `resident`, in the unit of `BLOCK_COSTS`.
+def block_cost(arch: Arch, tile_rows: int) -> BlockCost:
+    """The parts of a block's time on a GPU."""
+    cost = BLOCK_COSTS[tile_rows]
+    return cost if arch.base == "sm_90" else cost._replace(key_tile=cost.key_tile * SM120_KEY_TILE)
+
+
+def grid_cost(clusters: int, resident: int, key_tiles: int, block: BlockCost) -> float:
+    """What a grid takes whose clusters run in waves of `resident`, in the unit of `BlockCost`.
 
     key_tiles: of a block. A wave takes as long as memory takes for the keys of its blocks, or longer if a
     block does: the last one, which fills the GPU in part, has the bandwidth for fewer.
     """
-    alone, rest = BLOCK_COSTS[tile_rows]
     full_waves, left = divmod(clusters, resident)
-    loading = full_waves * max(alone, 1.0) + (max(alone, left / resident) if left else 0.0)
-    waves = full_waves + (left > 0)
-    return loading * key_tiles + waves * rest + merges * MERGE_COST
+    last = max(block.key_tile, left / resident) if left else 0.0
+    return (full_waves + last) * key_tiles + (full_waves + (left > 0)) * block.rest
 
 
 def resident_clusters(arch: Arch, cluster_size: int) -> int:

@@ -80,7 +80,7 @@ class _State:
 
 
 class _Threads(threading.local):
-    """A state for each thread, in one attribute: those of this class take long to read."""
+    """A state for each thread, in one attribute, for each read of a thread-local's takes time."""
 
     def __init__(self, make_configs: Callable[[], list[tuple[Any, Any]]]) -> None:
         self.own = _State(make_configs())
@@ -168,6 +168,7 @@ class Launcher:
             state.seen = seen
         stream = torch._C._cuda_getCurrentRawStream(index)
         if stream != state.stream:
+            state.stream = None  # until all are on it
             for config, _ in state.configs:
                 config.hStream = stream
             state.stream = stream
@@ -282,8 +283,8 @@ def _address(given: float | torch.Tensor | None) -> int:
 
 
 def _scale_key(scale: float | torch.Tensor) -> Any:
-    # An address in a tuple, which no number is equal to.
-    return (scale.data_ptr(),) if isinstance(scale, torch.Tensor) else scale
+    # An address in a tuple, which no float is equal to.
+    return (scale.data_ptr(),) if isinstance(scale, torch.Tensor) else float(scale)
 
 
 def combine_sizes(

@@ -26,7 +26,7 @@ REFUSALS = (
     "CUDA_ERROR_NO_BINARY_FOR_GPU",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
 )
-# (unit, arch) of what this process has loaded -> where it is from.
+# (unit, arch) of what this process has loaded -> where it is from; reports of tests say it.
 origins: dict[tuple[str, str], str] = {}
 
 
