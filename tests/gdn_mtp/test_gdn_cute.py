@@ -16,7 +16,9 @@ from gdn_mtp.cute.kernels import (
     TACTICS,
     regime,
 )
+from gdn_mtp.cute.kernels_speculative import KERNELS as SPECULATIVE_KERNELS
 from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_mtp.speculative.problem import SpeculativeProblem
 from gdn_mtp.torch_kernel import KERNEL
 from gdn_support import (
     BACKEND,
@@ -97,6 +99,30 @@ def test_the_heuristic_reaches_every_row_of_its_table():
     for asked in problems:
         of_batches = [replace(asked, B=b) for b in (1, 4, 8, 16, 64, 512)]
         check_every_row_is_chosen(KERNELS, HEURISTIC[regime(asked)], of_batches, HOPPER)
+
+
+KEPT = {"intermediate": "buffer", "update_state": False}
+WINDOW = SpeculativeProblem(B=1, T=4, H=16, HV=32, K=128, V=128, capacity=16)
+SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with fp32 and bf16 states
+    "single tokens": (KERNELS, problem(T=1), 3, 1),
+    "T4, kept": (KERNELS, problem(T=4, **KEPT), 4, 4),
+    "T8, kept": (KERNELS, problem(T=8, **KEPT), 4, 4),
+    "T4, updated": (KERNELS, problem(T=4), 3, 1),
+    "T8, updated": (KERNELS, problem(T=8), 5, 2),
+    "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 2),
+    "commit": (SPECULATIVE_KERNELS, replace(WINDOW, mode="commit", T=0), 1, 1),
+    "materialize": (SPECULATIVE_KERNELS, replace(WINDOW, mode="materialize", T=0), 1, 1),
+}
+
+
+@pytest.mark.parametrize(("kernels", "asked", "fp32", "bf16"), SERVED.values(), ids=SERVED)
+def test_a_server_compiles_what_the_readme_says(kernels, asked, fp32, bf16):
+    for state, count in ((FP32, fp32), (BF16, bf16)):
+        configs = set()
+        for batch in range(1, 257):
+            of_batch = replace(asked, B=batch, state_dtype=state)
+            configs.add(kernels.config(of_batch, HOPPER, kernels.tactics(of_batch, HOPPER)[0]))
+        assert len(configs) == count
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])
