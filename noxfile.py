@@ -313,16 +313,16 @@ def device(session: nox.Session) -> None:
 
 # One token and a whole chunk of eight with every tactic, two chunks with the one preferred.
 GDN_EVERY_LOOP = (
-    "(test_every_tactic[ and (-1- or -8-)) or (sizes_and_modes and 128-fp32-16)"
-    " or (k_major_states and 128) or test_history["
+    "(test_every_tactic[ and (-1- or -8-)) or (sizes_and_modes and -16- and (128 or 256-bf16))"
+    " or (other_slots and fp32) or (k_major_states and 128) or test_history["
 )
 # What compute-sanitizer looks at: a package's tests, and per tool a pytest selection, every path, small.
 SANITIZED = {
     "gdn-mtp": (
         ("test_gdn_cute.py", "test_speculative_kernel.py"),
         {
-            "memcheck": "test_every_tactic[ or k_major_states or rows_lie_apart"
-            " or (sizes_and_modes and 64-fp32) or test_history[",
+            "memcheck": "test_every_tactic[ or k_major_states or rows_lie_apart or (other_slots and fp32)"
+            " or (sizes_and_modes and (64-fp32 or (-16- and (128-bf16 or 256-bf16)))) or test_history[",
             "racecheck": GDN_EVERY_LOOP,
             "synccheck": GDN_EVERY_LOOP,
         },
@@ -339,10 +339,12 @@ SANITIZED = {
 # Launchers ask the driver for what it may not have: a function, a further parameter of a kernel.
 SANITIZER_OPTIONS = {"memcheck": ("--report-api-errors", "no")}
 UNCHECKED_KERNELS = "kernel_substring=at6native"  # PyTorch's, with which tests spend most of the time
+NO_MEMORY_CACHING = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SANITIZER_ENVIRONMENT = {
-    "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    # mla-sm120: one lane of a warp arrives on an mbarrier for all, which racecheck does not follow.
-    "racecheck": {"MLA_SM120_NVRTC_OPTIONS": "-DMLA_EVERY_LANE_ARRIVES"},
+    ("gdn-mtp", "memcheck"): NO_MEMORY_CACHING,
+    ("mla-sm120", "memcheck"): NO_MEMORY_CACHING,
+    # One lane of a warp arrives on an mbarrier for all, which racecheck does not follow.
+    ("mla-sm120", "racecheck"): {"MLA_SM120_NVRTC_OPTIONS": "-DMLA_EVERY_LANE_ARRIVES"},
 }
 
 
@@ -371,18 +373,20 @@ def sanitize(session: nox.Session, package: str) -> None:
         with report.open("w", encoding="utf-8") as output:
             print(facts, file=output)
             for file in files:  # in a process each, so that of a run cut short the report keeps the first
-                sanitize_file(session, tool, PACKAGES[package].tests / file, selections[tool], output)
+                sanitize_file(session, package, tool, file, output)
 
 
-def sanitize_file(session: nox.Session, tool: str, file: Path, selection: str, report: TextIO) -> None:
-    """Run the selected tests of a file under a tool; the command and its output go to the end of `report`."""
+def sanitize_file(session: nox.Session, package: str, tool: str, file: str, report: TextIO) -> None:
+    """Run a package's tests in `file` under a tool; the command and its output go to the end of `report`."""
+    selection = SANITIZED[package][1][tool]
     command = ["compute-sanitizer", "--tool", tool, *SANITIZER_OPTIONS.get(tool, ()), "--error-exitcode", "9"]
     command += ["--kernel-name-exclude", UNCHECKED_KERNELS]
     command += ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection]
-    variables = SANITIZER_ENVIRONMENT.get(tool, {})
-    shown = [*(f"{name}={value}" for name, value in variables.items()), *command, file.name]
+    variables = SANITIZER_ENVIRONMENT.get((package, tool), {})
+    shown = [*(f"{name}={value}" for name, value in variables.items()), *command, file]
     print(shlex.join(shown), file=report, flush=True)
-    run_code(session, *command, str(file), stdout=report, external=True, env=variables)
+    path = str(PACKAGES[package].tests / file)
+    run_code(session, *command, path, stdout=report, external=True, env=variables)
 
 
 @nox.session(reuse_venv=True)

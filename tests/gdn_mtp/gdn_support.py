@@ -9,11 +9,13 @@ import torch
 from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
-from kernel_dispatch import Arch, Kernel, Problem
+from kernel_dispatch import Arch, Kernel, Problem, as_arch
 from kernel_testing import assert_close_elementwise
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The provider that runs the sizes of `Case` here; asked for by name, no other can stand in for it.
+BACKEND = "cute" if DEVICE.type == "cuda" and as_arch(DEVICE).supports_pdl else "torch"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN = float("nan")
 

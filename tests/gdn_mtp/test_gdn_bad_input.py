@@ -170,12 +170,12 @@ def perturbations():
                 yield pytest.param(function, name, other, id=f"{function}-{name}-{what}")
 
 
-def assert_rejected(function, arguments, *names, error=ArgumentError):
+def assert_rejected(function, arguments, *names, error=ArgumentError, match=None):
     """The call raises, naming one of `names`, and leaves every tensor as it was."""
     call, _ = FUNCTIONS[function]
     tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and not x.is_meta}
     before = {name: x.clone() for name, x in tensors.items()}
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=match) as caught:
         call(**arguments)
     message = str(caught.value)
     assert any(caught.value.argument == name or f"from {name}" in message for name in names), message
@@ -255,7 +255,6 @@ def test_scatter_slots_that_collide(rows):
         ("pretranspose_pool", {"initial_state_indices": None}, "initial_state_indices"),
         ("run", {"intermediate_states_buffer": None}, "intermediate_states_buffer"),
         ("run", {"output_state_indices": None}, "output_state_indices"),
-        ("run", {"output_state_indices": torch.tensor([0, 6, 5], dtype=torch.int32)}, "output_state_indices"),
         ("run", {"output": output(CASE).bfloat16()}, "output"),
         ("run", {"initial_state_indices": None}, "initial_state_indices"),
     ],
@@ -265,12 +264,24 @@ def test_arguments_that_exclude_or_need_each_other(function, changes, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("k", FP16), ("v", FP32), ("b", FP32), ("intermediate_states_buffer", BF16)]
+    ("function", "name", "dtype", "words"),
+    [
+        ("mtp", "k", FP16, "dtype float16, expected bfloat16 as q has"),
+        ("mtp", "v", FP32, "dtype float32, expected bfloat16 as q has"),
+        ("mtp", "b", FP32, "dtype float32, expected bfloat16 as a has"),
+        (
+            "mtp",
+            "intermediate_states_buffer",
+            BF16,
+            "dtype bfloat16, expected float32 as initial_state has",
+        ),
+        ("run", "output_state_indices", torch.int32, "dtype int32, expected int64 from the plan"),
+    ],
 )
-def test_dtypes_that_must_agree(name, dtype):
-    arguments = mtp()
+def test_dtypes_that_must_agree(function, name, dtype, words):
+    arguments = FUNCTIONS[function][1]()
     arguments[name] = arguments[name].to(dtype)
-    assert_rejected("mtp", arguments, name, error=ArgumentTypeError)
+    assert_rejected(function, arguments, name, error=ArgumentTypeError, match=words)
 
 
 @pytest.mark.parametrize("value_heads", [3, 5])

@@ -1,12 +1,13 @@
 """What only a GPU shows: no wait for the device, CUDA graphs, the bound on temporaries."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import gdn_mtp
 import pytest
 import torch
 from gdn_mtp.torch_kernel import CHUNK_BYTES
-from gdn_support import DEVICE, FP32, Case, assert_same_bits, slots_tensor
+from gdn_support import BACKEND, DEVICE, FP32, NAN, Case, assert_same_bits, slots_tensor
 from kernel_dispatch import ArgumentError, debug
 from kernel_testing import poisoned
 
@@ -52,6 +53,40 @@ def test_a_captured_graph_follows_its_inputs():
         indices.copy_(slots_tensor(*slots))
         graph.replay()
         expected = mtp(expected_pool, slots_tensor(*slots))()
+        assert_same_bits(output, expected, "output")
+        assert_same_bits(pool, expected_pool, "pool")
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", sorted({BACKEND, "torch"}))
+def test_a_captured_plan_follows_its_inputs(backend):
+    sizes = {name: getattr(CASE, name) for name in ("B", "T", "H", "HV", "K", "V")}
+    problem = gdn_mtp.GatedDeltaRuleProblem(**sizes, index_dtype=torch.int64, tensor_scale=True)
+    plan = gdn_mtp.plan(problem, DEVICE, backend)
+    inputs, pool, indices = CASE.inputs(), CASE.states(6), slots_tensor(4, -1, 0)
+    scale, output = torch.ones(1, device=DEVICE), torch.empty_like(inputs["v"])
+    run = partial(plan.run, **inputs, state=pool, initial_state_indices=indices, scale=scale, output=output)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for step, slots in enumerate(((1, 2, -1), (-1, -1, -1), (5, 0, 3)), start=1):
+        for name, values in CASE.inputs(seed=step).items():
+            inputs[name].copy_(values)
+        pool.copy_(CASE.states(6, seed=step))
+        indices.copy_(slots_tensor(*slots))
+        scale.fill_(0.5 * step)
+        output.fill_(NAN)
+        graph.replay()
+        expected_pool = CASE.states(6, seed=step)
+        expected, _ = gdn_mtp.gated_delta_rule_mtp(
+            **CASE.inputs(seed=step),
+            initial_state=expected_pool,
+            initial_state_indices=slots_tensor(*slots),
+            scale=torch.full((1,), 0.5 * step, device=DEVICE),
+            disable_state_update=False,
+            backend=backend,
+        )
         assert_same_bits(output, expected, "output")
         assert_same_bits(pool, expected_pool, "pool")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from dataclasses import replace
 
@@ -17,8 +16,12 @@ from gdn_mtp.cute.kernels import (
     TACTICS,
     regime,
 )
+from gdn_mtp.cute.kernels_speculative import KERNELS as SPECULATIVE_KERNELS
 from gdn_mtp.problem import GatedDeltaRuleProblem
+from gdn_mtp.speculative.problem import SpeculativeProblem
+from gdn_mtp.torch_kernel import KERNEL
 from gdn_support import (
+    BACKEND,
     BF16,
     DEVICE,
     FP16,
@@ -96,6 +99,30 @@ def test_the_heuristic_reaches_every_row_of_its_table():
     for asked in problems:
         of_batches = [replace(asked, B=b) for b in (1, 4, 8, 16, 64, 512)]
         check_every_row_is_chosen(KERNELS, HEURISTIC[regime(asked)], of_batches, HOPPER)
+
+
+KEPT = {"intermediate": "buffer", "update_state": False}
+WINDOW = SpeculativeProblem(B=1, T=4, H=16, HV=32, K=128, V=128, capacity=16)
+SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with fp32 and bf16 states
+    "single tokens": (KERNELS, problem(T=1), 3, 1),
+    "T4, kept": (KERNELS, problem(T=4, **KEPT), 4, 4),
+    "T8, kept": (KERNELS, problem(T=8, **KEPT), 4, 4),
+    "T4, updated": (KERNELS, problem(T=4), 3, 1),
+    "T8, updated": (KERNELS, problem(T=8), 5, 2),
+    "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 2),
+    "commit": (SPECULATIVE_KERNELS, replace(WINDOW, mode="commit", T=0), 1, 1),
+    "materialize": (SPECULATIVE_KERNELS, replace(WINDOW, mode="materialize", T=0), 1, 1),
+}
+
+
+@pytest.mark.parametrize(("kernels", "asked", "fp32", "bf16"), SERVED.values(), ids=SERVED)
+def test_a_server_compiles_what_the_readme_says(kernels, asked, fp32, bf16):
+    for state, count in ((FP32, fp32), (BF16, bf16)):
+        configs = set()
+        for batch in range(1, 257):
+            of_batch = replace(asked, B=batch, state_dtype=state)
+            configs.add(kernels.config(of_batch, HOPPER, kernels.tactics(of_batch, HOPPER)[0]))
+        assert len(configs) == count
 
 
 @pytest.mark.parametrize("head", [64, 128, 256])
@@ -180,10 +207,7 @@ def test_compiled_code_keeps_everything_in_registers(arch, asked):
     assert resources.registers * 32 * config.warps * config.blocks_per_sm <= 65536
 
 
-needs_hopper = pytest.mark.skipif(
-    DEVICE.type != "cuda" or torch.cuda.get_device_capability() < (9, 0),
-    reason="needs a GPU of SM90 or newer",
-)
+needs_hopper = pytest.mark.skipif(BACKEND != "cute", reason="needs a GPU of SM90 or newer")
 QWEN = Case(H=16, HV=32, K=128, V=128)
 SEED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BUFFER_ROWS_BEYOND = 1
@@ -194,12 +218,26 @@ class Call:
     """A call on NaN-poisoned memory: its arguments, and the checks of what it has written.
 
     Request i starts from `states[i]`, in a slot of its own; request 1 of three or more is padding.
-    mode: where the states after each token go: "none", a "buffer", or "scatter", slots of the pool.
+    mode: where the states after each token go: "none", a "buffer", or "scatter", slots of the pool; or
+    "write", the last state to a slot other than that it was read from, and that of request 0 to none.
     """
 
     def __init__(self, case, mode="none", update=True, state_rows="contiguous", index_dtype=torch.int32):
         self.case, self.update = case, update
-        pool_slots = case.B + 3 + (case.B * case.T if mode == "scatter" else 0)
+        self.problem = GatedDeltaRuleProblem(
+            **{name: getattr(case, name) for name in ("B", "T", "H", "HV", "K", "V")},
+            io_dtype=case.io,
+            gate_dtype=case.gates,
+            dt_bias_dtype=case.bias,
+            state_dtype=case.state,
+            use_qk_l2norm=case.l2norm,
+            update_state=update,
+            intermediate=mode if mode in ("buffer", "scatter") else "none",
+            index_dtype=index_dtype,
+            separate_write_indices=mode == "write",
+            state_rows=state_rows,
+        )
+        pool_slots = case.B + 3 + {"scatter": case.B * case.T, "write": case.B}.get(mode, 0)
         permutation = torch.randperm(pool_slots, generator=torch.Generator().manual_seed(case.T)).to(DEVICE)
         self.reads = permutation[: case.B].to(index_dtype)
         if case.B > 2:
@@ -210,7 +248,7 @@ class Call:
         self.pool[self.reads[self.valid].long()] = self.states[self.valid]
         self.inputs = case.inputs()
         self.output = poisoned((case.B, case.T, case.HV, case.V), case.io, DEVICE)
-        self.buffer = self.scatter = None
+        self.buffer = self.scatter = self.writes = None
         if mode == "buffer":
             shape = (case.B + BUFFER_ROWS_BEYOND, case.T + 1, case.HV, case.V, case.K)
             self.buffer = poisoned(shape, case.state, DEVICE)
@@ -219,17 +257,34 @@ class Call:
             self.scatter = free.view(case.B, case.T).to(index_dtype)
             if self.scatter.numel() > 1:
                 self.scatter[0, 0] = -1
+        if mode == "write":
+            self.writes = permutation[case.B : 2 * case.B].to(index_dtype)
+            self.writes[0] = -1
+
+    def run(self, backend):
+        """The functional call."""
+        gdn_mtp.gated_delta_rule_mtp(
+            **self.arguments,
+            initial_state=self.pool,
+            disable_state_update=not self.update,
+            use_qk_l2norm=self.case.l2norm,
+            backend=backend,
+        )
+
+    def run_plan(self, backend, tactic):
+        """The plan of a tactic by its name."""
+        gdn_mtp.plan(self.problem, DEVICE, backend, tactic).run(**self.arguments, state=self.pool)
 
     @property
     def arguments(self):
+        """Those of the functional call and of a plan alike."""
         return {
             **self.inputs,
-            **self.case.options,
-            "initial_state": self.pool,
+            "scale": self.case.scale,
             "initial_state_indices": self.reads,
+            "output_state_indices": self.writes,
             "intermediate_states_buffer": self.buffer,
             "ssm_state_indices": self.scatter,
-            "disable_state_update": not self.update,
             "output": self.output,
         }
 
@@ -257,13 +312,18 @@ class Call:
             final = self.states[requests][valid].double()  # the last token's state goes elsewhere too
             slots = self.scatter[requests][valid].long()
             stored, each = self.pool[slots[slots >= 0]], each[slots >= 0]
+        slots = self.reads[requests][valid].long()
+        if self.writes is not None:
+            slots = self.writes[requests][valid].long()
+            final, slots = final[slots >= 0], slots[slots >= 0]
         expected = expected._replace(state=final, intermediate_states=each)
-        state = self.pool[self.reads[requests][valid].long()]
+        state = self.pool[slots]
         assert_result(case, expected, output, state, intermediate_states=stored, q=inputs["q"])
 
     def check_untouched(self):
         """Slots that are not written hold what they held, and rows of the buffer beyond the call's NaN."""
-        written = self.reads if self.scatter is None else self.scatter[self.valid]
+        named = [slots for slots in (self.scatter, self.writes) if slots is not None]
+        written = named[0][self.valid] if named else self.reads
         untouched = torch.ones(len(self.pool), dtype=torch.bool, device=DEVICE)
         if self.update:
             untouched[written[written >= 0].long()] = False
@@ -288,8 +348,10 @@ class Call:
 def run(case, tactic=None, backend="cute", **options):
     """One call of `tactic`, or of the one preferred, with every result checked; options are those of Call."""
     call = Call(case, **options)
-    with contextlib.nullcontext() if tactic is None else only_tactic(tactic):
-        gdn_mtp.gated_delta_rule_mtp(**call.arguments, backend=backend)
+    if tactic is None:
+        call.run(backend)
+    else:
+        call.run_plan(backend, tactic)
     call.check()
 
 
@@ -301,26 +363,6 @@ def strided_pool(case, slots, state_rows):
     return whole[:, 1, :, :, 8 : case.K + 8]
 
 
-class only_tactic:
-    """Makes the kernels offer one tactic."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        from kernel_dispatch import clear_plans
-
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(type(KERNELS), "tactics", lambda *_: (self.name,))
-        clear_plans()
-
-    def __exit__(self, *_: object) -> None:
-        from kernel_dispatch import clear_plans
-
-        self.patch.undo()
-        clear_plans()
-
-
 @pytest.fixture
 def memory_given_back():
     """After the test, for tests in other processes: torch would keep gigabytes."""
@@ -329,10 +371,12 @@ def memory_given_back():
 
 
 @pytest.mark.parametrize("state_rows", ["contiguous", "aligned"])
-@pytest.mark.parametrize("mode", ["none", "buffer", "scatter"])
-def test_torch_passes_the_checks_of_the_kernels(mode, state_rows):
-    run(Case(B=5, T=3, state=BF16), backend="torch", mode=mode, state_rows=state_rows)
-    run(Case(B=1, T=1, K=8, V=16), backend="torch", mode=mode, update=mode == "scatter")
+@pytest.mark.parametrize("mode", ["none", "buffer", "scatter", "write"])
+@pytest.mark.parametrize("tactic", [None, *KERNEL.tactics(PROBLEM, HOPPER)])
+def test_torch_passes_the_checks_of_the_kernels(tactic, mode, state_rows):
+    run(Case(B=5, T=3, state=BF16), tactic, "torch", mode=mode, state_rows=state_rows)
+    run(Case(B=1, T=1, K=8, V=16), tactic, "torch", mode=mode, update=mode in ("scatter", "write"))
+    run(Case(l2norm=False, scale=0.3), tactic, "torch", mode=mode)
 
 
 @needs_hopper
@@ -400,6 +444,20 @@ def test_input_dtypes_and_frozen_states(io, l2norm, tokens):
         update=False,
         mode="buffer",
     )
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 3, 6, 8, 9, 16])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_frozen_states_of_which_none_is_stored(state, tokens):
+    run(Case(B=3, T=tokens, K=128, V=128, state=state), update=False)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_states_written_to_other_slots_or_to_none(state, tokens):
+    run(Case(B=4, T=tokens, K=128, V=128, state=state), mode="write")
 
 
 @needs_hopper

@@ -161,6 +161,15 @@ def test_a_plan_runs_what_the_function_runs():
     assert plan.provider in repr(plan)
 
 
+def test_a_plan_for_states_of_the_requests_takes_no_indices():
+    plan = gdn_mtp.plan(problem(index_dtype=None), "cpu")
+    inputs = {name: tensor.cpu() for name, tensor in CASE.inputs().items()}
+    state, indices = CASE.states(3).cpu(), torch.tensor([2, 1, 0])
+    with pytest.raises(ArgumentError, match="initial_state_indices: dtype int64, expected no index tensors"):
+        plan.run(**inputs, state=state, initial_state_indices=indices, output=torch.empty_like(inputs["v"]))
+    assert_same_bits(state, CASE.states(3).cpu(), "state")
+
+
 def test_the_second_call_of_a_kind_reuses_the_plan():
     kernel = SpyKernel("only")
     with registered(GROUP, spy_provider(kernel)):

@@ -6,6 +6,7 @@ import torch
 from gdn_mtp.problem import INDEX_DTYPES
 from gdn_mtp.torch_kernel import store_slots
 from gdn_support import (
+    BACKEND,
     BF16,
     DEVICE,
     FP32,
@@ -17,16 +18,17 @@ from gdn_support import (
 )
 from kernel_testing import poisoned, snapshot_untouched
 
-CASE = Case(B=4, T=3, H=2, HV=4, K=64, V=32)
+CASE = Case(B=4, T=3, H=2, HV=4, K=64, V=64)  # what the provider `cute` takes too
 SLOTS = 9
 
 
-def run(case, inputs, pool, indices, *, update=True, **arguments):
+def run(case, inputs, pool, indices, *, update=True, backend=BACKEND, **arguments):
     return gdn_mtp.gated_delta_rule_mtp(
         **inputs,
         initial_state=pool,
         initial_state_indices=indices,
         disable_state_update=not update,
+        backend=backend,
         **arguments,
     )[0]
 
@@ -109,7 +111,7 @@ def test_slots_lie_past_two_to_the_31_elements():
     pool[1] = state[0]
     inputs = {name: x.cpu() for name, x in case.inputs().items()}
     expected = case.reference(inputs, state)
-    output = run(case, inputs, pool, torch.tensor([1]))
+    output = run(case, inputs, pool, torch.tensor([1]), backend="torch")
     assert_result(case, expected, output, pool[1:], q=inputs["q"])
 
 
@@ -142,7 +144,7 @@ def test_intermediate_states_of_a_state_per_request():
     buffer = poisoned((CASE.B, CASE.T, CASE.HV, CASE.V, CASE.K), FP32, DEVICE)
     before = state.clone()
     output, _ = gdn_mtp.gated_delta_rule_decode_pretranspose(
-        **inputs, state=state, intermediate_states_buffer=buffer, disable_state_update=True
+        **inputs, state=state, intermediate_states_buffer=buffer, disable_state_update=True, backend=BACKEND
     )
     assert_same_bits(state, before, "state")
     assert_result(CASE, expected, output, state, intermediate_states=buffer, q=inputs["q"])
@@ -192,6 +194,7 @@ def test_pretranspose_on_a_pool_is_mtp():
         initial_state=pool,
         initial_state_indices=indices,
         output_state_indices=writes,
+        backend=BACKEND,
     )
     assert returned is pool
     assert_same_bits(output, run(CASE, inputs, other, indices, output_state_indices=writes), "output")

@@ -74,7 +74,7 @@ def test_values_out_of_range(case):
 
 BAD_TENSORS = {
     "cache of another kind": ("cache", {"cache": {}}, "dict, expected a SpeculativeCache"),
-    "other io dtype": ("k", {"k": SETUP.tokens(3, 4, 0)["k"].to(FP16)}, "expected torch.bfloat16 as cache"),
+    "other io dtype": ("k", {"k": SETUP.tokens(3, 4, 0)["k"].to(FP16)}, "expected bfloat16 as cache"),
     "other gate dtype": ("b", {"b": SETUP.tokens(3, 4, 0)["b"].to(FP16)}, "as a has"),
     "int64 counts": ("num_accepted", {"num_accepted": index_tensor([0] * 3, torch.int64)}, "dtype int64"),
     "counts of fewer": ("num_accepted", {"num_accepted": int32([0])}, "B = 1, expected 3"),

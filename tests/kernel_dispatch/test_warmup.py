@@ -95,6 +95,25 @@ def test_the_backend_is_strict_and_the_tuned_tactic_is_the_one_prepared() -> Non
             warmup([Scaling(4)], CPU, "p7", progress=False)
 
 
+def test_a_tactic_is_prepared_by_name_or_all_are() -> None:
+    several, other = ScalingKernel({"a": 0.0, "b": 0.0}), ScalingKernel({"c": 0.0})
+    with scaling_providers(several, other):
+        (row,) = warmup([Scaling(2)], CPU, progress=False, tactic="b").rows
+        assert (row.provider, row.tactic, several.prepared) == ("p0", "b", ["b"])
+        rows = warmup([Scaling(2), Scaling(4)], CPU, progress=False, tactic="all").rows
+        assert [(row.problem, row.tactic) for row in rows] == [
+            (f"scaling B{batch} float32", tactic) for batch in (2, 4) for tactic in "ab"
+        ]
+        assert several.prepared == ["b", *"abab"]
+        assert [row.tactic for row in warmup([Scaling(2)], CPU, "p1", progress=False, tactic="all").rows] == [
+            "c"
+        ]
+        with pytest.raises(WarmupError, match="'c', expected one of a, b") as caught:
+            warmup([Scaling(2)], CPU, progress=False, tactic="c")
+        (row,) = caught.value.report.rows
+        assert (row.provider, row.tactic) == ("-", "c")
+
+
 def test_a_failure_is_raised_after_the_other_problems_were_prepared(cache: CompileCache) -> None:
     kernel = compiled(cache)
     build = kernel.on_prepare
@@ -113,12 +132,13 @@ def test_a_failure_is_raised_after_the_other_problems_were_prepared(cache: Compi
     assert "scaling B2 float32: ValueError: ptxas gave up" in str(caught.value)
 
 
-def test_a_problem_without_a_kernel_fails_with_the_reasons() -> None:
+@pytest.mark.parametrize("tactic", [None, "all"])
+def test_a_problem_without_a_kernel_fails_with_the_reasons(tactic: str | None) -> None:
     with (
         scaling_providers(ScalingKernel({"a": 0.0}), supports=lambda problem, arch: "batch is odd"),
         pytest.raises(WarmupError, match="batch is odd") as caught,
     ):
-        warmup([Scaling(3)], CPU, progress=False)
+        warmup([Scaling(3)], CPU, progress=False, tactic=tactic)
     (row,) = caught.value.report.rows
     assert (row.provider, row.tactic, row.status) == ("-", "-", "failed")
 
@@ -265,6 +285,25 @@ def test_warmup_prints_the_report(cache: CompileCache, capsys: pytest.CaptureFix
         assert capsys.readouterr().out.count("built") == 2
         assert main(["warmup", DECLARED, "--arch", "sm_90a"]) == 1
         assert capsys.readouterr().out.count("failed") == 2
+        assert main(["warmup", DECLARED, "--arch", "cpu", "--tactic", "all"]) == 0
+        assert capsys.readouterr().out.count("cached") == 2
+        assert main(["warmup", DECLARED, "--arch", "cpu", "--tactic", "none"]) == 1
+        assert capsys.readouterr().out.count("'none', expected one of only") == 2
+
+
+def test_the_arch_is_that_of_the_variable_unless_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_121a")
+    with scaling_providers(ScalingKernel({"a": 0.0})):
+        for command in ("explain", "warmup"):
+            assert main([command, DECLARED]) == 1
+            assert str(as_arch("sm_121a")) in capsys.readouterr().out
+            assert main([command, DECLARED, "--arch", "cpu"]) == 0
+            assert "sm_121a" not in capsys.readouterr().out
+        monkeypatch.setenv("CUTE_DSL_ARCH", "")
+        assert main(["warmup", DECLARED]) in (0, 1)  # as where it is not set: a GPU has none of the kernels
+        assert f"warm-up for {as_arch(None)}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -191,22 +191,34 @@ def test_sanitize_names_an_unknown_tool_before_it_runs_any(sanitize: Sanitize) -
     assert not session.commands
 
 
-@pytest.mark.parametrize("fails_after", [None, 1])
+@pytest.mark.parametrize(
+    ("package", "tool", "variables", "fails_after"),
+    [
+        ("gdn-mtp", "memcheck", ["PYTORCH_NO_CUDA_MEMORY_CACHING=1"], 1),
+        ("gdn-mtp", "racecheck", [], None),
+        ("mla-sm120", "racecheck", ["MLA_SM120_NVRTC_OPTIONS=-DMLA_EVERY_LANE_ARRIVES"], None),
+    ],
+)
 def test_sanitize_reports_each_file_behind_its_command(
-    noxfile: ModuleType, sanitize: Sanitize, tmp_path: Path, fails_after: int | None
+    noxfile: ModuleType,
+    sanitize: Sanitize,
+    tmp_path: Path,
+    package: str,
+    tool: str,
+    variables: list[str],
+    fails_after: int | None,
 ) -> None:
-    session = SanitizingSession("racecheck", fails_after=fails_after)
+    session = SanitizingSession(tool, fails_after=fails_after)
     with contextlib.nullcontext() if fails_after is None else pytest.raises(RuntimeError):
-        sanitize(session, "gdn-mtp")
-    report = tmp_path / "benchmarks" / "results" / "gdn_mtp-racecheck.txt"
+        sanitize(session, package)
+    report = tmp_path / "benchmarks" / "results" / f"{package.replace('-', '_')}-{tool}.txt"
     facts, *lines = report.read_text().splitlines()
     assert facts == "facts of the device"
-    files, selections = noxfile.SANITIZED["gdn-mtp"]
-    (variable,) = [f"{name}={value}" for name, value in noxfile.SANITIZER_ENVIRONMENT["racecheck"].items()]
+    files, selections = noxfile.SANITIZED[package]
     for file, line in zip(files, lines[::2], strict=True):
         words = shlex.split(line)
-        assert words[:4] == [variable, "compute-sanitizer", "--tool", "racecheck"]
-        assert words[-2:] == [selections["racecheck"], file]
+        assert words[: len(variables) + 3] == [*variables, "compute-sanitizer", "--tool", tool]
+        assert words[-2:] == [selections[tool], file]
     assert lines[1::2] == ["passed"] * (len(files) if fails_after is None else fails_after)
 
 
@@ -239,5 +251,8 @@ def test_sanitize_looks_at_every_tactic_of_gdn_mtp(root: Path, sanitize: Sanitiz
     for ids in selected.values():
         wanted = itertools.product(tactics, (1, 8), ("none", "buffer"))
         assert {f"test_every_tactic[fp32-{name}-{tokens}-{mode}]" for name, tokens, mode in wanted} <= ids
+        two_chunks = itertools.product((128, 256), ("none", "buffer", "scatter"))
+        assert {f"test_sizes_and_modes[{head}-bf16-16-{mode}]" for head, mode in two_chunks} <= ids
+        assert "test_states_written_to_other_slots_or_to_none[fp32-16]" in ids
         histories = {name.strip("]").split("-")[-1] for name in ids if name.startswith("test_history[")}
         assert of_windows <= histories

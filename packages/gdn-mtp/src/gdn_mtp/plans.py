@@ -13,6 +13,7 @@ from kernel_dispatch import (
     as_arch,
     check_scale,
     debug_mode,
+    dtype_name,
     resolve,
 )
 from kernel_dispatch.devices import as_device
@@ -110,7 +111,10 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
         for name in ("initial_state_indices", "output_state_indices", "ssm_state_indices"):
             indices = getattr(tensors, name)
             if isinstance(indices, Tensor) and indices.dtype != expected:
-                raise ArgumentTypeError(name, f"dtype {indices.dtype}, expected {expected} from the plan")
+                wanted = "no index tensors" if expected is None else dtype_name(expected)
+                raise ArgumentTypeError(
+                    name, f"dtype {dtype_name(indices.dtype)}, expected {wanted} from the plan"
+                )
         form = CallForm(
             "plan", "state", problem.state_layout, pooled=expected is not None, single_token=False
         )
@@ -159,7 +163,8 @@ def plan(
     tuned or else the preferred one. Raises NoKernelError with every provider's reason, or if the chosen one
     asks for a workspace, which these operations do not have; ArgumentError naming `tactic` and those that
     there are.
-    `kernel_dispatch.explain(problem)` shows the same choice without loading anything.
+    `kernel_dispatch.explain(problem)` shows which provider that is and why, without loading anything; the
+    tactic is the plan's `tactic`.
     """
     if not isinstance(problem, GatedDeltaRuleProblem | SpeculativeProblem):
         expected = "a GatedDeltaRuleProblem or a SpeculativeProblem"

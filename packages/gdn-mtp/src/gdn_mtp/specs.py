@@ -13,6 +13,7 @@ from kernel_dispatch import (
     check_no_overlap,
     check_scale,
     debug_mode,
+    dtype_name,
 )
 from torch import Tensor
 
@@ -255,7 +256,8 @@ def _check_same_dtypes(form: CallForm, tensors: CallTensors) -> None:
         tensor, first = getattr(tensors, name), getattr(tensors, first_name)
         if tensor is not None and first is not None and tensor.dtype != first.dtype:
             source = form.state if first_name == "state" else first_name
-            raise ArgumentTypeError(name, f"dtype {tensor.dtype}, expected {first.dtype} as {source} has")
+            came, expected = dtype_name(tensor.dtype), dtype_name(first.dtype)
+            raise ArgumentTypeError(name, f"dtype {came}, expected {expected} as {source} has")
 
 
 def _check_sizes(form: CallForm, tensors: CallTensors, dims: dict[str, int]) -> None:

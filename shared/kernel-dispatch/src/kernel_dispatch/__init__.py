@@ -4,6 +4,7 @@ Importing this package neither touches CUDA nor imports a kernel language.
 """
 
 from .__about__ import __version__
+from ._tensors import dtype_name
 from .arch import Arch, as_arch
 from .autotune import Tuner, autotune, choose
 from .canonical import canonical_json
@@ -84,6 +85,7 @@ __all__ = [
     "debug",
     "debug_mode",
     "default_cache_directory",
+    "dtype_name",
     "explain",
     "forbid_compilation",
     "generation",

@@ -1,15 +1,21 @@
-"""The command line: `python -m kernel_dispatch explain|warmup TARGET [--arch ARCH] [--backend NAME]`."""
+"""The command line: `python -m kernel_dispatch explain|warmup TARGET [--arch ARCH] [--backend NAME]`.
+
+`warmup` also takes `--tactic NAME`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from .arch import as_arch
 from .errors import ArgumentError
 from .resolution import explain
-from .warmup import WarmupError, load_problems, warmup
+from .warmup import ALL_TACTICS, WarmupError, load_problems, warmup
+
+_ARCH_VARIABLE = "CUTE_DSL_ARCH"  # by which nvidia-cutlass-dsl too is told of a GPU that is not there
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write("\n\n".join(map(str, explanations)))
         return 0 if all(explanation.chosen is not None for explanation in explanations) else 1
     try:
-        _write(str(warmup(problems, arch, options.backend)))
+        _write(str(warmup(problems, arch, options.backend, tactic=options.tactic)))
     except WarmupError as error:
         _write(str(error))
         return 1
@@ -48,8 +54,16 @@ def _parser() -> argparse.ArgumentParser:
             help="module:attribute naming a problem or several, or a JSON file (a path that ends in .json) "
             'with a list of {"problem": "module:Class", "arguments": {...}}',
         )
-        subparser.add_argument("--arch", help="such as sm_90a or cpu; default: the current GPU, else the CPU")
+        subparser.add_argument(
+            "--arch",
+            default=os.environ.get(_ARCH_VARIABLE) or None,
+            help=f"such as sm_90a or cpu; default: ${_ARCH_VARIABLE}, else the current GPU, else the CPU",
+        )
         subparser.add_argument("--backend", default="auto", help="a provider's name, strict; default: auto")
+        if command == "warmup":
+            subparser.add_argument(
+                "--tactic", help=f"a tactic's name, or {ALL_TACTICS}; default: the one that would be chosen"
+            )
     return parser
 
 

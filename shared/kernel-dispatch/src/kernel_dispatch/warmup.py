@@ -15,7 +15,7 @@ import json
 import operator
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,14 +29,15 @@ from .errors import ArgumentError, ArgumentTypeError
 from .providers import Problem, is_problem
 from .resolution import resolve
 
+ALL_TACTICS = "all"
 _GROUP = "entry_point_group"  # the attribute that a class of problems has
 
 
 @dataclass(frozen=True)
 class WarmupRow:
-    """One prepared problem.
+    """One prepared tactic of a problem.
 
-    provider, tactic: "-" where none was chosen.
+    provider, tactic: "-" where none was chosen; a tactic that was asked for is named in any case.
     seconds: wall time of choosing and preparing.
     status: "built" if something was compiled, "cached" if everything compiled was found on disk, "ready" if
         nothing was looked up there (loaded before, or not a compiled kernel), "failed" if `error` says why.
@@ -88,11 +89,14 @@ def warmup(
     arch: Arch | str | torch.device | None = None,
     backend: str = "auto",
     progress: bool = True,
+    tactic: str | None = None,
 ) -> WarmupReport:
     """Resolves and prepares each problem on `arch` (None: the current GPU, or else the CPU).
 
     Kernels are prepared for the current device of the arch's kind. For another arch than that of the machine
-    the provider must be able to compile without loading. progress: a bar on stderr.
+    the provider must be able to compile without loading. progress: a bar on stderr. tactic: the name of one,
+    as `resolve` takes it, "all" for every one that the chosen provider has for a problem, a row each, or None
+    for the tuned or else the preferred one.
 
     Raises WarmupError, after all problems have been tried, if any failed; ArgumentTypeError naming
     `problems`, before anything is prepared, where there is something else among them.
@@ -105,8 +109,9 @@ def warmup(
         if not is_problem(problem):
             raise ArgumentTypeError("problems", f"item {i}: {type(problem).__name__}, expected a problem")
     rows = [
-        _prepare(problem, arch, backend)
+        _prepare(problem, arch, backend, name)
         for problem in tqdm(problems, "warm-up", unit="problem", file=sys.stderr, disable=not progress)
+        for name in (_every_tactic(problem, arch, backend) if tactic == ALL_TACTICS else [tactic])
     ]
     report = WarmupReport(arch, tuple(rows))
     if report.failures:
@@ -114,14 +119,22 @@ def warmup(
     return report
 
 
-def _prepare(problem: Problem, arch: Arch, backend: str) -> WarmupRow:
+def _every_tactic(problem: Problem, arch: Arch, backend: str) -> Sequence[str | None]:
+    """Those of the provider that is chosen; None, which fails in the same way, where there is none."""
+    try:
+        return resolve(problem, arch, backend).kernel.tactics(problem, arch)
+    except Exception:  # preparing says why
+        return [None]
+
+
+def _prepare(problem: Problem, arch: Arch, backend: str, named: str | None) -> WarmupRow:
     device = torch.device("cuda" if arch.is_gpu else "cpu")
-    provider = tactic = "-"
+    provider, tactic = "-", named or "-"
     error: str | None = None
     start = time.perf_counter()
     with record_lookups() as lookups:
         try:
-            selection = resolve(problem, arch, backend)
+            selection = resolve(problem, arch, backend, named)
             provider, tactic = selection.provider.name, selection.tactic
             selection.kernel.prepare(problem, arch, device, tactic)
         except Exception as failure:  # a row of the report, which `warmup` raises when the others are done

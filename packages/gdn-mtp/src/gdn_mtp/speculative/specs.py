@@ -11,6 +11,7 @@ from kernel_dispatch import (
     check_no_overlap,
     check_scale,
     debug_mode,
+    dtype_name,
 )
 from torch import Tensor
 
@@ -217,7 +218,8 @@ def _check_same_dtypes(tensors: CallTensors) -> None:
         tensor, first = getattr(tensors, name), getattr(tensors, first_name)
         if tensor is not None and tensor.dtype != first.dtype:
             source = _ARGUMENT.get(first_name, first_name)
-            raise ArgumentTypeError(name, f"dtype {tensor.dtype}, expected {first.dtype} as {source} has")
+            came, expected = dtype_name(tensor.dtype), dtype_name(first.dtype)
+            raise ArgumentTypeError(name, f"dtype {came}, expected {expected} as {source} has")
 
 
 def _check_sizes(dims: dict[str, int], flags: CallFlags) -> None:
