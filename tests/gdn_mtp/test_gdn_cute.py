@@ -163,6 +163,11 @@ COMPILED = {
     "T16-aligned": problem(T=16, state_rows="aligned"),
     "T8-K256": problem(T=8, K=256, V=256),
     "T4-K256-buffer": problem(K=256, V=256, intermediate="buffer"),
+    "T16-K256-buffer": problem(T=16, K=256, V=256, intermediate="buffer"),
+    "T16-K256-bf16state-buffer": problem(T=16, K=256, V=256, intermediate="buffer", state_dtype=BF16),
+    "T16-K256-fp32-bf16state-buffer": problem(
+        T=16, K=256, V=256, intermediate="buffer", state_dtype=BF16, io_dtype=FP32, gate_dtype=FP32
+    ),
     "T5-K64-frozen": problem(T=5, K=64, V=64, update_state=False, index_dtype=torch.int64),
     "T2-fp32-tensorscale": problem(
         T=2, io_dtype=FP32, gate_dtype=FP32, tensor_scale=True, separate_write_indices=True
@@ -176,6 +181,8 @@ COMPILED = {
     ("asked", "arch", "nearest"),
     [
         (problem(K=256, V=256, intermediate="buffer"), "sm_120a", "w2t1f"),  # w4t2f: too much shared memory
+        # w4t2f: too few registers
+        (problem(T=9, K=256, V=256, intermediate="buffer", state_dtype=BF16), "sm_90a", "w4t1f"),
         (problem(V=64, intermediate="buffer", B=16), "sm_90a", "w4t1f"),  # w4t2f: 128 rows a block
         (problem(state_rows="aligned", B=MANY), "sm_90a", "w4t1r"),
         (problem(state_rows="aligned", T=1, B=FEW), "sm_90a", "w2t1r"),
@@ -197,12 +204,32 @@ def test_compiled_code_keeps_everything_in_registers(arch, asked):
     """Code for the tactic that the heuristic picks has no stack frame, hence spills no register."""
     target = Arch.from_name(arch)
     selection = resolve(asked, target, "cute")
-    config = KERNELS.config(asked, target, selection.tactic)
-    compiled = FUNCTION.compiled(config, arch)
-    assert config.smem_bytes <= target.smem_optin_bytes
+    check_compiled(asked, arch, selection.tactic)
     with forbid_compilation():
         selection.kernel.prepare(asked, target, torch.device("cpu"), selection.tactic)
-    resources = cubin_resources(compiled.cubin.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("asked", "tactic"),
+    [
+        (COMPILED["T16-K256-fp32-bf16state-buffer"], "w4t1s"),
+        (COMPILED["T16-K256-bf16state-buffer"], "w2t1r"),
+        (COMPILED["T16-K256-bf16state-buffer"], "w1t1r"),
+        (problem(T=16, K=256, V=256), "w1t1r"),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, GatedDeltaRuleProblem) else value,
+)
+def test_a_tactic_that_is_named_keeps_everything_in_registers_too(asked, tactic):
+    """Those that need most: for 256 columns of the state in two chunks, and for all tokens in one warp."""
+    assert tactic in KERNELS.tactics(asked, HOPPER)
+    check_compiled(asked, HOPPER.name, tactic)
+
+
+def check_compiled(asked, arch, tactic):
+    target = Arch.from_name(arch)
+    config = KERNELS.config(asked, target, tactic)
+    assert config.smem_bytes <= target.smem_optin_bytes
+    resources = cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes())
     assert resources.stack_bytes == 0
     assert resources.registers * 32 * config.warps * config.blocks_per_sm <= 65536
 

@@ -97,14 +97,14 @@ class TokenChunks(TileCopies):
                         row = place.row + tile * MMA_ROWS + place.lane
                         bulk_prefetch_l2(matrix[row, None].iterator, cfg.row_bytes)
 
-    def load_tokens(self, tensors, place, head):
-        """This warp's tokens as (k, q) pairs of K / 32 values a lane, clamped where it owns none.
+    def load_tokens(self, tensors, place, head, group=0):
+        """This warp's tokens of a group as (k, q) pairs of K / 32 values a lane, clamped where it owns none.
 
         Values are as given: converting them would wait for them.
         """
         cfg = self.config
         tokens = []
-        for i in range(-(-cfg.T // cfg.tactic.warps)):
+        for i in cfg.token_groups[group]:
             t = cutlass.min(place.warp + i * cfg.tactic.warps, cfg.T - 1)
             columns = [place.lane + WARP_LANES * j for j in range(cfg.K // WARP_LANES)]
             tokens.append(
@@ -162,11 +162,11 @@ class TokenChunks(TileCopies):
         return shared.kq.iterator + cute.assume(offset, divby=4)
 
     @cute.jit
-    def stage_tokens(self, tokens, scale, shared, place):
-        """Write this warp's tokens to shared memory as given, and the factors that scale them."""
+    def stage_tokens(self, tokens, scale, shared, place, group=0):
+        """Write this warp's tokens of a group to shared memory as given, and the factors that scale them."""
         cfg = self.config
         for i in cutlass.range_constexpr(len(tokens)):
-            t = place.warp + i * cfg.tactic.warps
+            t = place.warp + cfg.token_groups[group][i] * cfg.tactic.warps
             if t < cfg.T:
                 token = [[value.to(Float32) for value in x] for x in tokens[i]]
                 for is_q in cutlass.range_constexpr(2):

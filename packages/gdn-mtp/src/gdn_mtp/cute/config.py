@@ -17,6 +17,7 @@ MMA_ROWS = 16
 PART_ROWS = 8
 PART_SKEW_BYTES = 64  # between the two parts of a tile in shared memory: 16 of the 32 banks
 CHUNK_TOKENS = 8
+TOKEN_VALUES = 128  # of k and q that a thread holds before it stages them, at most
 SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
 SMEM_ALIGNMENT = 128  # of what a block takes
 GATE_COLUMNS = 8
@@ -128,6 +129,18 @@ class TokenTiles(Footprint):
     def chunks(self) -> tuple[tuple[int, int], ...]:
         """(first token, tokens) of each chunk."""
         return tuple((t, min(CHUNK_TOKENS, self.T - t)) for t in range(0, self.T, CHUNK_TOKENS))
+
+    @property
+    def token_groups(self) -> tuple[range, ...]:
+        """A warp's tokens, numbered, in the groups whose k and q its registers hold at once."""
+        count = -(-self.T // self.tactic.warps)
+        step = TOKEN_VALUES // (2 * self.K // WARP_LANES)
+        return tuple(range(first, min(first + step, count)) for first in range(0, count, step))
+
+    @property
+    def has_registers(self) -> bool:
+        """Whether the registers of a thread are enough for the compiler to spill none."""
+        return True
 
     @property
     def vector_elements(self) -> int:
@@ -287,6 +300,20 @@ class KernelConfig(TokenTiles, Config):
     def smem_bytes(self) -> int:
         """Shared memory of a block."""
         return self.used_smem_bytes + self.unused_smem_bytes
+
+    @property
+    def renews_place(self) -> bool:
+        """Whether the second chunk, with `bf16_products` every token, asks the hardware again where it works.
+
+        Addresses for it are then made when it is due. From the place that there is, the compiler makes them
+        early and holds them, for which there are no registers.
+        """
+        return self.stores_every_state and self.K > 128 and len(self.chunks) > 1
+
+    @property
+    def has_registers(self) -> bool:
+        """Whether no register spills: of a second tile, what is made early would."""
+        return not (self.renews_place and self.tactic.tiles_per_warp > 1)
 
     @property
     def warps_per_sm(self) -> int:

@@ -19,7 +19,7 @@ A non-finite value in a request's inputs may reach all of that request's outputs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -132,6 +132,9 @@ class GatedDeltaRule(TokenChunks):
         else:
             self.start_loads(state[slot, hv, None, None], shared, place)
             self.stage_tokens(tokens, scale, shared, place)
+            for group in cutlass.range_constexpr(1, len(cfg.token_groups)):
+                more = self.load_tokens(tensors, place, head, group)
+                self.stage_tokens(more, scale, shared, place, group)
             if warp == cfg.tactic.warps - 1:
                 stage_gates(gates, shared.gate, lane, cfg.T)
             cute.arch.sync_threads()
@@ -170,6 +173,11 @@ class GatedDeltaRule(TokenChunks):
             matrices=smem.allocate_tensor(Float32, cute.make_layout(matrices), 16),
             gate=smem.allocate_tensor(Float32, cute.make_layout(cfg.T * GATE_COLUMNS), 16),
         )
+
+    def renewed(self, place):
+        """The same place, of which the compiler knows nothing: see `KernelConfig.renews_place`."""
+        request = cute.arch.make_warp_uniform(place.request)
+        return replace(place, request=request, lane=cute.arch.lane_idx())
 
     # Global memory
 
@@ -270,6 +278,8 @@ class GatedDeltaRule(TokenChunks):
         s = None if cfg.bf16_products else operand
         self.launch_dependents("early")
         for c in cutlass.range_constexpr(len(cfg.chunks)):
+            if cutlass.const_expr(cfg.renews_place and c > 0):
+                place = self.renewed(place)
             if cutlass.const_expr(c == 0):
                 products = self.operand_products(operand, shared, place, c)
             else:
@@ -282,6 +292,8 @@ class GatedDeltaRule(TokenChunks):
                 if cutlass.const_expr(s is None):
                     s = self.load_tile(shared, place, tile)
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
+                    if cutlass.const_expr(cfg.renews_place and cfg.bf16_products and j > 0):
+                        place = self.renewed(place)
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
                 if cutlass.const_expr(c == 0 and (s is None or len(cfg.chunks) == 1)):

@@ -128,7 +128,7 @@ def heuristic_row(
 def _fits(
     problem: GatedDeltaRuleProblem | SpeculativeProblem, arch: Arch, config: KernelConfig | SpeculativeConfig
 ) -> bool:
-    if config.smem_bytes > arch.smem_optin_bytes:
+    if config.smem_bytes > arch.smem_optin_bytes or not config.has_registers:
         return False
     if problem.state_rows != "contiguous" and not config.tactic.row_copies:
         return False
