@@ -99,6 +99,17 @@ def test_the_second_chunk_meets_the_state_as_it_advanced(io: torch.dtype, cached
     check(case, "sm_90a", "w4t1s", cached)
 
 
+@pytest.mark.parametrize(
+    ("io", "tactic", "cached"),
+    [(BF16, "w1t1r", False), (BF16, "w4t1f", True), (FP32, "w4t1f", True)],
+    ids=id_of,
+)
+def test_two_chunks_of_the_widest_heads(io: torch.dtype, tactic: str, cached: bool) -> None:
+    """Where registers are scarcest: tokens come in groups, the second chunk asks anew where it works."""
+    case = Case(B=3, T=10, H=1, HV=1, K=256, V=64, io=io, gates=io, state=BF16)
+    check(case, "sm_90a", tactic, cached)
+
+
 def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
     """Run a case on a pool under every schedule and hold it against the reference."""
     state = case.state
