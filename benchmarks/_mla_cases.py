@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from kernel_testing import assert_close_elementwise
 from mla_core import DecodeProblem
+from mla_core.specs import DecodeTensors
 
 LATENT, HEAD_DIM = 512, 576
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -90,6 +91,12 @@ class Call:
             "softmax_scale": HEAD_DIM**-0.5,
         }
         return (self.query, self.kv_cache, self.block_tables, self.seq_lens), named
+
+    @property
+    def launch_arguments(self) -> DecodeTensors:
+        """What a launcher takes."""
+        positional, named = self.arguments
+        return DecodeTensors(*positional, cum_seq_lens_q=None, output_scale=1.0, **named)
 
     def check(self, cell: Cell, what: str) -> None:
         """Hold the results of some requests against float64; every element inside its bound."""

@@ -4,9 +4,8 @@
 called by itself as well, with the configuration and the packed parameters of the launcher: through
 cuda-bindings, as the launcher does; through ctypes; and through the launcher of TVM-FFI. That is a C++
 header: functions that use it are compiled here, one that only launches, and one that takes the tensors of the
-call first, as a launcher in C++ would. cuda.core takes no struct as a
-parameter, which these kernels have: it launches an empty kernel with a pointer, and cuda-bindings does so
-beside it.
+call first, as a launcher in C++ would. cuda.core takes no struct as a parameter, which these kernels have: it
+launches an empty kernel with a pointer, and cuda-bindings does so beside it.
 """
 
 from __future__ import annotations
@@ -82,9 +81,7 @@ class Launches:
         positional, named = self._call.arguments
         self.runs["Plan.run"] = partial(self._plan.run, *positional, **named)
         self.runs["Plan.run"]()
-        outputs = (named["out"], named["lse"], named["workspace"])
-        arguments = (*positional, None, named["softmax_scale"], 1.0, *outputs)
-        self.runs["launcher"] = partial(self._launcher, *arguments)
+        self.runs["launcher"] = partial(self._launcher, *self._call.launch_arguments)
 
     def _cuda_bindings(self) -> None:
         """The launcher's call."""
@@ -144,16 +141,10 @@ class Launches:
         config.blockDimX, config.blockDimY, config.blockDimZ = BLOCK_THREADS, 1, 1
         config.hStream = handle
         parameter = ctypes.c_void_p(address)
-        self._kept.append(parameter)
-        pointers = self._pointers(ctypes.addressof(parameter))
-        empty = load_function(code, "empty")
-        self._add("cuda-bindings, empty kernel", partial(driver.cuLaunchKernelEx, config, empty, pointers, 0))
-
-    def _pointers(self, *addresses: int) -> int:
-        """The address of an array of them."""
-        array = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._kept.append(array)
-        return ctypes.addressof(array)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameter))
+        self._kept += [parameter, pointers]
+        given = (config, load_function(code, "empty"), ctypes.addressof(pointers), 0)
+        self._add("cuda-bindings, empty kernel", partial(driver.cuLaunchKernelEx, *given))
 
     def _add(self, name: str, launch: Callable[[], Any]) -> None:
         """Take what returns a status, if its first launch and the kernel are a success."""

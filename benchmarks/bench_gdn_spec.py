@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -473,25 +474,14 @@ class Goal:
         return ", ".join(parts)
 
 
-def _over_flashinfer(row: Row) -> float | None:
-    return row.ratio
-
-
-def _of_copy(row: Row) -> float | None:
-    return row.fraction()
-
-
-def _memory(row: Row) -> float | None:
-    return row.memory_ratio
-
-
+_OVER_FLASHINFER = attrgetter("ratio")
 GOALS = (
-    Goal("T = 4, B >= 16: x FlashInfer's speed", 3.0, _over_flashinfer, tokens=4, least_batch=16),
-    Goal("T = 8, B >= 16: x FlashInfer's speed", 5.0, _over_flashinfer, tokens=8, least_batch=16),
-    Goal("T = 4, B <= 4: x FlashInfer's speed", 1.3, _over_flashinfer, tokens=4, most_batch=4),
-    Goal("T = 8, B <= 4: x FlashInfer's speed", 1.3, _over_flashinfer, tokens=8, most_batch=4),
-    Goal("B >= 32: of the copy bandwidth", 0.85, _of_copy, least_batch=32),
-    Goal("T = 8: bytes of intermediate states over the cache's", 16.0, _memory, tokens=8),
+    Goal("T = 4, B >= 16: x FlashInfer's speed", 3.0, _OVER_FLASHINFER, tokens=4, least_batch=16),
+    Goal("T = 8, B >= 16: x FlashInfer's speed", 5.0, _OVER_FLASHINFER, tokens=8, least_batch=16),
+    Goal("T = 4, B <= 4: x FlashInfer's speed", 1.3, _OVER_FLASHINFER, tokens=4, most_batch=4),
+    Goal("T = 8, B <= 4: x FlashInfer's speed", 1.3, _OVER_FLASHINFER, tokens=8, most_batch=4),
+    Goal("B >= 32: of the copy bandwidth", 0.85, Row.fraction, least_batch=32),
+    Goal("T = 8: bytes of intermediate states over the cache's", 16.0, attrgetter("memory_ratio"), tokens=8),
 )
 
 

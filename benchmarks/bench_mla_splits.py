@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _mla_cases import HEAD_DIM, Call, Cell
+from _mla_cases import Call, Cell
 from _results import results_folder
 from kernel_dispatch import as_arch
 from kernel_testing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cuda_us
@@ -63,22 +64,6 @@ def divisions(cell: Cell, device: torch.device) -> Iterator[Division]:
                 yield made
 
 
-def run_on(launch: Callable[..., None], call: Call) -> Callable[[], None]:
-    """The launch on a call's tensors."""
-    return lambda: launch(
-        call.query,
-        call.kv_cache,
-        call.block_tables,
-        call.seq_lens,
-        None,
-        HEAD_DIM**-0.5,
-        1.0,
-        call.out,
-        call.lse,
-        call.workspace,
-    )
-
-
 def measure(cell: Cell, device: torch.device) -> dict[str, float]:
     """Microseconds by "splits/blocks of a cluster", the heuristic's choice first."""
     found = list(divisions(cell, device))
@@ -91,10 +76,10 @@ def measure(cell: Cell, device: torch.device) -> dict[str, float]:
         name = f"{division.num_splits}/{division.cluster_size}"
         calls[0].out.fill_(float("nan"))
         calls[0].lse.fill_(float("nan"))
-        run_on(launch, calls[0])()
+        launch(*calls[0].launch_arguments)
         torch.cuda.synchronize()
         calls[0].check(cell, name)
-        variants[name] = [run_on(launch, call) for call in calls]
+        variants[name] = [partial(launch, *call.launch_arguments) for call in calls]
     return time_cuda_us(variants, repeats=REPEATS)
 
 

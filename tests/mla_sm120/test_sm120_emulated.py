@@ -13,6 +13,7 @@ from kernel_dispatch import as_arch
 from kernel_testing.mla import HEAD_DIM, Case, Inputs
 from mla_core import DecodeProblem, plan_splits
 from mla_core.planning import SplitPlan
+from mla_core.specs import DecodeTensors
 from mla_sm120 import config, launch, sources
 from mla_sm120.config import Division
 
@@ -86,7 +87,7 @@ def launches(
     parameters[: launch.TENSOR_MAP_BYTES] = tensor_map(inputs).encode()
     scales = (inputs.case.scale, 1.0)
     outputs = (inputs.out, inputs.lse, workspace)
-    arguments = launch.Arguments(*inputs.positional, inputs.cum_seq_lens_q, *scales, *outputs)
+    arguments = DecodeTensors(*inputs.positional, inputs.cum_seq_lens_q, *scales, *outputs)
     launcher._pack(parameters, arguments)
     memory = dict(zip(("query", "cache", "tables", "lengths"), inputs.positional, strict=True))
     memory |= dict(zip(("out", "lse", "workspace"), outputs, strict=True))

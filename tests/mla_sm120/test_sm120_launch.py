@@ -12,6 +12,7 @@ import torch
 from kernel_dispatch import ArgumentError, as_arch
 from kernel_testing.mla import Case, Inputs
 from mla_core import DecodeProblem
+from mla_core.specs import DecodeTensors
 from mla_sm120 import launch
 from mla_sm120.config import Division
 
@@ -76,14 +77,14 @@ def launcher_of(inputs: Inputs, tactic: str = "m32") -> launch.Launcher:
     return launch.Launcher(problem, division, CUfunction(1), CUfunction(2), CPU_INDEX, pdl=True)
 
 
-def arguments_of(inputs: Inputs, launcher: launch.Launcher) -> launch.Arguments:
+def arguments_of(inputs: Inputs, launcher: launch.Launcher) -> DecodeTensors:
     workspace = torch.empty(max(1, launcher.division.partials.workspace_bytes), dtype=torch.uint8)
     scales = (inputs.case.scale, 1.0)
     outputs = (inputs.out, inputs.lse, workspace)
-    return launch.Arguments(*inputs.positional, inputs.cum_seq_lens_q, *scales, *outputs)
+    return DecodeTensors(*inputs.positional, inputs.cum_seq_lens_q, *scales, *outputs)
 
 
-def tensors_of(arguments: launch.Arguments) -> dict[str, torch.Tensor]:
+def tensors_of(arguments: DecodeTensors) -> dict[str, torch.Tensor]:
     named = arguments._asdict().items()
     return {name: value for name, value in named if isinstance(value, torch.Tensor)}
 
@@ -202,11 +203,11 @@ def on_the_device(value: Any) -> Any:
     return torch.tensor([value]) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("name", launch.Arguments._fields)
+@pytest.mark.parametrize("name", DecodeTensors._fields)
 def test_a_tensor_of_another_device_is_named(driver: Driver, name: str) -> None:
     inputs = Inputs(replace(CASE, q_lens=(2, 1)))
     launcher = launcher_of(inputs)
-    arguments = launch.Arguments(*map(on_the_device, arguments_of(inputs, launcher)))
+    arguments = DecodeTensors(*map(on_the_device, arguments_of(inputs, launcher)))
     wrong = getattr(arguments, name).clone().as_subclass(Elsewhere)
 
     def refused(call: Callable[[], None]) -> None:

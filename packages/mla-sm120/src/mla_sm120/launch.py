@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from kernel_dispatch import ArgumentError
 from mla_core import DecodeProblem
+from mla_core.specs import DecodeTensors
 
 from .config import (
     BOX_KEYS,
@@ -48,21 +49,6 @@ class MapKey(NamedTuple):
     num_pages: int
     page_stride: int
     key_stride: int
-
-
-class Arguments(NamedTuple):
-    """What a launcher of `mla_core.decode.v1` takes; shapes as in `Launcher.__call__`."""
-
-    query: torch.Tensor
-    kv_cache: torch.Tensor
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
-    cum_seq_lens_q: torch.Tensor | None
-    softmax_scale: float | torch.Tensor
-    output_scale: float | torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor | None
-    workspace: torch.Tensor | None
 
 
 class _State:
@@ -152,7 +138,7 @@ class Launcher:
         )
         if seen != state.seen:
             state.seen = None  # until all of it is there
-            arguments = Arguments(
+            arguments = DecodeTensors(
                 query,
                 kv_cache,
                 block_tables,
@@ -177,9 +163,9 @@ class Launcher:
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
 
-    def _prepare(self, state: _State, given: Arguments) -> None:
+    def _prepare(self, state: _State, given: DecodeTensors) -> None:
         """Encode the tensor map and pack the parameters, on tensors that are all on the plan's device."""
-        for name, value in zip(Arguments._fields, given, strict=True):
+        for name, value in zip(DecodeTensors._fields, given, strict=True):
             if isinstance(value, torch.Tensor) and value.get_device() != self._device_index:
                 raise ArgumentError(
                     name, f"on {value.device}, expected cuda:{self._device_index}, which the plan is for"
@@ -191,9 +177,10 @@ class Launcher:
             state.map_key = key
         self._pack(state.parameters, given)
 
-    def _pack(self, into: Any, given: Arguments) -> None:
+    def _pack(self, into: Any, given: DecodeTensors) -> None:
         problem, division = self.problem, self.division
         query, out, lse = given.query, given.out, given.lse
+        assert out is not None
         # A ragged query has no dimension of requests.
         ragged = given.cum_seq_lens_q is not None
         query_stride = (0, *query.stride()) if ragged else query.stride()
