@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gdn_mtp import GatedDeltaRuleProblem
-from gdn_mtp.problem import short_dtype
+from gdn_mtp.problem import StateLayout, short_dtype
 from gdn_mtp.reference import gated_delta_rule_reference
 from kernel_testing import assert_close_elementwise, calls_for_cold_l2
 from torch import Tensor
@@ -39,6 +39,7 @@ class Cell:
     update: bool
     cache: bool
     state_dtype: torch.dtype
+    state_layout: StateLayout = "vk"
 
     @property
     def heads(self) -> str:
@@ -55,6 +56,11 @@ class Cell:
     @property
     def state_name(self) -> str:
         return short_dtype(self.state_dtype)
+
+    @property
+    def states(self) -> str:
+        """The states' dtype, and their layout where it is not V-major: `fp32 kv`."""
+        return self.state_name + (" kv" if self.state_layout == "kv" else "")
 
     @property
     def slot_nbytes(self) -> int:
@@ -89,16 +95,16 @@ class Cell:
             dt_bias_dtype=torch.float32,
             out_dtype=bf16,
             state_dtype=self.state_dtype,
-            state_layout="vk",
+            state_layout=self.state_layout,
             use_qk_l2norm=True,
             update_state=self.update,
             intermediate="buffer" if self.cache else "none",
-            index_dtype=torch.int32,
+            index_dtype=torch.int32 if self.state_layout == "vk" else None,
             separate_write_indices=False,
         )
 
     def __str__(self) -> str:
-        return f"{self.heads} B{self.B}-T{self.T} {self.mode} {self.state_name}"
+        return f"{self.heads} B{self.B}-T{self.T} {self.mode} {self.states}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Call:
     """The tensors of one call.
 
     inputs: q, k [B, T, H, K], v [B, T, HV, V], A_log [HV], a [B, T, HV], dt_bias [HV], b [B, T, HV].
-    pool: [slots, HV, V, K]. indices: [B]. first_slot: where B slots in a row begin, for peers without
+    pool: [slots, HV, V, K]. indices: [B]. first_slot: where B slots in a row begin, for variants without
     indices. output: [B, T, HV, V]. intermediate: [B, T, HV, V, K] or None.
     """
 
@@ -116,6 +122,11 @@ class Call:
     first_slot: int
     output: Tensor
     intermediate: Tensor | None
+
+    @property
+    def consecutive(self) -> Tensor:
+        """States of B slots in a row. As K = V, they may be taken for K-major ones, [B, HV, K, V]."""
+        return self.pool[self.first_slot : self.first_slot + len(self.indices)]
 
 
 def calls_per_graph(cell: Cell, device: torch.device) -> int:

@@ -58,6 +58,7 @@ class Row:
             "T": cell.T,
             "mode": cell.mode,
             "state_dtype": cell.state_name,
+            "state_layout": cell.state_layout,
             "necessary_bytes": cell.necessary_nbytes,
             "us": self.us,
             "gb_s": self.gb_s,
@@ -73,7 +74,7 @@ class Row:
 
 def header(peers: Sequence[str]) -> str:
     titles = [
-        f"{'heads':>9} {'B':>4} {'T':>2} {'mode':<12} {'state':<5} {'us':>8} {'GB/s':>6} {'of copy':>7}"
+        f"{'heads':>9} {'B':>4} {'T':>2} {'mode':<12} {'state':<7} {'us':>8} {'GB/s':>6} {'of copy':>7}"
     ]
     titles.append(f"{'tactic':<6}")
     titles += [f"{PEER_TITLES[peer]:>10} {'ratio':>6}" for peer in peers]
@@ -86,7 +87,7 @@ def line(row: Row, peers: Sequence[str]) -> str:
     gb_s = "-" if row.gb_s is None else f"{row.gb_s:.0f}"
     fraction = "-" if row.fraction is None else f"{row.fraction:.3f}"
     parts = [
-        f"{cell.heads:>9} {cell.B:>4} {cell.T:>2} {cell.mode:<12} {cell.state_name:<5} "
+        f"{cell.heads:>9} {cell.B:>4} {cell.T:>2} {cell.mode:<12} {cell.states:<7} "
         f"{_time(row, 'ours'):>8} {gb_s:>6} {fraction:>7}",
         f"{row.tactic or '-':<6}",
     ]
@@ -155,20 +156,20 @@ def _over_flashinfer(row: Row, rows: dict[Cell, Row]) -> float | None:
 def _bf16_gain(row: Row, rows: dict[Cell, Row]) -> float | None:
     """Our fp32 time over our bf16 time."""
     for cell, other in rows.items():
-        if cell.state_name == "fp32" and _shape(cell) == _shape(row.cell) and "ours" in other.us:
+        if _fp32(cell) and _shape(cell) == _shape(row.cell) and "ours" in other.us:
             return other.us["ours"] / row.us["ours"] if "ours" in row.us else None
     return None
 
 
 def _shape(cell: Cell) -> tuple[object, ...]:
-    return (cell.heads, cell.B, cell.T, cell.mode)
+    return (cell.heads, cell.B, cell.T, cell.mode, cell.state_layout)
 
 
 def _fp32(cell: Cell) -> bool:
-    return cell.state_name == "fp32"
+    return cell.states == "fp32"
 
 
-# The fractions are those of fp32 states.
+# The fractions are those of V-major fp32 states.
 TARGETS = (
     Target(
         "caching, T >= 2, B >= 32: of copy",
@@ -218,7 +219,7 @@ TARGETS = (
     Target(
         "bf16 state, B >= 32: x our fp32 speed",
         1.7,
-        lambda c: c.state_name == "bf16" and c.B >= 32,
+        lambda c: c.states == "bf16" and c.B >= 32,
         _bf16_gain,
     ),
 )
@@ -277,7 +278,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
         from matplotlib.figure import Figure
     except ImportError as error:
         return str(error)
-    groups = list(dict.fromkeys((row.cell.heads, row.cell.state_name) for row in rows))
+    groups = list(dict.fromkeys((row.cell.heads, row.cell.states) for row in rows))
     modes = [mode for mode in MODES if any(row.cell.mode == mode for row in rows)]
     if not groups:
         return "no rows"
@@ -291,7 +292,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
                 at = [
                     r
                     for r in rows
-                    if (r.cell.heads, r.cell.state_name) == group and r.cell.mode == mode and r.cell.T == T
+                    if (r.cell.heads, r.cell.states) == group and r.cell.mode == mode and r.cell.T == T
                 ]
                 for variant, style in (("ours", "o-"), ("flashinfer", "x--")):
                     _draw(axes, at, variant, style, colour)

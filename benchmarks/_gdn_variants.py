@@ -29,12 +29,15 @@ class Variant:
 
     name: str
     error: float  # of its arithmetic, see `_gdn_cases.check`
+    k_major = False  # whether it takes K-major states of consecutive slots, not V-major ones by index
 
     def run(self, call: Call) -> object:
         raise NotImplementedError
 
     def before(self, call: Call, requests: Tensor) -> Tensor:
         """The states [n, HV, V, K] that a call reads for `requests`; a copy."""
+        if self.k_major:
+            return call.consecutive[requests].mT.contiguous()
         return call.pool[call.indices[requests].long()]
 
     def outcome(self, call: Call, returned: object, requests: Tensor) -> Outcome:
@@ -51,6 +54,7 @@ class Ours(Variant):
 
     def __init__(self, cell: Cell, device: torch.device, tactic: str | None = None) -> None:
         self.plan = gdn_mtp.plan(cell.problem(), device, "cute", tactic)
+        self.k_major = cell.state_layout == "kv"
         if tactic is not None:
             self.name = tactic
 
@@ -59,14 +63,11 @@ class Ours(Variant):
 
     def bound(self, call: Call) -> Callable[[], None]:
         """`Plan.run` with the call's arguments, for timing it by itself."""
-        return partial(
-            self.plan.run,
-            **call.inputs,
-            state=call.pool,
-            output=call.output,
-            initial_state_indices=call.indices,
-            intermediate_states_buffer=call.intermediate,
-        )
+        states: dict[str, Any] = {"state": call.consecutive}
+        if not self.k_major:
+            states = {"state": call.pool, "initial_state_indices": call.indices}
+            states["intermediate_states_buffer"] = call.intermediate
+        return partial(self.plan.run, **call.inputs, **states, output=call.output)
 
 
 def bound_functional(cell: Cell, call: Call) -> Callable[[], object]:
@@ -84,7 +85,7 @@ def bound_functional(cell: Cell, call: Call) -> Callable[[], object]:
 
 
 class FlashInfer(Variant):
-    """Its function of the same name for T = 1 and for bf16 states, `gated_delta_rule_mtp` otherwise."""
+    """Its functions of the same names as ours; that for one V-major token also for windows of bf16 states."""
 
     name = "flashinfer"
 
@@ -93,13 +94,20 @@ class FlashInfer(Variant):
             raise Unsupported("takes one token only to update the state")
         if cell.cache and cell.B * cell.T * cell.slot_nbytes // cell.state_dtype.itemsize >= 2**31:
             raise Unsupported("has 32-bit offsets into the intermediate states, which are too many")
+        if cell.state_layout == "kv" and cell.state_dtype != torch.float32:
+            raise Unsupported("takes K-major states in fp32")
         module = import_peer("flashinfer.gdn_decode")
+        self.k_major = cell.state_layout == "kv"
         self.error = PEER_ERROR[cell.state_dtype]
         self._cell = cell
+        self._decode_k_major = module.gated_delta_rule_decode
         self._decode = module.gated_delta_rule_decode_pretranspose
         self._mtp = module.gated_delta_rule_mtp
 
     def run(self, call: Call) -> None:
+        if self.k_major:
+            self._decode_k_major(**call.inputs, state=call.consecutive, output=call.output)
+            return
         pool = {"initial_state": call.pool, "initial_state_indices": call.indices, "output": call.output}
         flags: dict[str, Any] = {}
         if self._cell.T > 1:
@@ -114,11 +122,12 @@ class FlashInfer(Variant):
 class FlashLinearAttention(Variant):
     """`fused_recurrent_gated_delta_rule`, in its favour: no gather from a pool, gates computed beforehand.
 
-    It reads one K-major state per request, here consecutive slots taken for such, and allocates the final
-    states; those of enough calls are kept that they do not stay in the L2 cache.
+    It reads one K-major state per request and allocates the final states; those of enough calls are
+    kept that they do not stay in the L2 cache.
     """
 
     name = "fla"
+    k_major = True
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         if cell.cache or not cell.update:
@@ -141,23 +150,17 @@ class FlashLinearAttention(Variant):
             g=g,
             beta=beta,
             scale=HEAD_DIM**-0.5,
-            initial_state=call.pool[self._slots(call)],  # K = V: a V-major slot taken for a K-major state
+            initial_state=call.consecutive,
             output_final_state=True,
             use_qk_l2norm_in_kernel=True,
         )
         self._kept.append(result)
         return result
 
-    def before(self, call: Call, requests: Tensor) -> Tensor:
-        return call.pool[self._slots(call)][requests].mT.contiguous()
-
     def outcome(self, call: Call, returned: object, requests: Tensor) -> Outcome:
         assert isinstance(returned, tuple)
         output, final = returned
         return Outcome(output, final[requests].mT, None)
-
-    def _slots(self, call: Call) -> slice:
-        return slice(call.first_slot, call.first_slot + len(call.indices))
 
     def _gates_of(self, call: Call) -> tuple[Tensor, Tensor]:
         """Log decay and beta [B, T, HV] in fp32, computed once per call, before anything is timed."""
@@ -228,9 +231,10 @@ def compile_ahead(jobs: int, cells: Sequence[Cell], peers: Sequence[str], tactic
     """
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(("ours", cell.T, cell.update, cell.cache, cell.state_dtype), []).append(cell)
+        kernel = (cell.T, cell.update, cell.cache, cell.states)
+        groups.setdefault(("ours", *kernel), []).append(cell)
         if "flashinfer" in peers:  # specialised by head counts; caching is a run-time flag for fp32 states
-            key = ("flashinfer", cell.heads, cell.T, cell.update, cell.state_dtype)
+            key = ("flashinfer", cell.heads, cell.T, cell.update, cell.states)
             groups.setdefault(key, []).append(cell)
     problems = []
     # A fresh interpreter each, for CUDA does not survive a fork.

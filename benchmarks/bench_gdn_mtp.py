@@ -3,6 +3,7 @@
     python benchmarks/bench_gdn_mtp.py
     python benchmarks/bench_gdn_mtp.py --heads 16/16/32 --batch 1 64 --tokens 4 --no-update-state
     python benchmarks/bench_gdn_mtp.py --tactics --peers none
+    python benchmarks/bench_gdn_mtp.py --state-layout kv --tokens 1
 
 Before it is timed, every variant is compared with the float64 reference at the very shape, element by element
 for all requests or, of more than eight, for eight spread over the batch. Ours is not timed if it is wrong;
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import shlex
@@ -26,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from _gdn_cases import (
@@ -65,6 +67,7 @@ from _gdn_variants import (
 )
 from _host_time import time_host
 from _results import results_folder
+from gdn_mtp.problem import StateLayout
 from kernel_testing import copy_bandwidth_gb_s, environment, time_cuda_us
 
 HEADS = ("16/16/32", "16/16/64")
@@ -107,6 +110,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "only if asked for",
     )
     parser.add_argument("--state-dtype", nargs="+", choices=STATE_DTYPES, default=list(STATE_DTYPES))
+    parser.add_argument(
+        "--state-layout",
+        nargs="+",
+        choices=get_args(StateLayout),
+        default=["vk"],
+        help="vk: V-major, at slots of a pool (default); kv: K-major, of T = 1, one state per request",
+    )
     parser.add_argument("--peers", nargs="+", choices=(*PEERS, "none"), default=list(PEERS))
     parser.add_argument("--tactics", action="store_true", help="time every tactic of ours as well")
     parser.add_argument("--host", action=flag, default=True, help="measure host time per call")
@@ -154,13 +164,17 @@ def _words(values: Sequence[int]) -> str:
 def make_cells(options: argparse.Namespace) -> list[Cell]:
     """The rows asked for, in order; those that share a pool follow each other."""
     cells = []
-    for H, HV in options.heads:
-        for name in options.state_dtype:
-            for T in options.tokens or TOKENS[name]:
-                for update, cache in modes(options.update_state, options.cache_intermediate_states):
-                    if T == 1 and cache and not options.cache_intermediate_states:
-                        continue
-                    cells += [Cell(H, HV, B, T, update, cache, STATE_DTYPES[name]) for B in options.batch]
+    flags = modes(options.update_state, options.cache_intermediate_states)
+    for (H, HV), name in itertools.product(options.heads, options.state_dtype):
+        for T, (update, cache), layout in itertools.product(
+            options.tokens or TOKENS[name], flags, options.state_layout
+        ):
+            if T == 1 and cache and not options.cache_intermediate_states:
+                continue
+            if layout == "kv" and (T > 1 or cache):
+                continue
+            dtype = STATE_DTYPES[name]
+            cells += [Cell(H, HV, B, T, update, cache, dtype, layout) for B in options.batch]
     return cells
 
 

@@ -64,6 +64,25 @@ def test_bytes_of_a_gdn_cell(
         assert cell.necessary_nbytes == 4 * states * slot_nbytes
 
 
+def test_k_major_states_are_timed_for_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _gdn_cases import make_calls, make_pool
+    from _gdn_variants import Variant
+    from bench_gdn_mtp import make_cells, parse_arguments
+
+    cells = make_cells(parse_arguments(["--heads", "1/1/2", "--batch", "3", "--state-layout", "kv"]))
+    assert [str(cell) for cell in cells] == ["1/1/2 B3-T1 update fp32 kv", "1/1/2 B3-T1 update bf16 kv"]
+    problem = cells[0].problem()
+    assert (problem.state_layout, problem.index_dtype) == ("kv", None)
+
+    calls = make_calls(cells[0], make_pool(cells[0], torch.device("cpu"), slots=7), count=2)
+    assert [call.first_slot for call in calls] == [0, 3]
+    variant = Variant()
+    variant.k_major = True
+    before = variant.before(calls[1], torch.tensor([0, 2]))
+    assert torch.equal(before.mT, calls[1].pool[[3, 5]])
+
+
 @pytest.mark.parametrize(
     ("text", "rows", "keys", "element_bytes"),
     [

@@ -119,10 +119,9 @@ class TokenChunks(TileCopies):
         return [tensors.v[place.request, t, place.hv, r] for r in rows for t in tokens]
 
     def load_values(self, tensors, place, tile):
-        """`load_v` of every chunk for a tile of this warp."""
-        return [
-            self.load_v(tensors, place, self.tile_row(place, tile), c) for c in range(len(self.config.chunks))
-        ]
+        """`load_v` of the early chunks for a tile of this warp."""
+        row = self.tile_row(place, tile)
+        return [self.load_v(tensors, place, row, c) for c in range(self.config.early_chunks)]
 
     @cute.jit
     def store_output(self, tensors, o, place, row, c):

@@ -131,6 +131,11 @@ class TokenTiles(Footprint):
         return tuple((t, min(CHUNK_TOKENS, self.T - t)) for t in range(0, self.T, CHUNK_TOKENS))
 
     @property
+    def early_chunks(self) -> int:
+        """Chunks whose v is loaded before the state is; the others load it when it is due."""
+        return len(self.chunks)
+
+    @property
     def token_groups(self) -> tuple[range, ...]:
         """A warp's tokens, numbered, in the groups whose k and q its registers hold at once."""
         count = -(-self.T // self.tactic.warps)
@@ -302,18 +307,21 @@ class KernelConfig(TokenTiles, Config):
         return self.used_smem_bytes + self.unused_smem_bytes
 
     @property
-    def renews_place(self) -> bool:
-        """Whether the second chunk, with `bf16_products` every token, asks the hardware again where it works.
+    def early_chunks(self) -> int:
+        return 1 if self.renews_place else super().early_chunks
 
-        Addresses for it are then made when it is due. From the place that there is, the compiler makes them
-        early and holds them, for which there are no registers. With bf16 states and 9 or 10 tokens some
-        kernels are 2 to 4 registers short all the same.
+    @property
+    def renews_place(self) -> bool:
+        """Whether every chunk and every stored token asks the hardware again where it works.
+
+        Addresses are then made when they are due. From the place that there is, the compiler makes them early
+        and holds them, for which there are no registers.
         """
         return self.stores_every_state and self.K > 128 and len(self.chunks) > 1
 
     @property
     def has_registers(self) -> bool:
-        """Whether no register spills, but for those few: of a second tile, what is made early would."""
+        """Whether no register spills: of a second tile, what is made early would."""
         return not (self.renews_place and self.tactic.tiles_per_warp > 1)
 
     @property

@@ -278,8 +278,10 @@ class GatedDeltaRule(TokenChunks):
         s = None if cfg.bf16_products else operand
         self.launch_dependents("early")
         for c in cutlass.range_constexpr(len(cfg.chunks)):
-            if cutlass.const_expr(cfg.renews_place and c > 0):
+            if cutlass.const_expr(cfg.renews_place):
                 place = self.renewed(place)
+            if cutlass.const_expr(c >= cfg.early_chunks):
+                v = [*v, self.load_v(tensors, place, row, c)]
             if cutlass.const_expr(c == 0):
                 products = self.operand_products(operand, shared, place, c)
             else:
@@ -292,7 +294,7 @@ class GatedDeltaRule(TokenChunks):
                 if cutlass.const_expr(s is None):
                     s = self.load_tile(shared, place, tile)
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
-                    if cutlass.const_expr(cfg.renews_place and cfg.bf16_products and j > 0):
+                    if cutlass.const_expr(cfg.renews_place):
                         place = self.renewed(place)
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
