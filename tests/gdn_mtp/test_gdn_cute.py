@@ -168,6 +168,10 @@ COMPILED = {
     "T16-K256-fp32-bf16state-buffer": problem(
         T=16, K=256, V=256, intermediate="buffer", state_dtype=BF16, io_dtype=FP32, gate_dtype=FP32
     ),
+    "T9-K256-bf16state-buffer": problem(T=9, K=256, V=256, intermediate="buffer", state_dtype=BF16),
+    "T12-K256-fp32-bf16state-scatter": problem(
+        T=12, K=256, V=256, intermediate="scatter", state_dtype=BF16, io_dtype=FP32, gate_dtype=FP32
+    ),
     "T5-K64-frozen": problem(T=5, K=64, V=64, update_state=False, index_dtype=torch.int64),
     "T2-fp32-tensorscale": problem(
         T=2, io_dtype=FP32, gate_dtype=FP32, tensor_scale=True, separate_write_indices=True

@@ -308,21 +308,21 @@ class KernelConfig(TokenTiles, Config):
 
     @property
     def early_chunks(self) -> int:
-        return 1 if self.renews_place else super().early_chunks
+        return 1 if self.saves_registers else super().early_chunks
 
     @property
-    def renews_place(self) -> bool:
-        """Whether every chunk and every stored token asks the hardware again where it works.
+    def saves_registers(self) -> bool:
+        """Whether registers are so scarce that nothing is held before it is due.
 
-        Addresses are then made when they are due. From the place that there is, the compiler makes them early
-        and holds them, for which there are no registers.
+        Every chunk and every stored token then asks the hardware again where it works: from the place that
+        there is, the compiler makes addresses early and holds them. The compiler is told to save, too.
         """
         return self.stores_every_state and self.K > 128 and len(self.chunks) > 1
 
     @property
     def has_registers(self) -> bool:
         """Whether no register spills: of a second tile, what is made early would."""
-        return not (self.renews_place and self.tactic.tiles_per_warp > 1)
+        return not (self.saves_registers and self.tactic.tiles_per_warp > 1)
 
     @property
     def warps_per_sm(self) -> int:

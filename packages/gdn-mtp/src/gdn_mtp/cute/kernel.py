@@ -175,8 +175,8 @@ class GatedDeltaRule(TokenChunks):
         )
 
     def renewed(self, place):
-        """The same place, of which the compiler knows nothing: see `KernelConfig.renews_place`."""
-        request = cute.arch.make_warp_uniform(place.request)
+        """The same place, of which the compiler knows nothing: see `KernelConfig.saves_registers`."""
+        _, _, request = cute.arch.block_idx()
         return replace(place, request=request, lane=cute.arch.lane_idx())
 
     # Global memory
@@ -278,7 +278,7 @@ class GatedDeltaRule(TokenChunks):
         s = None if cfg.bf16_products else operand
         self.launch_dependents("early")
         for c in cutlass.range_constexpr(len(cfg.chunks)):
-            if cutlass.const_expr(cfg.renews_place):
+            if cutlass.const_expr(cfg.saves_registers):
                 place = self.renewed(place)
             if cutlass.const_expr(c >= cfg.early_chunks):
                 v = [*v, self.load_v(tensors, place, row, c)]
@@ -294,7 +294,7 @@ class GatedDeltaRule(TokenChunks):
                 if cutlass.const_expr(s is None):
                     s = self.load_tile(shared, place, tile)
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
-                    if cutlass.const_expr(cfg.renews_place):
+                    if cutlass.const_expr(cfg.saves_registers):
                         place = self.renewed(place)
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):

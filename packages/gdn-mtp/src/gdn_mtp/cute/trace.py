@@ -18,6 +18,7 @@ from .speculative import Verify
 from .speculative_fold import Fold
 
 ASSERTIONS = "--enable-assertions"  # without it the DSL leaves them out
+SAVING = "--ptxas-options '--register-usage-level=2'"  # of 0 to 10; 5 unless said
 
 
 def trace(config: Config | SpeculativeConfig, options: str) -> Any:
@@ -25,6 +26,8 @@ def trace(config: Config | SpeculativeConfig, options: str) -> Any:
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     if isinstance(config, SpeculativeConfig) and config.debug:
         options = f"{options} {ASSERTIONS}"
+    if isinstance(config, KernelConfig) and config.saves_registers:
+        options = f"{options} {SAVING}"
     return cute.compile(kernel(config), *arguments(config), stream, options=options)
 
 
