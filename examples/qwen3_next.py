@@ -224,6 +224,8 @@ class PooledGatedDeltaNet(nn.Module):
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, step: Step) -> Tensor:
         """The stock chunk function from an empty state; its K-major final state is stored V-major."""
         g = -self.A_log.exp() * nn.functional.softplus(a.float() + self.net.dt_bias)
+        # To as many heads as v has, which some versions of transformers leave to the caller.
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
         out, state = stock.torch_chunk_gated_delta_rule(
             q, k, v, g=g, beta=b.sigmoid(), output_final_state=True, use_qk_l2norm_in_kernel=True
         )

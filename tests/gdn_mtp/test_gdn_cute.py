@@ -12,7 +12,7 @@ from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import (
     HEURISTIC,
     KERNELS,
-    KMAJOR_TACTIC,
+    KMAJOR_TACTICS,
     TACTICS,
     regime,
 )
@@ -82,8 +82,9 @@ def test_the_kernels_are_preferred_where_they_apply(arch, asked):
 
 
 def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
-    offered = set(KERNELS.tactics(PROBLEM, HOPPER)) | set(KERNELS.tactics(KMAJOR, HOPPER))
-    assert offered == {*TACTICS, KMAJOR_TACTIC}
+    assert set(KERNELS.tactics(PROBLEM, HOPPER)) == set(TACTICS)
+    assert KERNELS.tactics(KMAJOR, HOPPER) == ("c32",)
+    assert KERNELS.tactics(replace(KMAJOR, state_dtype=BF16), HOPPER) == tuple(KMAJOR_TACTICS)
     for rows in HEURISTIC.values():
         assert {name for _, name in rows} <= set(TACTICS)
         assert rows[-1][0] == float("inf")
@@ -177,6 +178,7 @@ COMPILED = {
         T=2, io_dtype=FP32, gate_dtype=FP32, tensor_scale=True, separate_write_indices=True
     ),
     "T1-kmajor": KMAJOR,
+    "T1-kmajor-K256-bf16state": replace(KMAJOR, K=256, V=256, state_dtype=BF16),
     "T1-kmajor-bf16state": replace(KMAJOR, state_dtype=BF16, out_dtype=FP16, io_dtype=FP16),
 }
 
@@ -581,13 +583,20 @@ def test_a_thousand_steps_stay_close(T, state):
 
 
 @needs_hopper
-@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("state", "tactic"), [(FP32, "c32"), (BF16, "c64"), (BF16, "c32")], ids=["fp32", "bf16", "bf16-c32"]
+)
 @pytest.mark.parametrize("head", [64, 128, 256])
-def test_k_major_states(head, state):
+def test_k_major_states(head, state, tactic):
     case = Case(B=5, T=1, H=2, HV=4, K=head, V=head, state=state)
     inputs, pool = case.inputs(), case.states(5, "kv")
     expected = case.reference(inputs, pool, state_layout="kv")
-    output, _ = gdn_mtp.gated_delta_rule_decode(**inputs, state=pool, backend="cute")
+    output = torch.full_like(inputs["v"], NAN)
+    asked = replace(
+        KMAJOR, B=case.B, H=case.H, HV=case.HV, K=head, V=head, state_dtype=state, io_dtype=case.io,
+        gate_dtype=case.gates, dt_bias_dtype=case.bias, out_dtype=case.io, use_qk_l2norm=case.l2norm,
+    )  # fmt: skip
+    gdn_mtp.plan(asked, DEVICE, "cute", tactic).run(**inputs, state=pool, output=output)
     assert_result(case, expected, output, pool, q=inputs["q"], layout="kv")
 
 

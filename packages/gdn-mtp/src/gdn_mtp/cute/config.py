@@ -314,8 +314,8 @@ class KernelConfig(TokenTiles, Config):
     def saves_registers(self) -> bool:
         """Whether registers are so scarce that nothing is held before it is due.
 
-        Every chunk and every stored token then asks the hardware again where it works: from the place that
-        there is, the compiler makes addresses early and holds them. The compiler is told to save, too.
+        For every chunk and every stored token the place where a warp works is then one that the compiler
+        knows nothing of; else it makes addresses early and holds them. It is told to save, too.
         """
         return self.stores_every_state and self.K > 128 and len(self.chunks) > 1
 

@@ -11,13 +11,14 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 from .config import GATE_COLUMNS, WARP_LANES, Config, fields_of
 
 THREADS = 128
+WORD_BYTES = 4
 
 
 @dataclass(frozen=True)
 class KMajorConfig(Config):
     """A specialisation of the K-major kernel.
 
-    columns: columns of the state (V index) per thread block; THREADS / columns threads share one.
+    columns: columns of the state (V index) per thread block.
     """
 
     columns: int
@@ -27,19 +28,35 @@ class KMajorConfig(Config):
         return cls(**fields_of(cls, problem, arch, columns=columns))
 
     @property
+    def word_columns(self) -> int:
+        """Columns of a thread, side by side in one word."""
+        return WORD_BYTES // self.state_bytes
+
+    @property
+    def row_words(self) -> int:
+        """Words in a block's part of a row, each of another thread."""
+        return self.columns // self.word_columns
+
+    @property
     def groups(self) -> int:
-        """Threads that share a column, each with a run of K / groups rows."""
-        return THREADS // self.columns
+        """Threads that share columns, each with a run of K / groups rows."""
+        return THREADS // self.row_words
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a block's part of a row."""
+        return self.columns * self.state_bytes
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of a block's part of the state."""
-        return self.K * self.columns * self.state_bytes
+        return self.K * self.row_bytes
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a block: its part of the state, the barrier, k and q, partial sums, gates."""
-        return self.tile_bytes + 8 + 4 * (2 * self.K + 2 * THREADS + GATE_COLUMNS)
+        sums = 2 * self.columns * self.groups
+        return self.tile_bytes + 8 + 4 * (2 * self.K + sums + GATE_COLUMNS)
 
     @property
     def warps(self) -> int:
@@ -47,5 +64,7 @@ class KMajorConfig(Config):
 
     @property
     def warps_per_sm(self) -> int:
-        """80 registers per thread, 128 where a thread holds more than 32 rows."""
-        return 24 if self.K // self.groups <= 32 else 16
+        """80 registers per thread; 128 where it has more than 32 rows, 168 where these have two columns."""
+        if self.K // self.groups <= 32:
+            return 24
+        return 16 if self.word_columns == 1 else 12

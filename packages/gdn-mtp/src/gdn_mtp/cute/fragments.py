@@ -30,6 +30,11 @@ def select(condition, x, y):
     return (Float32 if isinstance(x, Float32) else Int32)(select_(condition, x, y))
 
 
+def opaque(x):
+    """x, an int32, of which the compiler knows nothing: what is made of it is made anew, not held."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+
+
 def split_tf32(x):
     """(high, low): high is exact in tf32, high + low = x; of low the tensor core drops at most two bits."""
     bits = x.bitcast(Int32) & Int32(_TF32_MASK)
@@ -84,8 +89,20 @@ def load_words(pointer) -> list:
     return [fragment[i] for i in range(VECTOR_BYTES // 4)]
 
 
+def load_word(pointer):
+    """The 4 bytes of shared memory at `pointer` as an int32."""
+    return cute.make_tensor(cute.recast_ptr(pointer, dtype=Int32), cute.make_layout(1))[0]
+
+
+def unpack(word, dtype) -> list:
+    """The one float32 or two bfloat16 values in an int32, as float32."""
+    if dtype.width == 32:
+        return [word.bitcast(Float32)]
+    return [(word << 16).bitcast(Float32), (word & Int32(-(1 << 16))).bitcast(Float32)]
+
+
 def store_vector(pointer, values: Sequence, dtype) -> None:
-    """Store float32 `values` as 16 bytes of `dtype` in shared memory, rounded to nearest even."""
+    """Store float32 `values`, 4 or 16 aligned bytes of `dtype` in shared memory, rounded to nearest even."""
     fragment = cute.make_rmem_tensor((len(values),), dtype)
     for i, value in enumerate(values):
         fragment[i] = value.to(dtype)
@@ -171,4 +188,12 @@ def dot(x: Sequence, y: Sequence):
     total = x[0] * y[0]
     for a, b in zip(x[1:], y[1:], strict=True):
         total = total + a * b
+    return total
+
+
+def sum_of(values: Sequence):
+    """Sum of a list of registers, in order."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
     return total

@@ -42,6 +42,7 @@ from .fragments import (
     load_shared,
     load_values,
     mma_split,
+    opaque,
     parts,
     read_index,
     select,
@@ -176,8 +177,8 @@ class GatedDeltaRule(TokenChunks):
 
     def renewed(self, place):
         """The same place, of which the compiler knows nothing: see `KernelConfig.saves_registers`."""
-        _, _, request = cute.arch.block_idx()
-        return replace(place, request=request, lane=cute.arch.lane_idx())
+        request, hv, row = (opaque(x) for x in (place.request, place.hv, place.row))
+        return replace(place, request=request, hv=hv, row=row, lane=cute.arch.lane_idx())
 
     # Global memory
 
@@ -280,6 +281,7 @@ class GatedDeltaRule(TokenChunks):
         for c in cutlass.range_constexpr(len(cfg.chunks)):
             if cutlass.const_expr(cfg.saves_registers):
                 place = self.renewed(place)
+                row = self.tile_row(place, tile)
             if cutlass.const_expr(c >= cfg.early_chunks):
                 v = [*v, self.load_v(tensors, place, row, c)]
             if cutlass.const_expr(c == 0):
@@ -296,6 +298,7 @@ class GatedDeltaRule(TokenChunks):
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
                     if cutlass.const_expr(cfg.saves_registers):
                         place = self.renewed(place)
+                        row = self.tile_row(place, tile)
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
                 if cutlass.const_expr(c == 0 and (s is None or len(cfg.chunks) == 1)):

@@ -2,7 +2,7 @@
 
     p = S^T k      u = beta (v - d p)      o = scale (d S^T q + (q.k) u)      S <- d S + k u^T
 A block owns `columns` columns of a head's state: bulk copies bring its rows to shared memory and back, and
-each thread owns one column of a run of K / groups rows, so that only the sums of a column cross threads.
+each thread owns one word, a column or two, of a run of K / groups rows, so that only sums cross threads.
 Grid: (V / columns, HV, B).
 """
 
@@ -15,9 +15,20 @@ from cutlass.memory import SmemAllocator
 
 from gdn_mtp.problem import L2NORM_EPSILON
 
-from .config import GATE_COLUMNS, WARP_LANES
+from .config import GATE_COLUMNS, L2_LINE_BYTES, WARP_LANES
 from .config_kmajor import THREADS, KMajorConfig
-from .fragments import NUMERIC, bulk_load, bulk_store, dot
+from .fragments import (
+    NUMERIC,
+    bulk_load,
+    bulk_prefetch_l2,
+    bulk_store,
+    dot,
+    load_word,
+    prefetch_l2,
+    store_vector,
+    sum_of,
+    unpack,
+)
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
 
 
@@ -53,71 +64,97 @@ class GatedDeltaRuleKMajor:
         s_kq = smem.allocate_tensor(Float32, cute.make_layout((cfg.K, 2)), 16)
         s_sums = smem.allocate_tensor(Float32, cute.make_layout((cfg.columns, cfg.groups, 2)), 16)
         s_gate = smem.allocate_tensor(Float32, cute.make_layout(GATE_COLUMNS), 16)
-        column, group = tid % cfg.columns, tid // cfg.columns
+        column, group = tid % cfg.row_words * cfg.word_columns, tid // cfg.row_words
         first_column = v_block * cfg.columns
+        head = hv // (v.shape[2] // q.shape[2])
+        matrix = state[request, hv, None, None]
         if tid == 0:
             cute.arch.mbarrier_init(mbar, 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.pdl):
+            self.prefetch(matrix, (q, k), v, (a, b), request, head, hv, first_column)
             cute.arch.griddepcontrol_wait()
-        matrix = state[request, hv, None, None]
+            cute.arch.griddepcontrol_launch_dependents()
         if tid == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(mbar, cfg.tile_bytes)
         for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
             row = tid + i * THREADS
             if row < cfg.K:
                 source = matrix[row, None].iterator + first_column
-                bulk_load(s_state[None, row].iterator, source, cfg.columns * cfg.state_bytes, mbar)
+                bulk_load(s_state[None, row].iterator, source, cfg.row_bytes, mbar)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
-        v_mine = v[request, 0, hv, first_column + column]
-        self.stage(
-            q,
-            k,
-            load_gates(a, b, A_log, dt_bias, request, hv, 0),
-            scale,
-            s_kq,
-            s_gate,
-            request,
-            hv // (v.shape[2] // q.shape[2]),
-        )
+        places = [first_column + column + x for x in range(cfg.word_columns)]
+        values = [v[request, 0, hv, x] for x in places]
+        gates = load_gates(a, b, A_log, dt_bias, request, hv, 0)
+        self.stage(q, k, gates, scale, s_kq, s_gate, request, head)
         cute.arch.sync_threads()
         cute.arch.mbarrier_wait(mbar, 0)
         run = cfg.K // cfg.groups
-        s = [s_state[column, group * run + i].to(Float32) for i in range(run)]
-        p, r = Float32(0.0), Float32(0.0)
-        for i in cutlass.range_constexpr(run):
-            p += s[i] * s_kq[group * run + i, 0]
-            r += s[i] * s_kq[group * run + i, 1]
+        rows = [group * run + i for i in range(run)]
+        words = [s_state[None, row].iterator + cute.assume(column, divby=cfg.word_columns) for row in rows]
+        s = [load_word(word) for word in words]
+        sums = self.column_sums([unpack(word, s_state.element_type) for word in s], s_kq, rows)
         if cutlass.const_expr(cfg.groups > 1):
-            s_sums[column, group, 0] = p
-            s_sums[column, group, 1] = r
+            for x in cutlass.range_constexpr(cfg.word_columns):
+                for e in cutlass.range_constexpr(2):
+                    s_sums[column + x, group, e] = sums[x][e]
             cute.arch.sync_threads()
-            p, r = Float32(0.0), Float32(0.0)
-            for i in cutlass.range_constexpr(cfg.groups):
-                p += s_sums[column, i, 0]
-                r += s_sums[column, i, 1]
+            sums = [
+                [sum_of([s_sums[column + x, i, e] for i in range(cfg.groups)]) for e in range(2)]
+                for x in range(cfg.word_columns)
+            ]
         beta, decay, k_scale, q_scale, qk = (s_gate[x] for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK))
-        u = beta * (v_mine.to(Float32) - decay * k_scale * p)
+        u = [beta * (values[x].to(Float32) - decay * k_scale * sums[x][0]) for x in range(cfg.word_columns)]
         if group == 0:
-            o = q_scale * (decay * r + qk * k_scale * u)
-            output[request, 0, hv, first_column + column] = o.to(output.element_type)
-        u = u * k_scale
-        for i in cutlass.range_constexpr(run):
-            updated = decay * s[i] + u * s_kq[group * run + i, 0]
-            s_state[column, group * run + i] = updated.to(s_state.element_type)
+            for x in cutlass.range_constexpr(cfg.word_columns):
+                o = q_scale * (decay * sums[x][1] + qk * k_scale * u[x])
+                output[request, 0, hv, places[x]] = o.to(output.element_type)
+        u = [x * k_scale for x in u]
+        for word, before, row in zip(words, s, rows, strict=True):
+            self.advance(word, unpack(before, s_state.element_type), u, decay, s_kq[row, 0])
         cute.arch.fence_view_async_shared()
         cute.arch.sync_threads()
-        if cutlass.const_expr(cfg.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
         for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
             row = tid + i * THREADS
             if row < cfg.K:
                 destination = matrix[row, None].iterator + first_column
-                bulk_store(destination, s_state[None, row].iterator, cfg.columns * cfg.state_bytes)
+                bulk_store(destination, s_state[None, row].iterator, cfg.row_bytes)
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def prefetch(self, matrix, kq, v, gates, request, head, hv, first_column):
+        """Bring what the block will read to L2 while the previous grid still runs: L2 is coherent."""
+        cfg = self.config
+        tid, _, _ = cute.arch.thread_idx()
+        for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
+            row = tid + i * THREADS
+            if row < cfg.K:
+                bulk_prefetch_l2(matrix[row, None].iterator + first_column, cfg.row_bytes)
+        if tid == 0:
+            for x in kq:
+                step = L2_LINE_BYTES * 8 // x.element_type.width
+                for column in cutlass.range_constexpr(0, cfg.K, step):
+                    prefetch_l2(x[request, 0, head, None].iterator + column)
+            prefetch_l2(v[request, 0, hv, None].iterator + first_column)
+            for x in gates:
+                prefetch_l2(x[request, 0, None].iterator + hv)
+
+    def advance(self, word, s, u, decay, k):
+        """Write d s + u k, a thread's columns of a row, to shared memory at `word`."""
+        store_vector(word, [decay * x + y * k for x, y in zip(s, u, strict=True)], word.value_type)
+
+    def column_sums(self, s, s_kq, rows):
+        """[S^T k, S^T q] of each column of a thread, over its rows; s: by row and column."""
+        sums = [[Float32(0.0), Float32(0.0)] for _ in s[0]]
+        for values, row in zip(s, rows, strict=True):
+            kq = [s_kq[row, e] for e in range(2)]
+            for total, value in zip(sums, values, strict=True):
+                for e in range(2):
+                    total[e] += value * kq[e]
+        return sums
 
     @cute.jit
     def stage(self, q, k, gates, scale, s_kq, s_gate, request, head):

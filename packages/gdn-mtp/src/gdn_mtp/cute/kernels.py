@@ -12,7 +12,7 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 from gdn_mtp.speculative.problem import SpeculativeProblem
 
 from .compile import FUNCTION
-from .config import CHUNK_TOKENS, MMA_ROWS, Config, KernelConfig, Tactic
+from .config import CHUNK_TOKENS, L2_LINE_BYTES, MMA_ROWS, Config, KernelConfig, Tactic
 from .config_kmajor import KMajorConfig
 from .config_speculative import SpeculativeConfig
 
@@ -35,8 +35,8 @@ TACTICS = {
         Tactic(4, 2, evict_first=True),
     )
 }
-KMAJOR_TACTIC = "c32"
-KMAJOR_COLUMNS = 32
+# Columns per thread block of the K-major kernel. A block's part of a row is a cache line at most, and best.
+KMAJOR_TACTICS = {"c64": 64, "c32": 32}
 
 # (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
 # gdn_mtp-h100-tactics. Another GPU only counts by its SMs; `kernel_dispatch.autotune` times its own.
@@ -81,7 +81,8 @@ class GatedDeltaRuleKernels:
     def tactics(self, problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
         """The tactics that fit, the heuristic's choice first."""
         if problem.state_layout == "kv":
-            return (KMAJOR_TACTIC,)
+            most = L2_LINE_BYTES // problem.state_dtype.itemsize
+            return tuple(name for name, columns in KMAJOR_TACTICS.items() if columns <= most)
         configs = {name: KernelConfig.of(problem, tactic, arch) for name, tactic in TACTICS.items()}
         return ranked(problem, arch, configs, HEURISTIC[regime(problem)])
 
@@ -94,7 +95,7 @@ class GatedDeltaRuleKernels:
     def config(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str) -> Config:
         """What the kernel of one tactic is compiled for."""
         if problem.state_layout == "kv":
-            return KMajorConfig.of(problem, KMAJOR_COLUMNS, arch)
+            return KMajorConfig.of(problem, KMAJOR_TACTICS[tactic], arch)
         return KernelConfig.of(problem, TACTICS[tactic], arch)
 
 
