@@ -83,8 +83,10 @@ def test_the_kernels_are_preferred_where_they_apply(arch, asked):
 
 def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
     assert set(KERNELS.tactics(PROBLEM, HOPPER)) == set(TACTICS)
-    assert KERNELS.tactics(KMAJOR, HOPPER) == ("c32",)
-    assert KERNELS.tactics(replace(KMAJOR, state_dtype=BF16), HOPPER) == tuple(KMAJOR_TACTICS)
+    assert KERNELS.tactics(KMAJOR, HOPPER) == ["c32"]
+    assert KERNELS.tactics(replace(KMAJOR, state_dtype=BF16), HOPPER) == ["c64", "c32"]
+    assert KERNELS.tactics(replace(KMAJOR, B=1, state_dtype=BF16), HOPPER) == ["c32", "c64"]
+    assert set(KMAJOR_TACTICS) == {"c32", "c64"}
     for rows in HEURISTIC.values():
         assert {name for _, name in rows} <= set(TACTICS)
         assert rows[-1][0] == float("inf")
@@ -179,6 +181,7 @@ COMPILED = {
     ),
     "T1-kmajor": KMAJOR,
     "T1-kmajor-K256-bf16state": replace(KMAJOR, K=256, V=256, state_dtype=BF16),
+    "T1-kmajor-bf16state-few": replace(KMAJOR, B=FEW, state_dtype=BF16),
     "T1-kmajor-bf16state": replace(KMAJOR, state_dtype=BF16, out_dtype=FP16, io_dtype=FP16),
 }
 

@@ -30,6 +30,7 @@ from .fragments import (
     unpack,
 )
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
+from .tiles import in_first_wave
 
 
 class GatedDeltaRuleKMajor:
@@ -73,7 +74,8 @@ class GatedDeltaRuleKMajor:
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if cutlass.const_expr(cfg.pdl):
-            self.prefetch(matrix, (q, k), v, (a, b), request, head, hv, first_column)
+            if in_first_wave(cfg):
+                self.prefetch(matrix, (q, k), v, (a, b), request, head, hv, first_column)
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
         if tid == 0:

@@ -35,8 +35,8 @@ TACTICS = {
         Tactic(4, 2, evict_first=True),
     )
 }
-# Columns per thread block of the K-major kernel. A block's part of a row is a cache line at most, and best.
-KMAJOR_TACTICS = {"c64": 64, "c32": 32}
+# Columns per thread block of the K-major kernel, whose part of a row is a cache line at most.
+KMAJOR_TACTICS = {"c32": 32, "c64": 64}
 
 # (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
 # gdn_mtp-h100-tactics. Another GPU only counts by its SMs; `kernel_dispatch.autotune` times its own.
@@ -81,8 +81,7 @@ class GatedDeltaRuleKernels:
     def tactics(self, problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
         """The tactics that fit, the heuristic's choice first."""
         if problem.state_layout == "kv":
-            most = L2_LINE_BYTES // problem.state_dtype.itemsize
-            return tuple(name for name, columns in KMAJOR_TACTICS.items() if columns <= most)
+            return ranked_kmajor(problem, arch)
         configs = {name: KernelConfig.of(problem, tactic, arch) for name, tactic in TACTICS.items()}
         return ranked(problem, arch, configs, HEURISTIC[regime(problem)])
 
@@ -97,6 +96,18 @@ class GatedDeltaRuleKernels:
         if problem.state_layout == "kv":
             return KMajorConfig.of(problem, KMAJOR_TACTICS[tactic], arch)
         return KernelConfig.of(problem, TACTICS[tactic], arch)
+
+
+def ranked_kmajor(problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
+    """The K-major tactics that fit: first the widest that gives every SM a block, else the narrowest."""
+    most = L2_LINE_BYTES // problem.state_dtype.itemsize
+    columns_per_sm = problem.B * problem.HV * problem.V / arch.sm_count
+
+    def preference(name: str) -> tuple[bool, int]:
+        columns = KMAJOR_TACTICS[name]
+        return (True, columns) if columns > columns_per_sm else (False, -columns)
+
+    return sorted((name for name, columns in KMAJOR_TACTICS.items() if columns <= most), key=preference)
 
 
 def ranked(

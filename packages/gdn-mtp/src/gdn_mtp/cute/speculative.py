@@ -47,7 +47,7 @@ from .fragments import (
 )
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
 from .ring import Cache, RingTiles
-from .tiles import Place, allocate_tokens
+from .tiles import Place, allocate_tokens, in_first_wave
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Verify(RingTiles):
         self.init_ring_barrier(shared, tid)
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if self.in_first_wave():
+            if in_first_wave(cfg):
                 here = Place(request, hv, request, row, warp, lane)
                 if warp == 0:
                     self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
@@ -218,12 +218,6 @@ class Verify(RingTiles):
                 self.move_cursor(cache, reader, pending, fold, Int32(count))
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    def in_first_wave(self):
-        """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
-        x, y, z = cute.arch.block_idx()
-        blocks_x, blocks_y, _ = cute.arch.grid_dim()
-        return (z * blocks_y + y) * blocks_x + x < cute.arch.nsmid() * self.config.blocks_per_sm
 
     # The ring
 
