@@ -140,7 +140,7 @@ def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "state", "tactic"),
-    [("sm_90a", FP32, "c32s"), ("sm_100a", BF16, "c64s"), ("sm_120a", BF16, "c32")],
+    [("sm_90a", FP32, "c32"), ("sm_100a", BF16, "c64"), ("sm_120a", BF16, "c32")],
     ids=id_of,
 )
 def test_k_major_states(arch: str, state: torch.dtype, tactic: str) -> None:

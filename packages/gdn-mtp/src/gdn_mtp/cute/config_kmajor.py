@@ -15,35 +15,17 @@ WORD_BYTES = 4
 
 
 @dataclass(frozen=True)
-class KMajorTactic:
-    """How thread blocks divide a head's state, and when a dependent grid may start.
+class KMajorConfig(Config):
+    """A specialisation of the K-major kernel.
 
-    columns: columns of the state (V index) per thread block. early: at its start, not as its stores begin.
+    columns: columns of the state (V index) per thread block.
     """
 
     columns: int
-    early: bool = False
-
-    @property
-    def name(self) -> str:
-        """`c32`, with the suffix `s` for an early start."""
-        return f"c{self.columns}{'s' * self.early}"
-
-
-@dataclass(frozen=True)
-class KMajorConfig(Config):
-    """A specialisation of the K-major kernel."""
-
-    tactic: KMajorTactic
 
     @classmethod
-    def of(cls, problem: GatedDeltaRuleProblem, tactic: KMajorTactic, arch: Arch) -> KMajorConfig:
-        return cls(**fields_of(cls, problem, arch, tactic=tactic))
-
-    @property
-    def columns(self) -> int:
-        """Columns of the state per thread block."""
-        return self.tactic.columns
+    def of(cls, problem: GatedDeltaRuleProblem, columns: int, arch: Arch) -> KMajorConfig:
+        return cls(**fields_of(cls, problem, arch, columns=columns))
 
     @property
     def word_columns(self) -> int:

@@ -77,7 +77,7 @@ class GatedDeltaRuleKMajor:
             if in_first_wave(cfg):
                 self.prefetch(matrix, (q, k), v, (a, b), request, head, hv, first_column)
             cute.arch.griddepcontrol_wait()
-        self.launch_dependents(early=True)
+            cute.arch.griddepcontrol_launch_dependents()
         if tid == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(mbar, cfg.tile_bytes)
         for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
@@ -118,7 +118,6 @@ class GatedDeltaRuleKMajor:
             self.advance(word, unpack(before, s_state.element_type), u, decay, s_kq[row, 0])
         cute.arch.fence_view_async_shared()
         cute.arch.sync_threads()
-        self.launch_dependents(early=False)
         for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
             row = tid + i * THREADS
             if row < cfg.K:
@@ -126,11 +125,6 @@ class GatedDeltaRuleKMajor:
                 bulk_store(destination, s_state[None, row].iterator, cfg.row_bytes)
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    def launch_dependents(self, early):
-        """Let the next grid be scheduled, if this is where in the kernel the tactic has it."""
-        if self.config.pdl and self.config.tactic.early == early:
-            cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def prefetch(self, matrix, kq, v, gates, request, head, hv, first_column):

@@ -13,7 +13,7 @@ from gdn_mtp.speculative.problem import SpeculativeProblem
 
 from .compile import FUNCTION
 from .config import CHUNK_TOKENS, L2_LINE_BYTES, MMA_ROWS, Config, KernelConfig, Tactic
-from .config_kmajor import KMajorConfig, KMajorTactic
+from .config_kmajor import KMajorConfig
 from .config_speculative import SpeculativeConfig
 
 # Every tactic of the V-major kernel; `bench_gdn_mtp.py --tactics` times them.
@@ -35,16 +35,8 @@ TACTICS = {
         Tactic(4, 2, evict_first=True),
     )
 }
-# Every tactic of the K-major kernel; a block's part of a row is a cache line at most.
-KMAJOR_TACTICS = {
-    tactic.name: tactic
-    for tactic in (
-        KMajorTactic(32),
-        KMajorTactic(32, early=True),
-        KMajorTactic(64),
-        KMajorTactic(64, early=True),
-    )
-}
+# Columns per thread block of the K-major kernel, whose part of a row is a cache line at most.
+KMAJOR_TACTICS = {"c32": 32, "c64": 64}
 
 # (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
 # gdn_mtp-h100-tactics. Another GPU only counts by its SMs; `kernel_dispatch.autotune` times its own.
@@ -107,22 +99,15 @@ class GatedDeltaRuleKernels:
 
 
 def ranked_kmajor(problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
-    """The K-major tactics that fit: first the widest that gives every SM a block, else the narrowest.
-
-    The next grid starts early where all blocks have a place at once, and with bf16 states always.
-    """
-    configs = {name: KMajorConfig.of(problem, tactic, arch) for name, tactic in KMAJOR_TACTICS.items()}
+    """The K-major tactics that fit: first the widest that gives every SM a block, else the narrowest."""
+    most = L2_LINE_BYTES // problem.state_dtype.itemsize
     columns_per_sm = problem.B * problem.HV * problem.V / arch.sm_count
 
-    def preference(name: str) -> tuple[bool, int, bool]:
-        config = configs[name]
-        at_once = columns_per_sm <= config.columns * config.blocks_per_sm
-        early = at_once or problem.state_dtype == torch.bfloat16
-        too_wide = config.columns > columns_per_sm
-        return too_wide, config.columns if too_wide else -config.columns, config.tactic.early != early
+    def preference(name: str) -> tuple[bool, int]:
+        columns = KMAJOR_TACTICS[name]
+        return (True, columns) if columns > columns_per_sm else (False, -columns)
 
-    fitting = (name for name, config in configs.items() if config.row_bytes <= L2_LINE_BYTES)
-    return sorted(fitting, key=preference)
+    return sorted((name for name, columns in KMAJOR_TACTICS.items() if columns <= most), key=preference)
 
 
 def ranked(
