@@ -181,6 +181,7 @@ COMPILED = {
     ),
     "T1-kmajor": KMAJOR,
     "T1-kmajor-K256-bf16state": replace(KMAJOR, K=256, V=256, state_dtype=BF16),
+    "T1-kmajor-K256-bf16state-few": replace(KMAJOR, HV=16, K=256, V=256, state_dtype=BF16, B=FEW),
     "T1-kmajor-bf16state-few": replace(KMAJOR, B=FEW, state_dtype=BF16),
     "T1-kmajor-bf16state": replace(KMAJOR, state_dtype=BF16, out_dtype=FP16, io_dtype=FP16),
 }
