@@ -50,6 +50,7 @@ STAGES = {  # of a call, what is left out last: what heads its column
 OTHER_TACTICS = 4  # shown of each, the fastest
 HEAD_DIM, IO_BYTES = 128, 2  # of q, k, v and the output
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
+OTHER_WINDOWS = [(T, mode) for T in (3, 5, 6, 7) for mode in ("update", "cache+update")]
 
 
 def record(name: str) -> dict[str, Any]:
@@ -86,6 +87,28 @@ def calls() -> str:
     batches = sorted({B for B, _ in rows})
     lines = [[str(B), *(cell(rows[B, column]) for column in CALLS)] for B in batches]
     return table(["B", *CALLS.values()], lines)
+
+
+def other_windows() -> str:
+    """Calls by batch, of fp32 states, with numbers of tokens that `calls` leaves out."""
+    rows = {
+        (row["B"], (row["T"], row["mode"])): row
+        for row in rows_of("gdn_mtp-h100-tokens/results.json")
+        if row["state_dtype"] == "fp32"
+    }
+    words = {"update": "updated", "cache+update": "all kept"}
+    lines = [[str(B), *(cell(rows[B, x]) for x in OTHER_WINDOWS)] for B in sorted({B for B, _ in rows})]
+    return table(["B", *(f"T = {T}, {words[mode]}" for T, mode in OTHER_WINDOWS)], lines)
+
+
+def k_major() -> str:
+    """Single tokens with K-major states by batch."""
+    rows = {(row["B"], row["state_dtype"]): row for row in rows_of("gdn_mtp-h100-kmajor/results.json")}
+    lines = []
+    for B in sorted({B for B, _ in rows}):
+        fla = rows[B, "fp32"]["ratio"]["fla"]
+        lines.append([str(B), cell(rows[B, "fp32"]), f"{fla:.2f}x", cell(rows[B, "bf16"])])
+    return table(["B", "fp32 states", "FLA", "bf16 states"], lines)
 
 
 def short_of_goal() -> list[tuple[dict[str, Any], float]]:
@@ -199,15 +222,15 @@ def steps(*names: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "calls": calls,
+    "other_windows": other_windows,
+    "k_major": k_major,
     "shortfalls": shortfalls,
     "goals": goals,
     "call_stages": call_stages,
     "bf16_stages": bf16_stages,
     "step_stages": step_stages,
     "tactics": tactics,
-    "steps_h100": lambda: steps(
-        *(f"gdn_spec-h100/flashinfer-16-16-32-{dtype}.json" for dtype in ("fp32", "bf16"))
-    ),
+    "steps_h100": lambda: steps("gdn_spec-h100/results.json"),
     "steps_h200": lambda: steps("gdn_spec-h200/results.json"),
 }
 
