@@ -350,6 +350,7 @@ def check_ours(ours: Ours, steps: Steps) -> None:
                 taken[r].append({name: x[row : row + 1, :number] for name, x in window[-1].items()})
         window.append(steps.tokens[i % len(steps.tokens)])
     states = gdn_mtp.materialize(pool, slots, ours.cache, None, backend="cute")
+    assert_written(steps.output)
     for r, row in enumerate(rows.tolist()):
         history = {name: torch.cat([part[name] for part in taken[r]], 1) for name in window[0]}
         number = history["q"].shape[1]
@@ -368,6 +369,7 @@ def fault_of(peer: FlashInfer, steps: Steps) -> str:
     peer.step(steps, 0)()
     error = cell.T * PEER_ERROR[cell.state_dtype]
     try:
+        assert_written(steps.output)
         for r, row in enumerate(rows.tolist()):
             tokens = {name: x[row : row + 1] for name, x in steps.tokens[0].items()}
             number, state = int(steps.accepted[0, row]), peer.pool[slots[row]]
@@ -375,6 +377,12 @@ def fault_of(peer: FlashInfer, steps: Steps) -> str:
     except AssertionError as found:
         return str(found)
     return ""
+
+
+def assert_written(output: Tensor) -> None:
+    """Raises AssertionError unless the output of a step, which was NaN before it, is finite everywhere."""
+    if not bool(output.isfinite().all()):
+        raise AssertionError("output: not finite everywhere; it was NaN before the step")
 
 
 def compare(
@@ -385,10 +393,7 @@ def compare(
 
     tokens: of the request alone; the last T of them are the window that `output` [T, HV, V] belongs to.
     state: [HV, V, K], after the first `number` tokens. error: of the arithmetic, in norms of a state row.
-    Of the other requests the output has to be finite.
     """
-    if not bool(steps.output.isfinite().all()):
-        raise AssertionError("output: not finite everywhere; it was NaN before the step")
     expected = gated_delta_rule_reference(**tokens, **steps.weights, state=entry)
     expected_state = expected.intermediate_states[0, number - 1]
     norm = max(x.double().norm(dim=-1).max().item() for x in (entry, expected_state))
