@@ -216,7 +216,7 @@ def _kernel(config: StagesConfig) -> Any:
         without = VerifyWithoutArithmetic if config.without == "arithmetic" else StatesRead
         return without(config.kernel)
     whole = config.kernel
-    limited = replace(whole, tactic=replace(whole.tactic, blocks_per_sm=whole.blocks_per_sm))
+    limited = replace(whole, tactic=replace(whole.tactic, max_blocks_per_sm=whole.blocks_per_sm))
     if config.without == "arithmetic":
         return WithoutArithmetic(limited)
     if config.without == "everything":

@@ -35,7 +35,7 @@ class Tactic:
     "early", once it has its state in registers, or "late", as its last stores are issued. The sooner, the
     more overlaps, but then its blocks crowd multiprocessors that have few of this grid.
     evict_first: states pass through L2 as what is to leave it first.
-    blocks_per_sm: at most so many blocks share a multiprocessor; None: all that fit.
+    max_blocks_per_sm: at most so many blocks share a multiprocessor; None: all that fit.
     """
 
     warps: int
@@ -43,7 +43,7 @@ class Tactic:
     row_copies: bool = False
     trigger: str = "late"
     evict_first: bool = False
-    blocks_per_sm: int | None = None
+    max_blocks_per_sm: int | None = None
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Tactic:
         for two blocks per multiprocessor.
         """
         suffixes = "r" * self.row_copies + TRIGGER_SUFFIX[self.trigger] + "f" * self.evict_first
-        limit = "" if self.blocks_per_sm is None else f"b{self.blocks_per_sm}"
+        limit = "" if self.max_blocks_per_sm is None else f"b{self.max_blocks_per_sm}"
         return f"w{self.warps}t{self.tiles_per_warp}{suffixes}{limit}"
 
     @property
@@ -296,9 +296,9 @@ class KernelConfig(TokenTiles, Config):
     @property
     def unused_smem_bytes(self) -> int:
         """What a block takes beside it, so that no more blocks fit than the tactic allows."""
-        if self.tactic.blocks_per_sm is None:
+        if self.tactic.max_blocks_per_sm is None:
             return 0
-        too_small = self.smem_per_sm_bytes // (self.tactic.blocks_per_sm + 1) - SMEM_RESERVED_BYTES
+        too_small = self.smem_per_sm_bytes // (self.tactic.max_blocks_per_sm + 1) - SMEM_RESERVED_BYTES
         return max(0, -(-(too_small + 1 - self.used_smem_bytes) // SMEM_ALIGNMENT) * SMEM_ALIGNMENT)
 
     @property

@@ -28,7 +28,7 @@ TACTICS = {
         Tactic(4, 1, trigger="early"),
         Tactic(2, 1, trigger="start"),
         Tactic(4, 1, trigger="start"),
-        Tactic(4, 1, trigger="start", blocks_per_sm=2),
+        Tactic(4, 1, trigger="start", max_blocks_per_sm=2),
         Tactic(4, 2, trigger="start"),
         Tactic(2, 1, evict_first=True),
         Tactic(4, 1, evict_first=True),
