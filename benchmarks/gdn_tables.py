@@ -50,7 +50,11 @@ STAGES = {  # of a call, what is left out last: what heads its column
 OTHER_TACTICS = 4  # shown of each, the fastest
 HEAD_DIM, IO_BYTES = 128, 2  # of q, k, v and the output
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
-OTHER_WINDOWS = [(T, mode) for T in (3, 5, 6, 7) for mode in ("update", "cache+update")]
+OTHER_WINDOWS = {
+    (T, mode): f"T = {T}, {state}"
+    for T in (3, 5, 6, 7)
+    for mode, state in (("update", "updated"), ("cache+update", "all kept"))
+}
 
 
 def record(name: str) -> dict[str, Any]:
@@ -77,28 +81,12 @@ def cell(row: dict[str, Any]) -> str:
     return f"{row['us']['ours']:.1f} ({row['fraction_of_copy']:.2f}, {times})"
 
 
-def calls() -> str:
-    """Calls by batch, of fp32 states."""
-    rows = {
-        (row["B"], (row["T"], row["mode"])): row
-        for row in rows_of("gdn_mtp-h100/results.json")
-        if row["state_dtype"] == "fp32"
-    }
+def calls(name: str, columns: dict[tuple[int, str], str]) -> str:
+    """Calls of a record by batch, of fp32 states; columns: by (tokens, mode), what heads it."""
+    rows = {(row["B"], (row["T"], row["mode"])): row for row in rows_of(name) if row["state_dtype"] == "fp32"}
     batches = sorted({B for B, _ in rows})
-    lines = [[str(B), *(cell(rows[B, column]) for column in CALLS)] for B in batches]
-    return table(["B", *CALLS.values()], lines)
-
-
-def other_windows() -> str:
-    """Calls by batch, of fp32 states, with numbers of tokens that `calls` leaves out."""
-    rows = {
-        (row["B"], (row["T"], row["mode"])): row
-        for row in rows_of("gdn_mtp-h100-tokens/results.json")
-        if row["state_dtype"] == "fp32"
-    }
-    words = {"update": "updated", "cache+update": "all kept"}
-    lines = [[str(B), *(cell(rows[B, x]) for x in OTHER_WINDOWS)] for B in sorted({B for B, _ in rows})]
-    return table(["B", *(f"T = {T}, {words[mode]}" for T, mode in OTHER_WINDOWS)], lines)
+    lines = [[str(B), *(cell(rows[B, column]) for column in columns)] for B in batches]
+    return table(["B", *columns.values()], lines)
 
 
 def k_major() -> str:
@@ -221,8 +209,8 @@ def steps(*names: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "calls": calls,
-    "other_windows": other_windows,
+    "calls": lambda: calls("gdn_mtp-h100/results.json", CALLS),
+    "other_windows": lambda: calls("gdn_mtp-h100-tokens/results.json", OTHER_WINDOWS),
     "k_major": k_major,
     "shortfalls": shortfalls,
     "goals": goals,
