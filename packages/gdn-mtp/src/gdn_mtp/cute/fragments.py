@@ -189,11 +189,3 @@ def dot(x: Sequence, y: Sequence):
     for a, b in zip(x[1:], y[1:], strict=True):
         total = total + a * b
     return total
-
-
-def sum_of(values: Sequence):
-    """Sum of a list of registers, in order."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total

@@ -8,6 +8,9 @@ Grid: (V / columns, HV, B).
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int64
@@ -26,7 +29,6 @@ from .fragments import (
     load_word,
     prefetch_l2,
     store_vector,
-    sum_of,
     unpack,
 )
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
@@ -104,7 +106,7 @@ class GatedDeltaRuleKMajor:
                     s_sums[column + x, group, e] = sums[x][e]
             cute.arch.sync_threads()
             sums = [
-                [sum_of([s_sums[column + x, i, e] for i in range(cfg.groups)]) for e in range(2)]
+                [reduce(add, [s_sums[column + x, i, e] for i in range(cfg.groups)]) for e in range(2)]
                 for x in range(cfg.word_columns)
             ]
         beta, decay, k_scale, q_scale, qk = (s_gate[x] for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK))
