@@ -12,6 +12,7 @@ from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import (
     HEURISTIC,
     KERNELS,
+    KMAJOR_HEURISTIC,
     KMAJOR_TACTICS,
     TACTICS,
     regime,
@@ -44,6 +45,7 @@ PROBLEM = GatedDeltaRuleProblem(
 )  # fmt: skip
 KMAJOR = replace(PROBLEM, T=1, state_layout="kv", index_dtype=None)
 HOPPER = Arch.from_name("sm_90a")
+FEW, SOME, MANY = 1, 4, 512  # batches whose tactics differ, from each other and from that of 8
 ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a")
 
 
@@ -83,13 +85,28 @@ def test_the_kernels_are_preferred_where_they_apply(arch, asked):
 
 def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
     assert set(KERNELS.tactics(PROBLEM, HOPPER)) == set(TACTICS)
-    assert KERNELS.tactics(KMAJOR, HOPPER) == ["c32"]
-    assert KERNELS.tactics(replace(KMAJOR, state_dtype=BF16), HOPPER) == ["c64", "c32"]
-    assert KERNELS.tactics(replace(KMAJOR, B=1, state_dtype=BF16), HOPPER) == ["c32", "c64"]
-    assert set(KMAJOR_TACTICS) == {"c32", "c64"}
     for rows in HEURISTIC.values():
         assert {name for _, name in rows} <= set(TACTICS)
         assert rows[-1][0] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("asked", "tactics"),
+    [
+        (replace(KMAJOR, B=FEW), ["c64r16", "c128r16"]),
+        (replace(KMAJOR, B=MANY), ["c128r16", "c64r16"]),
+        (replace(KMAJOR, B=FEW, state_dtype=BF16), ["c64r8", "c128r16"]),
+        (replace(KMAJOR, B=MANY, state_dtype=BF16), ["c128r16", "c64r8"]),
+        (replace(KMAJOR, B=MANY, V=64, state_dtype=BF16), ["c64r8"]),  # c128r16: 128 columns a block
+    ],
+    ids=lambda value: value.describe() if isinstance(value, GatedDeltaRuleProblem) else None,
+)
+def test_k_major_tactics_are_those_of_the_dtype_that_fit_the_preferred_one_first(asked, tactics):
+    assert KERNELS.tactics(asked, HOPPER) == tactics
+
+
+def test_every_k_major_tactic_is_in_the_heuristic():
+    assert {name for rows in KMAJOR_HEURISTIC.values() for _, name in rows} == set(KMAJOR_TACTICS)
 
 
 def test_the_heuristic_reaches_every_row_of_its_table():
@@ -141,7 +158,6 @@ def test_every_accepted_problem_has_a_tactic(head, tokens, rows, intermediate, a
         assert KERNELS.tactics(asked, Arch.from_name(arch))
 
 
-FEW, SOME, MANY = 1, 4, 512  # batches whose tactics differ, from each other and from that of 8
 COMPILED = {
     "T1": problem(T=1),
     "T1-few": problem(T=1, B=FEW),
@@ -180,6 +196,8 @@ COMPILED = {
         T=2, io_dtype=FP32, gate_dtype=FP32, tensor_scale=True, separate_write_indices=True
     ),
     "T1-kmajor": KMAJOR,
+    "T1-kmajor-many": replace(KMAJOR, B=MANY),
+    "T1-kmajor-K64-bf16state": replace(KMAJOR, K=64, B=MANY, state_dtype=BF16),
     "T1-kmajor-K256-bf16state": replace(KMAJOR, K=256, V=256, state_dtype=BF16),
     "T1-kmajor-K256-bf16state-few": replace(KMAJOR, HV=16, K=256, V=256, state_dtype=BF16, B=FEW),
     "T1-kmajor-bf16state-few": replace(KMAJOR, B=FEW, state_dtype=BF16),
@@ -588,16 +606,18 @@ def test_a_thousand_steps_stay_close(T, state):
 
 @needs_hopper
 @pytest.mark.parametrize(
-    ("state", "tactic"), [(FP32, "c32"), (BF16, "c64"), (BF16, "c32")], ids=["fp32", "bf16", "bf16-c32"]
+    ("state", "tactic"),
+    [(FP32, "c64r16"), (FP32, "c128r16"), (BF16, "c64r8"), (BF16, "c128r16")],
+    ids=["fp32-c64r16", "fp32-c128r16", "bf16-c64r8", "bf16-c128r16"],
 )
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_k_major_states(head, state, tactic):
-    case = Case(B=5, T=1, H=2, HV=4, K=head, V=head, state=state)
+    case = Case(B=5, T=1, H=2, HV=4, K=head, V=max(head, 128), state=state)
     inputs, pool = case.inputs(), case.states(5, "kv")
     expected = case.reference(inputs, pool, state_layout="kv")
     output = torch.full_like(inputs["v"], NAN)
     asked = replace(
-        KMAJOR, B=case.B, H=case.H, HV=case.HV, K=head, V=head, state_dtype=state, io_dtype=case.io,
+        KMAJOR, B=case.B, H=case.H, HV=case.HV, K=case.K, V=case.V, state_dtype=state, io_dtype=case.io,
         gate_dtype=case.gates, dt_bias_dtype=case.bias, out_dtype=case.io, use_qk_l2norm=case.l2norm,
     )  # fmt: skip
     gdn_mtp.plan(asked, DEVICE, "cute", tactic).run(**inputs, state=pool, output=output)

@@ -140,11 +140,11 @@ def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "state", "tactic"),
-    [("sm_90a", FP32, "c32"), ("sm_100a", BF16, "c64"), ("sm_120a", BF16, "c32")],
+    [("sm_90a", FP32, "c64r16"), ("sm_100a", BF16, "c64r8"), ("sm_120a", BF16, "c128r16")],
     ids=id_of,
 )
 def test_k_major_states(arch: str, state: torch.dtype, tactic: str) -> None:
-    case = Case(B=3, T=1, H=1, HV=2, K=64, V=64, state=state)
+    case = Case(B=3, T=1, H=1, HV=2, K=64, V=128, state=state)
     function = emulated(problem_of(case, "kv"), arch, tactic)
     inputs, states = on_cpu(case), case.states(3, "kv").cpu()
     expected = case.reference(inputs, states, state_layout="kv")

@@ -14,7 +14,6 @@ from gdn_mtp.problem import L2NORM_EPSILON
 from .config import (
     CHUNK_TOKENS,
     GATE_COLUMNS,
-    L2_LINE_BYTES,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
@@ -22,7 +21,6 @@ from .config import (
     TokenTiles,
 )
 from .fragments import (
-    bulk_prefetch_l2,
     dot,
     load_shared,
     load_values,
@@ -30,11 +28,11 @@ from .fragments import (
     mma_bf16,
     mma_split,
     parts,
-    prefetch_l2,
     read_index,
     select,
 )
 from .gates import BETA, CHUNK_DECAY, K_SCALE, Q_SCALE, QK
+from .prefetch import bulk_prefetch_l2
 from .tiles import TileCopies
 
 # Matrices of a chunk in shared memory, [8, 8] each: what turns w into u, what turns w into o, L, and q.k
@@ -55,25 +53,6 @@ class TokenChunks(TileCopies):
             cute.arch.griddepcontrol_launch_dependents()
 
     # Global memory
-
-    # What is prefetched to L2 while the previous grid still runs will be read as that grid leaves it: L2 is
-    # coherent.
-
-    @cute.jit
-    def prefetch_tokens(self, tensors, token_gates, head_gates, place, head):
-        """Bring k, q, v and the gates of this block's tokens to L2; for one warp."""
-        cfg = self.config
-        if place.lane < cfg.T:
-            for x in (tensors.k, tensors.q):
-                for line in cutlass.range_constexpr(-(-cfg.K * x.element_type.width // (8 * L2_LINE_BYTES))):
-                    column = line * L2_LINE_BYTES * 8 // x.element_type.width
-                    prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
-            prefetch_l2(tensors.v[place.request, place.lane, place.hv, None].iterator + place.row)
-            for x in token_gates:
-                prefetch_l2(x[place.request, place.lane, None].iterator + place.hv)
-        if place.lane == 0:
-            for x in head_gates:
-                prefetch_l2(x.iterator + place.hv)
 
     @cute.jit
     def prefetch_state(self, state, state_indices, place):

@@ -76,6 +76,11 @@ class Footprint:
         return 4 if self.state_dtype == "float32" else 2
 
     @property
+    def vector_elements(self) -> int:
+        """State elements per 16-byte access."""
+        return VECTOR_BYTES // self.state_bytes
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory of a block."""
         raise NotImplementedError
@@ -146,11 +151,6 @@ class TokenTiles(Footprint):
     def has_registers(self) -> bool:
         """Whether the registers of a thread are enough for the compiler to spill none."""
         return True
-
-    @property
-    def vector_elements(self) -> int:
-        """State elements per 16-byte access."""
-        return VECTOR_BYTES // self.state_bytes
 
     @property
     def row_bytes(self) -> int:

@@ -10,61 +10,81 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 
 from .config import GATE_COLUMNS, WARP_LANES, Config, fields_of
 
-THREADS = 128
-WORD_BYTES = 4
+REGISTERS_PER_SM = 65536
+REGISTER_STEP = 8  # registers of a thread are multiples of it
+
+
+@dataclass(frozen=True)
+class KMajorTactic:
+    """How thread blocks divide a head's state.
+
+    columns: columns of the state (V index) per block. rows: rows of which a thread has 16 bytes each.
+    """
+
+    columns: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """`c64r16`"""
+        return f"c{self.columns}r{self.rows}"
 
 
 @dataclass(frozen=True)
 class KMajorConfig(Config):
-    """A specialisation of the K-major kernel.
+    """A specialisation of the K-major kernel."""
 
-    columns: columns of the state (V index) per thread block.
-    """
-
-    columns: int
+    tactic: KMajorTactic
 
     @classmethod
-    def of(cls, problem: GatedDeltaRuleProblem, columns: int, arch: Arch) -> KMajorConfig:
-        return cls(**fields_of(cls, problem, arch, columns=columns))
+    def of(cls, problem: GatedDeltaRuleProblem, tactic: KMajorTactic, arch: Arch) -> KMajorConfig:
+        return cls(**fields_of(cls, problem, arch, tactic=tactic))
 
     @property
-    def word_columns(self) -> int:
-        """Columns of a thread, side by side in one word."""
-        return WORD_BYTES // self.state_bytes
-
-    @property
-    def row_words(self) -> int:
-        """Words in a block's part of a row, each of another thread."""
-        return self.columns // self.word_columns
+    def row_threads(self) -> int:
+        """Threads side by side in a block's part of a row."""
+        return self.tactic.columns // self.vector_elements
 
     @property
     def groups(self) -> int:
-        """Threads that share columns, each with a run of K / groups rows."""
-        return THREADS // self.row_words
+        """Groups of threads that the rows are dealt out among."""
+        return self.K // self.tactic.rows
+
+    @property
+    def threads(self) -> int:
+        return self.row_threads * self.groups
+
+    @property
+    def warps(self) -> int:
+        return self.threads // WARP_LANES
+
+    @property
+    def shuffle_steps(self) -> tuple[int, ...]:
+        """Distances between lanes of a warp that share columns, each with other rows."""
+        doublings = (WARP_LANES // self.row_threads).bit_length() - 1
+        return tuple(self.row_threads << i for i in range(doublings))
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a block's part of a row."""
-        return self.columns * self.state_bytes
+        return self.tactic.columns * self.state_bytes
 
     @property
-    def tile_bytes(self) -> int:
-        """Bytes of a block's part of the state."""
-        return self.K * self.row_bytes
+    def sums_floats(self) -> int:
+        """Sums of all warps in shared memory: two for each column."""
+        return self.warps * 2 * self.tactic.columns
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block: its part of the state, the barrier, k and q, partial sums, gates."""
-        sums = 2 * self.columns * self.groups
-        return self.tile_bytes + 8 + 4 * (2 * self.K + sums + GATE_COLUMNS)
+        """Shared memory of a block: k and q, sums, u, gates."""
+        return 4 * (2 * self.K + self.sums_floats + self.tactic.columns + GATE_COLUMNS)
 
     @property
-    def warps(self) -> int:
-        return THREADS // WARP_LANES
+    def registers(self) -> int:
+        """Registers of a thread, enough for the compiler to spill none: four for each row and the rest."""
+        rest = 64 if self.state_bytes == 4 else 88
+        return -(-(4 * self.tactic.rows + rest) // REGISTER_STEP) * REGISTER_STEP
 
     @property
     def warps_per_sm(self) -> int:
-        """80 to 168 registers per thread, enough for the compiler to spill none."""
-        if self.K // self.groups > 32:
-            return 16 if self.word_columns == 1 else 12
-        return 24 if self.K <= 128 else 20
+        return REGISTERS_PER_SM // (WARP_LANES * self.registers)

@@ -82,16 +82,11 @@ def load_vector(pointer, dtype) -> list:
 
 
 def load_words(pointer) -> list:
-    """The 16 bytes of shared memory at `pointer` as four int32 registers."""
+    """The 16 bytes at `pointer` as four int32 registers."""
     fragment = cute.make_rmem_tensor((VECTOR_BYTES // 4,), Int32)
     words = cute.make_tensor(cute.recast_ptr(pointer, dtype=Int32), cute.make_layout(fragment.shape))
     cute.autovec_copy(words, fragment)
     return [fragment[i] for i in range(VECTOR_BYTES // 4)]
-
-
-def load_word(pointer):
-    """The 4 bytes of shared memory at `pointer` as an int32."""
-    return cute.make_tensor(cute.recast_ptr(pointer, dtype=Int32), cute.make_layout(1))[0]
 
 
 def unpack(word, dtype) -> list:
@@ -102,7 +97,7 @@ def unpack(word, dtype) -> list:
 
 
 def store_vector(pointer, values: Sequence, dtype) -> None:
-    """Store float32 `values`, 4 or 16 aligned bytes of `dtype` in shared memory, rounded to nearest even."""
+    """Store float32 `values` at `pointer`, 16 aligned bytes of `dtype`, rounded to nearest even."""
     fragment = cute.make_rmem_tensor((len(values),), dtype)
     for i, value in enumerate(values):
         fragment[i] = value.to(dtype)
@@ -116,18 +111,6 @@ def bulk_load(shared, source, num_bytes: int, mbar, evict_first: bool = False) -
         f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{hint}"
         f" [{{$r0}}], [{{$r1}}], {{$r2}}, [{{$r3}}]{', {$r4}' if policy else ''};",
         read_only_args=[shared, source, Int32(num_bytes), mbar, *policy],
-    )
-
-
-def prefetch_l2(source) -> None:
-    """Bring the cache line at `source` to L2."""
-    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[source])
-
-
-def bulk_prefetch_l2(source, num_bytes: int) -> None:
-    """Start bringing `num_bytes` of global memory at `source` to L2."""
-    cute.arch.inline_ptx(
-        "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(num_bytes)]
     )
 
 

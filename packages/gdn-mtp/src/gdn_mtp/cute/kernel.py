@@ -58,6 +58,7 @@ from .gates import (
     load_gates,
     stage_gates,
 )
+from .prefetch import prefetch_tokens
 from .tiles import Place, Shared, allocate_tokens
 
 
@@ -111,7 +112,7 @@ class GatedDeltaRule(TokenChunks):
         if cutlass.const_expr(cfg.pdl):
             here = Place(request, hv, request, row, warp, lane)
             if warp == 0:
-                self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
+                prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
             if cutlass.const_expr(cfg.prefetch):
                 self.prefetch_state(tensors.state, state_indices, here)
             cute.arch.griddepcontrol_wait()

@@ -1,38 +1,44 @@
 """Gated delta rule for one token with a K-major state [B, HV, K, V], updated in place; SM90 and newer.
 
     p = S^T k      u = beta (v - d p)      o = scale (d S^T q + (q.k) u)      S <- d S + k u^T
-A block owns `columns` columns of a head's state: bulk copies bring its rows to shared memory and back, and
-each thread owns one word, a column or two, of a run of K / groups rows, so that only sums cross threads.
+A block owns `columns` columns of a head's state, in registers from the load to the store. A thread has 16
+bytes of every row of its group; the rows are dealt out among the groups, so only sums cross threads.
 Grid: (V / columns, HV, B).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int64
+from cutlass import Float32
 from cutlass.memory import SmemAllocator
 
 from gdn_mtp.problem import L2NORM_EPSILON
 
-from .config import GATE_COLUMNS, L2_LINE_BYTES, WARP_LANES
-from .config_kmajor import THREADS, KMajorConfig
-from .fragments import (
-    NUMERIC,
-    bulk_load,
-    bulk_prefetch_l2,
-    bulk_store,
-    dot,
-    load_word,
-    prefetch_l2,
-    store_vector,
-    unpack,
-)
+from .config import GATE_COLUMNS, WARP_LANES
+from .config_kmajor import KMajorConfig
+from .fragments import NUMERIC, dot, load_shared, load_words, opaque, store_vector, unpack
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
-from .tiles import in_first_wave
+from .kernel import Tensors
+from .prefetch import bulk_prefetch_l2, few_blocks, prefetch_tokens
+from .tiles import Place
+
+SUM_VECTOR = 4  # float32 sums of a 16-byte access
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block's shared memory, float32."""
+
+    kq: Any  # k, q of every row side by side, as given
+    sums: Any  # [warps, 2, columns]
+    update: Any  # [columns]: u times the factor of k
+    gate: Any  # [GATE_COLUMNS]
 
 
 class GatedDeltaRuleKMajor:
@@ -40,6 +46,7 @@ class GatedDeltaRuleKMajor:
 
     def __init__(self, config: KMajorConfig):
         self.config = config
+        self.state_dtype = NUMERIC[config.state_dtype]
 
     @cute.jit
     def __call__(
@@ -48,8 +55,8 @@ class GatedDeltaRuleKMajor:
     ):  # fmt: skip
         cfg = self.config
         self.kernel(q, k, v, a, b, A_log, dt_bias, scale, state, output).launch(
-            grid=(cfg.V // cfg.columns, v.shape[2], v.shape[0]),
-            block=(THREADS, 1, 1),
+            grid=(cfg.V // cfg.tactic.columns, v.shape[2], v.shape[0]),
+            block=(cfg.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=cfg.blocks_per_sm,
             preferred_smem_carveout=cfg.smem_carveout_percent,
@@ -61,107 +68,132 @@ class GatedDeltaRuleKMajor:
         cfg = self.config
         v_block, hv, request = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
-        smem = SmemAllocator()
-        s_state = smem.allocate_tensor(NUMERIC[cfg.state_dtype], cute.make_layout((cfg.columns, cfg.K)), 128)
-        mbar = smem.allocate_array(Int64, 1)
-        s_kq = smem.allocate_tensor(Float32, cute.make_layout((cfg.K, 2)), 16)
-        s_sums = smem.allocate_tensor(Float32, cute.make_layout((cfg.columns, cfg.groups, 2)), 16)
-        s_gate = smem.allocate_tensor(Float32, cute.make_layout(GATE_COLUMNS), 16)
-        column, group = tid % cfg.row_words * cfg.word_columns, tid // cfg.row_words
-        first_column = v_block * cfg.columns
+        tensors = Tensors(q, k, v, state, None, None, output)
+        shared = self.allocate()
+        group = tid // cfg.row_threads
+        column = tid % cfg.row_threads * cfg.vector_elements
+        first_column = v_block * cfg.tactic.columns
         head = hv // (v.shape[2] // q.shape[2])
         matrix = state[request, hv, None, None]
-        if tid == 0:
-            cute.arch.mbarrier_init(mbar, 1)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
         if cutlass.const_expr(cfg.pdl):
-            if in_first_wave(cfg):
-                self.prefetch(matrix, (q, k), v, (a, b), request, head, hv, first_column)
+            if few_blocks():
+                here = Place(request, hv, request, first_column, tid // WARP_LANES, tid % WARP_LANES)
+                if here.warp == 0:
+                    prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
+                self.prefetch_state(matrix, first_column)
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        if tid == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(mbar, cfg.tile_bytes)
-        for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
-            row = tid + i * THREADS
-            if row < cfg.K:
-                source = matrix[row, None].iterator + first_column
-                bulk_load(s_state[None, row].iterator, source, cfg.row_bytes, mbar)
+        place = cute.assume(first_column + column, divby=cfg.vector_elements)
+        words = [load_words(self.vector_pointer(matrix, group, i, place)) for i in range(cfg.tactic.rows)]
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
-        places = [first_column + column + x for x in range(cfg.word_columns)]
-        values = [v[request, 0, hv, x] for x in places]
+        columns = [tid + first for first in range(0, cfg.tactic.columns, cfg.threads)]
+        values = [v[request, 0, hv, first_column + cutlass.min(x, cfg.tactic.columns - 1)] for x in columns]
         gates = load_gates(a, b, A_log, dt_bias, request, hv, 0)
-        self.stage(q, k, gates, scale, s_kq, s_gate, request, head)
+        self.stage(q, k, gates, scale, shared, request, head)
         cute.arch.sync_threads()
-        cute.arch.mbarrier_wait(mbar, 0)
-        run = cfg.K // cfg.groups
-        rows = [group * run + i for i in range(run)]
-        words = [s_state[None, row].iterator + cute.assume(column, divby=cfg.word_columns) for row in rows]
-        s = [load_word(word) for word in words]
-        sums = self.column_sums([unpack(word, s_state.element_type) for word in s], s_kq, rows)
-        if cutlass.const_expr(cfg.groups > 1):
-            for x in cutlass.range_constexpr(cfg.word_columns):
-                for e in cutlass.range_constexpr(2):
-                    s_sums[column + x, group, e] = sums[x][e]
-            cute.arch.sync_threads()
-            sums = [
-                [reduce(add, [s_sums[column + x, i, e] for i in range(cfg.groups)]) for e in range(2)]
-                for x in range(cfg.word_columns)
-            ]
-        beta, decay, k_scale, q_scale, qk = (s_gate[x] for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK))
-        u = [beta * (values[x].to(Float32) - decay * k_scale * sums[x][0]) for x in range(cfg.word_columns)]
-        if group == 0:
-            for x in cutlass.range_constexpr(cfg.word_columns):
-                o = q_scale * (decay * sums[x][1] + qk * k_scale * u[x])
-                output[request, 0, hv, places[x]] = o.to(output.element_type)
-        u = [x * k_scale for x in u]
-        for word, before, row in zip(words, s, rows, strict=True):
-            self.advance(word, unpack(before, s_state.element_type), u, decay, s_kq[row, 0])
-        cute.arch.fence_view_async_shared()
+        self.share_sums(self.warp_sums(words, shared, group), shared, column)
         cute.arch.sync_threads()
-        for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
-            row = tid + i * THREADS
-            if row < cfg.K:
-                destination = matrix[row, None].iterator + first_column
-                bulk_store(destination, s_state[None, row].iterator, cfg.row_bytes)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        for x, value in zip(columns, values, strict=True):
+            self.solve(value, shared, x, output[request, 0, hv, None], first_column)
+        cute.arch.sync_threads()
+        u = self.load_update(shared, column)
+        group = opaque(group)  # else the addresses of all loads would be held
+        decay = shared.gate[DECAY]
+        for i, row_words in enumerate(words):
+            key = shared.kq[2 * self.row(group, i)]
+            after = [decay * x + key * y for x, y in zip(self.values(row_words), u, strict=True)]
+            store_vector(self.vector_pointer(matrix, group, i, place), after, self.state_dtype)
+
+    def allocate(self) -> Shared:
+        cfg = self.config
+        smem = SmemAllocator()
+
+        def floats(count):
+            return smem.allocate_tensor(Float32, cute.make_layout(count), 16)
+
+        return Shared(
+            kq=floats(2 * cfg.K),
+            sums=floats(cfg.sums_floats),
+            update=floats(cfg.tactic.columns),
+            gate=floats(GATE_COLUMNS),
+        )
+
+    def row(self, group, i):
+        """The row of the state that is number i of a group."""
+        return group + self.config.groups * i
+
+    def vector_pointer(self, matrix, group, i, place):
+        """Where in `matrix` [K, V] the 16 bytes from column `place` on are, of row number i of a group."""
+        return matrix[self.row(group, i), None].iterator + place
+
+    def values(self, words):
+        """16 bytes of the state as float32 values."""
+        return [x for word in words for x in unpack(word, self.state_dtype)]
 
     @cute.jit
-    def prefetch(self, matrix, kq, v, gates, request, head, hv, first_column):
-        """Bring what the block will read to L2 while the previous grid still runs: L2 is coherent."""
+    def prefetch_state(self, matrix, first_column):
+        """Bring the block's columns of `matrix` [K, V] to L2."""
         cfg = self.config
         tid, _, _ = cute.arch.thread_idx()
-        for i in cutlass.range_constexpr(-(-cfg.K // THREADS)):
-            row = tid + i * THREADS
-            if row < cfg.K:
-                bulk_prefetch_l2(matrix[row, None].iterator + first_column, cfg.row_bytes)
-        if tid == 0:
-            for x in kq:
-                step = L2_LINE_BYTES * 8 // x.element_type.width
-                for column in cutlass.range_constexpr(0, cfg.K, step):
-                    prefetch_l2(x[request, 0, head, None].iterator + column)
-            prefetch_l2(v[request, 0, hv, None].iterator + first_column)
-            for x in gates:
-                prefetch_l2(x[request, 0, None].iterator + hv)
+        for first in cutlass.range_constexpr(0, cfg.K, cfg.threads):
+            if first + tid < cfg.K:
+                bulk_prefetch_l2(matrix[first + tid, None].iterator + first_column, cfg.row_bytes)
 
-    def advance(self, word, s, u, decay, k):
-        """Write d s + u k, a thread's columns of a row, to shared memory at `word`."""
-        store_vector(word, [decay * x + y * k for x, y in zip(s, u, strict=True)], word.value_type)
-
-    def column_sums(self, s, s_kq, rows):
-        """[S^T k, S^T q] of each column of a thread, over its rows; s: by row and column."""
-        sums = [[Float32(0.0), Float32(0.0)] for _ in s[0]]
-        for values, row in zip(s, rows, strict=True):
-            kq = [s_kq[row, e] for e in range(2)]
-            for total, value in zip(sums, values, strict=True):
-                for e in range(2):
-                    total[e] += value * kq[e]
-        return sums
+    def warp_sums(self, words, shared, group):
+        """[S^T k, S^T q] of each column of a thread, over the rows of its warp."""
+        cfg = self.config
+        p, r = ([Float32(0.0)] * cfg.vector_elements for _ in range(2))
+        for i, row_words in enumerate(words):
+            key, query = load_shared(shared.kq, 2 * self.row(group, i), 2)
+            s = self.values(row_words)
+            p = [total + x * key for total, x in zip(p, s, strict=True)]
+            r = [total + x * query for total, x in zip(r, s, strict=True)]
+        for step in cfg.shuffle_steps:
+            p, r = ([x + cute.arch.shuffle_sync_bfly(x, step) for x in sums] for sums in (p, r))
+        return [p, r]
 
     @cute.jit
-    def stage(self, q, k, gates, scale, s_kq, s_gate, request, head):
+    def share_sums(self, sums, shared, column):
+        """Write what `warp_sums` gave to shared memory."""
+        cfg = self.config
+        tid, _, _ = cute.arch.thread_idx()
+        if tid % WARP_LANES < cfg.row_threads:
+            for which in cutlass.range_constexpr(2):
+                at = self.sums_offset(tid // WARP_LANES, which, column)
+                for e in cutlass.range_constexpr(0, cfg.vector_elements, SUM_VECTOR):
+                    place = shared.sums.iterator + cute.assume(at + e, divby=SUM_VECTOR)
+                    store_vector(place, sums[which][e : e + SUM_VECTOR], Float32)
+
+    def sums_offset(self, warp, which, column):
+        """Where in `Shared.sums` the sum of a warp for a column is, S^T k (which = 0) or S^T q (1)."""
+        return (2 * warp + which) * self.config.tactic.columns + column
+
+    @cute.jit
+    def solve(self, v, shared, column, output, first_column):
+        """The update u of a column of the block, to shared memory, and its output; v is the column's."""
+        cfg = self.config
+        if column < cfg.tactic.columns:
+            p, r = (
+                reduce(add, [shared.sums[self.sums_offset(warp, which, column)] for warp in range(cfg.warps)])
+                for which in range(2)
+            )
+            beta, decay, k_scale, q_scale, qk = (shared.gate[x] for x in (BETA, DECAY, K_SCALE, Q_SCALE, QK))
+            u = beta * (v.to(Float32) - decay * k_scale * p) * k_scale
+            output[first_column + column] = (q_scale * (decay * r + qk * u)).to(output.element_type)
+            shared.update[column] = u
+
+    def load_update(self, shared, column):
+        """u times the factor of k, of each column of a thread."""
+        cfg = self.config
+        parts = [
+            load_shared(shared.update, column + e, SUM_VECTOR)
+            for e in range(0, cfg.vector_elements, SUM_VECTOR)
+        ]
+        return reduce(add, parts)
+
+    @cute.jit
+    def stage(self, q, k, gates, scale, shared, request, head):
         """The first warp writes k, q as given, their factors, q.k and the gates to shared memory."""
         cfg = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -169,15 +201,16 @@ class GatedDeltaRuleKMajor:
             columns = [tid + WARP_LANES * j for j in range(cfg.K // WARP_LANES)]
             kx, qx = ([x[request, 0, head, c].to(Float32) for c in columns] for x in (k, q))
             for j in cutlass.range_constexpr(len(columns)):
-                s_kq[columns[j], 0] = kx[j]
-                s_kq[columns[j], 1] = qx[j]
+                shared.kq[2 * columns[j]] = kx[j]
+                shared.kq[2 * columns[j] + 1] = qx[j]
             k_scale, q_scale = Float32(1.0), scale
             if cutlass.const_expr(cfg.use_qk_l2norm):
                 k_scale = cute.math.rsqrt(cute.arch.warp_reduction_sum(dot(kx, kx)) + L2NORM_EPSILON)
                 q_scale = cute.math.rsqrt(cute.arch.warp_reduction_sum(dot(qx, qx)) + L2NORM_EPSILON) * scale
             qk = cute.arch.warp_reduction_sum(dot(kx, qx))
-            stage_gates(gates, s_gate, tid, 1)
+            stage_gates(gates, shared.gate, tid, 1)
             if tid == 0:
-                s_gate[K_SCALE] = k_scale
-                s_gate[Q_SCALE] = q_scale
-                s_gate[QK] = qk
+                shared.gate[K_SCALE] = k_scale
+                shared.gate[Q_SCALE] = q_scale
+                shared.gate[QK] = qk
+                shared.gate[GATE_COLUMNS - 1] = Float32(0.0)  # is read with the others, 16 bytes at once

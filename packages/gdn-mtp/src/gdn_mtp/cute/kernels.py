@@ -12,8 +12,8 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 from gdn_mtp.speculative.problem import SpeculativeProblem
 
 from .compile import FUNCTION
-from .config import CHUNK_TOKENS, L2_LINE_BYTES, MMA_ROWS, Config, KernelConfig, Tactic
-from .config_kmajor import KMajorConfig
+from .config import MMA_ROWS, Config, KernelConfig, Tactic
+from .config_kmajor import KMajorConfig, KMajorTactic
 from .config_speculative import SpeculativeConfig
 
 # Every tactic of the V-major kernel; `bench_gdn_mtp.py --tactics` times them.
@@ -35,8 +35,10 @@ TACTICS = {
         Tactic(4, 2, evict_first=True),
     )
 }
-# Columns per thread block of the K-major kernel, whose part of a row is a cache line at most.
-KMAJOR_TACTICS = {"c32": 32, "c64": 64}
+# Every tactic of the K-major kernel
+KMAJOR_TACTICS = {
+    tactic.name: tactic for tactic in (KMajorTactic(64, 8), KMajorTactic(64, 16), KMajorTactic(128, 16))
+}
 
 # (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
 # gdn_mtp-h100-tactics. Another GPU only counts by its SMs; `kernel_dispatch.autotune` times its own.
@@ -59,13 +61,20 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "every bf16 state, few tokens": ((4, "w4t1s"), (16, "w4t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every bf16 state, many tokens": ((4, "w4t1s"), (16, "w4t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
 }
+# The most tokens of a regime of few tokens
+FEW_TOKENS = {"final": 4, "every": 6}
+# The same as `HEURISTIC` for K-major states, from benchmarks/results/gdn_mtp-h100-kmajor
+KMAJOR_HEURISTIC: dict[torch.dtype, tuple[tuple[float, str], ...]] = {
+    torch.float32: ((400, "c64r16"), (NO_LIMIT, "c128r16")),
+    torch.bfloat16: ((32, "c64r8"), (NO_LIMIT, "c128r16")),
+}
 
 
 def regime(problem: GatedDeltaRuleProblem) -> str:
     """The key of a problem in `HEURISTIC`."""
     stored = "final" if problem.intermediate == "none" else "every"
     bf16 = "bf16 " if problem.state_dtype == torch.bfloat16 else ""
-    tokens = "many tokens" if problem.T > CHUNK_TOKENS // 2 else "few tokens"
+    tokens = "few tokens" if FEW_TOKENS[stored] >= problem.T else "many tokens"
     if problem.T == 1 and stored == "final":
         tokens = "one token"
     return f"{stored} {bf16}state, {tokens}"
@@ -99,15 +108,11 @@ class GatedDeltaRuleKernels:
 
 
 def ranked_kmajor(problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
-    """The K-major tactics that fit: first the widest that gives every SM a block, else the narrowest."""
-    most = L2_LINE_BYTES // problem.state_dtype.itemsize
-    columns_per_sm = problem.B * problem.HV * problem.V / arch.sm_count
-
-    def preference(name: str) -> tuple[bool, int]:
-        columns = KMAJOR_TACTICS[name]
-        return (True, columns) if columns > columns_per_sm else (False, -columns)
-
-    return sorted((name for name, columns in KMAJOR_TACTICS.items() if columns <= most), key=preference)
+    """The K-major tactics of the state's dtype that fit, the heuristic's choice first."""
+    heuristic = KMAJOR_HEURISTIC[problem.state_dtype]
+    _, preferred = heuristic[heuristic_row(problem, arch, heuristic)]
+    fitting = [name for _, name in heuristic if problem.V % KMAJOR_TACTICS[name].columns == 0]
+    return sorted(fitting, key=lambda name: name != preferred)
 
 
 def ranked(

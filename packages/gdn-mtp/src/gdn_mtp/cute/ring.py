@@ -21,17 +21,16 @@ from .chunks import TokenChunks, as_operand
 from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
 from .fragments import (
     bulk_load,
-    bulk_prefetch_l2,
     increment,
     load_values,
     mma_split,
     parts,
-    prefetch_l2,
     read_index,
     read_l2,
     select,
     write_l2,
 )
+from .prefetch import bulk_prefetch_l2, prefetch_l2
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,9 @@ from .fragments import (
     select,
 )
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
+from .prefetch import in_first_wave, prefetch_tokens
 from .ring import Cache, RingTiles
-from .tiles import Place, allocate_tokens, in_first_wave
+from .tiles import Place, allocate_tokens
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Verify(RingTiles):
             if in_first_wave(cfg):
                 here = Place(request, hv, request, row, warp, lane)
                 if warp == 0:
-                    self.prefetch_tokens(tensors, (a, b), (A_log, dt_bias), here, head)
+                    prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
                 if warp == cfg.tactic.warps - 1:
                     self.prefetch_pending(cache, state_indices, num_accepted, head, block_row, here)
                 self.prefetch_state(state, state_indices, here)

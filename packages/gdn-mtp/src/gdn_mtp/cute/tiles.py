@@ -48,13 +48,6 @@ class Place:
         return PART_ROWS * (self.g % 2) + self.g // 2 + PART_ROWS // 2 * half
 
 
-def in_first_wave(cfg):
-    """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
-    x, y, z = cute.arch.block_idx()
-    blocks_x, blocks_y, _ = cute.arch.grid_dim()
-    return (z * blocks_y + y) * blocks_x + x < cute.arch.nsmid() * cfg.blocks_per_sm
-
-
 def allocate_tokens(cfg, smem):
     """Shared memory of k and q of all tokens: `Shared.kq`."""
     size = 2 * cfg.T * cfg.token_stride

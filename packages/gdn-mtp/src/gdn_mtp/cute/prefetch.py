@@ -1,0 +1,59 @@
+"""What blocks bring to the L2 cache while the previous grid still runs, and read as that grid leaves it.
+
+L2 is coherent, so a line that the previous grid writes after all is as it leaves it.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from .config import L2_LINE_BYTES
+
+FEW_BLOCKS = 2  # per multiprocessor: from times of the K-major kernel on an H100
+
+
+def prefetch_l2(source) -> None:
+    """Bring the cache line at `source` to L2."""
+    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[source])
+
+
+def bulk_prefetch_l2(source, num_bytes: int) -> None:
+    """Start bringing `num_bytes` of global memory at `source` to L2."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(num_bytes)]
+    )
+
+
+def in_first_wave(cfg):
+    """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
+    x, y, z = cute.arch.block_idx()
+    blocks_x, blocks_y, _ = cute.arch.grid_dim()
+    return (z * blocks_y + y) * blocks_x + x < cute.arch.nsmid() * cfg.blocks_per_sm
+
+
+def few_blocks():
+    """Whether the grid is so small that what its blocks prefetch is not in the way of the previous grid."""
+    x, y, z = cute.arch.grid_dim()
+    return x * y * z <= FEW_BLOCKS * cute.arch.nsmid()
+
+
+@cute.jit
+def prefetch_tokens(cfg, tensors, token_gates, head_gates, place, head):
+    """Bring k, q, v and the gates of a block's tokens to L2; for one warp.
+
+    tensors: has q, k [B, T, H, K] and v [B, T, HV, V]. token_gates: a, b [B, T, HV]. head_gates: A_log,
+    dt_bias [HV]. place: of the warp, `row` its first row of v.
+    """
+    if place.lane < cfg.T:
+        for x in (tensors.k, tensors.q):
+            for line in cutlass.range_constexpr(-(-cfg.K * x.element_type.width // (8 * L2_LINE_BYTES))):
+                column = line * L2_LINE_BYTES * 8 // x.element_type.width
+                prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
+        prefetch_l2(tensors.v[place.request, place.lane, place.hv, None].iterator + place.row)
+        for x in token_gates:
+            prefetch_l2(x[place.request, place.lane, None].iterator + place.hv)
+    if place.lane == 0:
+        for x in head_gates:
+            prefetch_l2(x.iterator + place.hv)
