@@ -65,11 +65,6 @@ class KMajorConfig(Config):
         return tuple(self.row_threads << i for i in range(doublings))
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a block's part of a row."""
-        return self.tactic.columns * self.state_bytes
-
-    @property
     def sums_floats(self) -> int:
         """Sums of all warps in shared memory: two for each column."""
         return self.warps * 2 * self.tactic.columns

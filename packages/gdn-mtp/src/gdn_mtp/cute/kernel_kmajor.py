@@ -25,7 +25,7 @@ from .config_kmajor import KMajorConfig
 from .fragments import NUMERIC, dot, load_shared, load_words, opaque, store_vector, unpack
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
 from .kernel import Tensors
-from .prefetch import bulk_prefetch_l2, few_blocks, prefetch_tokens
+from .prefetch import bulk_prefetch_l2, out_of_the_way, prefetch_tokens
 from .tiles import Place
 
 SUM_VECTOR = 4  # float32 sums of a 16-byte access
@@ -76,11 +76,11 @@ class GatedDeltaRuleKMajor:
         head = hv // (v.shape[2] // q.shape[2])
         matrix = state[request, hv, None, None]
         if cutlass.const_expr(cfg.pdl):
-            if few_blocks():
-                here = Place(request, hv, request, first_column, tid // WARP_LANES, tid % WARP_LANES)
-                if here.warp == 0:
-                    prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
-                self.prefetch_state(matrix, first_column)
+            if tid < WARP_LANES:
+                here = Place(request, hv, request, first_column, 0, tid)
+                prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
+            if out_of_the_way(cfg):
+                self.prefetch_state(matrix, v_block)
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
         place = cute.assume(first_column + column, divby=cfg.vector_elements)
@@ -132,13 +132,16 @@ class GatedDeltaRuleKMajor:
         return [x for word in words for x in unpack(word, self.state_dtype)]
 
     @cute.jit
-    def prefetch_state(self, matrix, first_column):
-        """Bring the block's columns of `matrix` [K, V] to L2."""
+    def prefetch_state(self, matrix, v_block):
+        """Bring a share of the rows of `matrix` [K, V] to L2, if they lie one behind the other.
+
+        The blocks of a head come at the same time, and rows in one piece come faster than their own columns.
+        """
         cfg = self.config
         tid, _, _ = cute.arch.thread_idx()
-        for first in cutlass.range_constexpr(0, cfg.K, cfg.threads):
-            if first + tid < cfg.K:
-                bulk_prefetch_l2(matrix[first + tid, None].iterator + first_column, cfg.row_bytes)
+        rows = cfg.K * cfg.tactic.columns // cfg.V
+        if tid == 0 and matrix.stride[0] == cfg.V:
+            bulk_prefetch_l2(matrix[v_block * rows, None].iterator, rows * cfg.V * cfg.state_bytes)
 
     def warp_sums(self, words, shared, group):
         """[S^T k, S^T q] of each column of a thread, over the rows of its warp."""

@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from .config import L2_LINE_BYTES
 
-FEW_BLOCKS = 2  # per multiprocessor: from times of the K-major kernel on an H100
+FEW_BLOCKS = 2  # of a small grid, per multiprocessor: from times of the K-major kernel on an H100
 
 
 def prefetch_l2(source) -> None:
@@ -28,15 +28,24 @@ def bulk_prefetch_l2(source, num_bytes: int) -> None:
 
 def in_first_wave(cfg):
     """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
+    return block_number() < cute.arch.nsmid() * cfg.blocks_per_sm
+
+
+def out_of_the_way(cfg):
+    """Whether a state that the block prefetches is not in the way of the previous grid.
+
+    So it is if the grid is small, and from the second wave on, which the previous grid has left the GPU to.
+    """
+    x, y, z = cute.arch.grid_dim()
+    few = x * y * z <= FEW_BLOCKS * cute.arch.nsmid()
+    return few | (block_number() >= cute.arch.nsmid() * cfg.blocks_per_sm)
+
+
+def block_number():
+    """The number of the block in the order in which blocks start."""
     x, y, z = cute.arch.block_idx()
     blocks_x, blocks_y, _ = cute.arch.grid_dim()
-    return (z * blocks_y + y) * blocks_x + x < cute.arch.nsmid() * cfg.blocks_per_sm
-
-
-def few_blocks():
-    """Whether the grid is so small that what its blocks prefetch is not in the way of the previous grid."""
-    x, y, z = cute.arch.grid_dim()
-    return x * y * z <= FEW_BLOCKS * cute.arch.nsmid()
+    return (z * blocks_y + y) * blocks_x + x
 
 
 @cute.jit
