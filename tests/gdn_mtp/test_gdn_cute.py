@@ -45,7 +45,7 @@ PROBLEM = GatedDeltaRuleProblem(
 )  # fmt: skip
 KMAJOR = replace(PROBLEM, T=1, state_layout="kv", index_dtype=None)
 HOPPER = Arch.from_name("sm_90a")
-FEW, SOME, MANY = 1, 4, 512  # batches whose tactics differ, from each other and from that of 8
+FEW, SOME, MEDIUM, MANY = 1, 4, 16, 512  # batches whose tactics differ, from each other and from that of 8
 ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a")
 
 
@@ -117,18 +117,18 @@ def test_the_heuristic_reaches_every_row_of_its_table():
     ]
     assert {regime(asked) for asked in problems} == set(HEURISTIC)
     for asked in problems:
-        of_batches = [replace(asked, B=b) for b in (1, 4, 8, 16, 64, 512)]
+        of_batches = [replace(asked, B=b) for b in (1, 4, 8, 16, 32, 64, 512)]
         check_every_row_is_chosen(KERNELS, HEURISTIC[regime(asked)], of_batches, HOPPER)
 
 
 KEPT = {"intermediate": "buffer", "update_state": False}
 WINDOW = SpeculativeProblem(B=1, T=4, H=16, HV=32, K=128, V=128, capacity=16)
 SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with fp32 and bf16 states
-    "single tokens": (KERNELS, problem(T=1), 3, 1),
+    "single tokens": (KERNELS, problem(T=1), 3, 2),
     "T4, kept": (KERNELS, problem(T=4, **KEPT), 4, 4),
     "T8, kept": (KERNELS, problem(T=8, **KEPT), 4, 4),
-    "T4, updated": (KERNELS, problem(T=4), 3, 1),
-    "T8, updated": (KERNELS, problem(T=8), 5, 2),
+    "T4, updated": (KERNELS, problem(T=4), 4, 2),
+    "T8, updated": (KERNELS, problem(T=8), 4, 3),
     "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 2),
     "commit": (SPECULATIVE_KERNELS, replace(WINDOW, mode="commit", T=0), 1, 1),
     "materialize": (SPECULATIVE_KERNELS, replace(WINDOW, mode="materialize", T=0), 1, 1),
@@ -163,6 +163,8 @@ COMPILED = {
     "T1-few": problem(T=1, B=FEW),
     "T1-many": problem(T=1, B=MANY),
     "T1-bf16state": problem(T=1, state_dtype=BF16),
+    "T1-bf16state-medium": problem(T=1, state_dtype=BF16, B=MEDIUM),
+    "T8-bf16state-medium": problem(T=8, state_dtype=BF16, B=MEDIUM),
     "T2-buffer": problem(T=2, intermediate="buffer"),
     "T4": PROBLEM,
     "T4-few": problem(B=FEW),

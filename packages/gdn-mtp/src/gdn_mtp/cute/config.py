@@ -35,6 +35,7 @@ class Tactic:
     "early", once it has its state in registers, or "late", as its last stores are issued. The sooner, the
     more overlaps, but then its blocks crowd multiprocessors that have few of this grid.
     evict_first: states pass through L2 as what is to leave it first.
+    patient: the first blocks of a large grid do not prefetch states while the previous grid still runs.
     max_blocks_per_sm: at most so many blocks share a multiprocessor; None: all that fit.
     """
 
@@ -43,14 +44,16 @@ class Tactic:
     row_copies: bool = False
     trigger: str = "late"
     evict_first: bool = False
+    patient: bool = False
     max_blocks_per_sm: int | None = None
 
     @property
     def name(self) -> str:
-        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first, `b2`
-        for two blocks per multiprocessor.
+        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first, `p`
+        for patient, `b2` for two blocks per multiprocessor.
         """
-        suffixes = "r" * self.row_copies + TRIGGER_SUFFIX[self.trigger] + "f" * self.evict_first
+        suffixes = "r" * self.row_copies + TRIGGER_SUFFIX[self.trigger]
+        suffixes += "f" * self.evict_first + "p" * self.patient
         limit = "" if self.max_blocks_per_sm is None else f"b{self.max_blocks_per_sm}"
         return f"w{self.warps}t{self.tiles_per_warp}{suffixes}{limit}"
 

@@ -58,7 +58,7 @@ from .gates import (
     load_gates,
     stage_gates,
 )
-from .prefetch import prefetch_tokens
+from .prefetch import out_of_the_way, prefetch_tokens
 from .tiles import Place, Shared, allocate_tokens
 
 
@@ -113,7 +113,10 @@ class GatedDeltaRule(TokenChunks):
             here = Place(request, hv, request, row, warp, lane)
             if warp == 0:
                 prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
-            if cutlass.const_expr(cfg.prefetch):
+            if cutlass.const_expr(cfg.prefetch and cfg.tactic.patient):
+                if out_of_the_way(cfg):
+                    self.prefetch_state(tensors.state, state_indices, here)
+            elif cutlass.const_expr(cfg.prefetch):
                 self.prefetch_state(tensors.state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
