@@ -50,16 +50,24 @@ NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "final state, one token": ((8, "w2t1s"), (20, "w4t1e"), (NO_LIMIT, "w4t1spb2")),
     "final state, few tokens": ((8, "w4t1s"), (20, "w4t1ep"), (300, "w4t1e"), (NO_LIMIT, "w4t1sb2")),
-    "final state, many tokens": ((4, "w4t1s"), (8, "w2t1s"), (300, "w4t1spb3"), (NO_LIMIT, "w4t1sb2")),
+    "final state, 5 or 8 tokens": ((4, "w4t1s"), (8, "w2t1s"), (300, "w4t1spb3"), (NO_LIMIT, "w4t1sb2")),
+    "final state, many tokens": (
+        (4, "w4t1s"),
+        (8, "w2t1s"),
+        (16, "w4t2s"),
+        (300, "w4t1e"),
+        (NO_LIMIT, "w4t1sb2"),
+    ),
     "final bf16 state, one token": ((20, "w4t1s"), (40, "w4t2e"), (NO_LIMIT, "w4t1s")),
     "final bf16 state, few tokens": ((20, "w4t1s"), (40, "w4t2e"), (NO_LIMIT, "w4t1s")),
-    "final bf16 state, many tokens": (
+    "final bf16 state, 5 or 8 tokens": (
         (8, "w4t1s"),
         (20, "w4t1spb3"),
         (40, "w4t2e"),
         (100, "w4t1spb3"),
         (NO_LIMIT, "w4t1s"),
     ),
+    "final bf16 state, many tokens": ((8, "w4t1s"), (20, "w4t2s"), (40, "w4t2e"), (NO_LIMIT, "w4t1s")),
     "every state, few tokens": ((4, "w2t1s"), (8, "w2t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every state, many tokens": ((4, "w4t1s"), (8, "w2t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every bf16 state, few tokens": ((4, "w4t1s"), (16, "w4t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
@@ -67,6 +75,8 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
 }
 # The most tokens of a regime of few tokens
 FEW_TOKENS = {"final": 4, "every": 6}
+# Tokens for which three blocks per SM are faster, where the final state alone is stored; 6 and 7 are slower
+THREE_BLOCKS_TOKENS = (5, 8)
 # The same as `HEURISTIC` for K-major states, from benchmarks/results/gdn_mtp-h100-kmajor
 KMAJOR_HEURISTIC: dict[torch.dtype, tuple[tuple[float, str], ...]] = {
     torch.float32: ((400, "c64r16"), (NO_LIMIT, "c128r16")),
@@ -81,6 +91,8 @@ def regime(problem: GatedDeltaRuleProblem) -> str:
     tokens = "few tokens" if FEW_TOKENS[stored] >= problem.T else "many tokens"
     if problem.T == 1 and stored == "final":
         tokens = "one token"
+    if problem.T in THREE_BLOCKS_TOKENS and stored == "final":
+        tokens = "5 or 8 tokens"
     return f"{stored} {bf16}state, {tokens}"
 
 
