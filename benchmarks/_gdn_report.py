@@ -166,10 +166,9 @@ def _shape(cell: Cell) -> tuple[object, ...]:
 
 
 def _fp32(cell: Cell) -> bool:
-    return cell.states == "fp32"
+    return cell.state_name == "fp32"
 
 
-# The fractions are those of V-major fp32 states.
 TARGETS = (
     Target(
         "caching, T >= 2, B >= 32: of copy",
@@ -219,7 +218,7 @@ TARGETS = (
     Target(
         "bf16 state, B >= 32: x our fp32 speed",
         1.7,
-        lambda c: c.states == "bf16" and c.B >= 32,
+        lambda c: c.state_name == "bf16" and c.B >= 32,
         _bf16_gain,
     ),
 )

@@ -179,11 +179,6 @@ class GatedDeltaRule(TokenChunks):
             gate=smem.allocate_tensor(Float32, cute.make_layout(cfg.T * GATE_COLUMNS), 16),
         )
 
-    def renewed(self, place):
-        """The same place, of which the compiler knows nothing: see `KernelConfig.saves_registers`."""
-        request, hv, row = (opaque(x) for x in (place.request, place.hv, place.row))
-        return replace(place, request=request, hv=hv, row=row, lane=cute.arch.lane_idx())
-
     # Global memory
 
     @cute.jit
@@ -277,15 +272,12 @@ class GatedDeltaRule(TokenChunks):
     def tile(self, tensors, v, shared, place, tile):
         """All tokens of the call on one tile. The first tile also waits for the chunk matrices."""
         cfg = self.config
-        row = self.tile_row(place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
         operand = self.load_operand(shared, place, tile)
         s = None if cfg.bf16_products else operand
         self.launch_dependents("early")
         for c in cutlass.range_constexpr(len(cfg.chunks)):
-            if cutlass.const_expr(cfg.saves_registers):
-                place = self.renewed(place)
-                row = self.tile_row(place, tile)
+            place, row = self.tile_place(place, tile)
             if cutlass.const_expr(c >= cfg.early_chunks):
                 v = [*v, self.load_v(tensors, place, row, c)]
             if cutlass.const_expr(c == 0):
@@ -300,9 +292,7 @@ class GatedDeltaRule(TokenChunks):
                 if cutlass.const_expr(s is None):
                     s = self.load_tile(shared, place, tile)
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
-                    if cutlass.const_expr(cfg.saves_registers):
-                        place = self.renewed(place)
-                        row = self.tile_row(place, tile)
+                    place, row = self.tile_place(place, tile)
                     self.store_step(tensors, s, u, shared, place, row, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
                 if cutlass.const_expr(c == 0 and (s is None or len(cfg.chunks) == 1)):
@@ -313,6 +303,13 @@ class GatedDeltaRule(TokenChunks):
         if cutlass.const_expr(cfg.update_state and not cfg.stores_every_state):
             self.stage_tile(s, shared, place, tile, None)
             self.store_token(tensors, cfg.T - 1, row, shared, place, tile)
+
+    def tile_place(self, place, tile):
+        """(where the warp works, first row of its tile); see `KernelConfig.saves_registers`."""
+        if self.config.saves_registers:
+            request, hv, row = (opaque(x) for x in (place.request, place.hv, place.row))
+            place = replace(place, request=request, hv=hv, row=row, lane=cute.arch.lane_idx())
+        return place, self.tile_row(place, tile)
 
     def store_step(self, tensors, s, u, shared, place, row, tile, c, j):
         """Advance s past token j of chunk c and store it; stores alternate between two buffers."""
