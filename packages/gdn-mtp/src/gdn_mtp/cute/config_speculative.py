@@ -132,4 +132,5 @@ class SpeculativeConfig(TokenTiles):
             return 16 if self.bf16_products else 8
         if self.tactic.tiles_per_warp > 1:
             return 12 if self.tree else 16
-        return 20 if self.bf16_products and self.mode == "verify" else 16
+        lean = self.bf16_products and self.mode == "verify" and not self.tactic.row_copies
+        return 20 if lean else 16
