@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _gdn_cases import Cell
+import torch
+from _gdn_cases import Cell, parse_heads
 
 PEER_TITLES = {"flashinfer": "FlashInfer", "fla": "FLA"}
 
@@ -70,6 +71,15 @@ class Row:
             "calls_per_graph": self.calls,
             "repeats": self.repeats,
         }
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any], copy_gb_s: float) -> Row:
+        """The row of which `record` made the entry of results.json."""
+        H, HV = parse_heads(record["heads"])
+        update, cache = "update" in record["mode"], "cache" in record["mode"]
+        state_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[record["state_dtype"]]
+        cell = Cell(H, HV, record["B"], record["T"], update, cache, state_dtype, record["state_layout"])
+        return cls(cell, copy_gb_s, record["tactic"], record["us"], record["failed"], record["notes"])
 
 
 def header(peers: Sequence[str]) -> str:

@@ -121,6 +121,19 @@ def test_the_heuristic_reaches_every_row_of_its_table():
         check_every_row_is_chosen(KERNELS, HEURISTIC[regime(asked)], of_batches, HOPPER)
 
 
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ("none", ["one", "few", "few", "few", "5 or 8", "many", "many", "5 or 8", "many"]),
+        ("buffer", ["few"] * 6 + ["many"] * 3),
+        ("scatter", ["few"] * 6 + ["many"] * 3),
+    ],
+)
+def test_the_regime_of_a_number_of_tokens(stored, words):
+    found = [regime(problem(T=t, intermediate=stored)).split(", ")[1] for t in range(1, len(words) + 1)]
+    assert found == [f"{x} token" if x == "one" else f"{x} tokens" for x in words]
+
+
 KEPT = {"intermediate": "buffer", "update_state": False}
 WINDOW = SpeculativeProblem(B=1, T=4, H=16, HV=32, K=128, V=128, capacity=16)
 SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with fp32 and bf16 states

@@ -112,7 +112,7 @@ class GatedDeltaRule(TokenChunks):
         if cutlass.const_expr(cfg.pdl):
             here = Place(request, hv, request, row, warp, lane)
             if warp == 0:
-                prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
+                prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
             if cutlass.const_expr(cfg.prefetch and cfg.tactic.patient):
                 if out_of_the_way(cfg):
                     self.prefetch_state(tensors.state, state_indices, here)
@@ -293,7 +293,7 @@ class GatedDeltaRule(TokenChunks):
                     s = self.load_tile(shared, place, tile)
                 for j in cutlass.range_constexpr(cfg.chunks[c][1]):
                     place, row = self.tile_place(place, tile)
-                    self.store_step(tensors, s, u, shared, place, row, tile, c, j)
+                    self.store_step(tensors, s, u, shared, place, tile, c, j)
             elif cutlass.const_expr(cfg.update_state or c + 1 < len(cfg.chunks)):
                 if cutlass.const_expr(c == 0 and (s is None or len(cfg.chunks) == 1)):
                     # Read again: until here no registers hold it.
@@ -311,7 +311,7 @@ class GatedDeltaRule(TokenChunks):
             place = replace(place, request=request, hv=hv, row=row, lane=cute.arch.lane_idx())
         return place, self.tile_row(place, tile)
 
-    def store_step(self, tensors, s, u, shared, place, row, tile, c, j):
+    def store_step(self, tensors, s, u, shared, place, tile, c, j):
         """Advance s past token j of chunk c and store it; stores alternate between two buffers."""
         t = self.config.chunks[c][0] + j
         self.advance(
@@ -320,7 +320,7 @@ class GatedDeltaRule(TokenChunks):
         stored = tile * self.config.T + t
         buffer = tile if stored % 2 == 0 else self.config.tactic.tiles_per_warp
         self.stage_tile(s, shared, place, buffer, 1 if stored > 0 else None)
-        self.store_token(tensors, t, row, shared, place, buffer)
+        self.store_token(tensors, t, self.tile_row(place, tile), shared, place, buffer)
 
     def token_update(self, u, shared, place, t, j):
         """u_j for rows g and g + 8 times the factor of k_j, from the lane of the row that has it."""

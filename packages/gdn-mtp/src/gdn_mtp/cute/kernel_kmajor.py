@@ -24,7 +24,6 @@ from .config import GATE_COLUMNS, WARP_LANES
 from .config_kmajor import KMajorConfig
 from .fragments import NUMERIC, dot, load_shared, load_words, opaque, store_vector, unpack
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
-from .kernel import Tensors
 from .prefetch import bulk_prefetch_l2, out_of_the_way, prefetch_tokens
 from .tiles import Place
 
@@ -68,7 +67,6 @@ class GatedDeltaRuleKMajor:
         cfg = self.config
         v_block, hv, request = cute.arch.block_idx()
         tid, _, _ = cute.arch.thread_idx()
-        tensors = Tensors(q, k, v, state, None, None, output)
         shared = self.allocate()
         group = tid // cfg.row_threads
         column = tid % cfg.row_threads * cfg.vector_elements
@@ -78,13 +76,13 @@ class GatedDeltaRuleKMajor:
         if cutlass.const_expr(cfg.pdl):
             if tid < WARP_LANES:
                 here = Place(request, hv, request, first_column, 0, tid)
-                prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
+                prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
             if out_of_the_way(cfg):
                 self.prefetch_state(matrix, v_block)
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        place = cute.assume(first_column + column, divby=cfg.vector_elements)
-        words = [load_words(self.vector_pointer(matrix, group, i, place)) for i in range(cfg.tactic.rows)]
+        at = cute.assume(first_column + column, divby=cfg.vector_elements)
+        words = [load_words(self.vector_pointer(matrix, group, i, at)) for i in range(cfg.tactic.rows)]
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
         columns = [tid + first for first in range(0, cfg.tactic.columns, cfg.threads)]
@@ -103,7 +101,7 @@ class GatedDeltaRuleKMajor:
         for i, row_words in enumerate(words):
             key = shared.kq[2 * self.row(group, i)]
             after = [decay * x + key * y for x, y in zip(self.values(row_words), u, strict=True)]
-            store_vector(self.vector_pointer(matrix, group, i, place), after, self.state_dtype)
+            store_vector(self.vector_pointer(matrix, group, i, at), after, self.state_dtype)
 
     def allocate(self) -> Shared:
         cfg = self.config
@@ -123,9 +121,9 @@ class GatedDeltaRuleKMajor:
         """The row of the state that is number i of a group."""
         return group + self.config.groups * i
 
-    def vector_pointer(self, matrix, group, i, place):
-        """Where in `matrix` [K, V] the 16 bytes from column `place` on are, of row number i of a group."""
-        return matrix[self.row(group, i), None].iterator + place
+    def vector_pointer(self, matrix, group, i, column):
+        """Where in `matrix` [K, V] the 16 bytes from `column` on are, of row number i of a group."""
+        return matrix[self.row(group, i), None].iterator + column
 
     def values(self, words):
         """16 bytes of the state as float32 values."""
@@ -165,8 +163,8 @@ class GatedDeltaRuleKMajor:
             for which in cutlass.range_constexpr(2):
                 at = self.sums_offset(tid // WARP_LANES, which, column)
                 for e in cutlass.range_constexpr(0, cfg.vector_elements, SUM_VECTOR):
-                    place = shared.sums.iterator + cute.assume(at + e, divby=SUM_VECTOR)
-                    store_vector(place, sums[which][e : e + SUM_VECTOR], Float32)
+                    target = shared.sums.iterator + cute.assume(at + e, divby=SUM_VECTOR)
+                    store_vector(target, sums[which][e : e + SUM_VECTOR], Float32)
 
     def sums_offset(self, warp, which, column):
         """Where in `Shared.sums` the sum of a warp for a column is, S^T k (which = 0) or S^T q (1)."""

@@ -73,10 +73,13 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "every bf16 state, few tokens": ((4, "w4t1s"), (16, "w4t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every bf16 state, many tokens": ((4, "w4t1s"), (16, "w4t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
 }
-# The most tokens of a regime of few tokens
-FEW_TOKENS = {"final": 4, "every": 6}
-# Tokens for which three blocks per SM are faster, where the final state alone is stored; 6 and 7 are slower
-THREE_BLOCKS_TOKENS = (5, 8)
+# What the regimes call T, by what is stored. With the final state alone, three blocks per SM are faster with 5 and
+# 8 tokens, and slower with 6 and 7; more than 8 have not been timed.
+TOKENS = {
+    "final": {1: "one token", 2: "few tokens", 3: "few tokens", 4: "few tokens"}
+    | dict.fromkeys((5, 8), "5 or 8 tokens"),
+    "every": dict.fromkeys(range(1, 7), "few tokens"),
+}
 # The same as `HEURISTIC` for K-major states, from benchmarks/results/gdn_mtp-h100-kmajor
 KMAJOR_HEURISTIC: dict[torch.dtype, tuple[tuple[float, str], ...]] = {
     torch.float32: ((400, "c64r16"), (NO_LIMIT, "c128r16")),
@@ -88,12 +91,7 @@ def regime(problem: GatedDeltaRuleProblem) -> str:
     """The key of a problem in `HEURISTIC`."""
     stored = "final" if problem.intermediate == "none" else "every"
     bf16 = "bf16 " if problem.state_dtype == torch.bfloat16 else ""
-    tokens = "few tokens" if FEW_TOKENS[stored] >= problem.T else "many tokens"
-    if problem.T == 1 and stored == "final":
-        tokens = "one token"
-    if problem.T in THREE_BLOCKS_TOKENS and stored == "final":
-        tokens = "5 or 8 tokens"
-    return f"{stored} {bf16}state, {tokens}"
+    return f"{stored} {bf16}state, {TOKENS[stored].get(problem.T, 'many tokens')}"
 
 
 class GatedDeltaRuleKernels:
@@ -124,10 +122,11 @@ class GatedDeltaRuleKernels:
 
 
 def ranked_kmajor(problem: GatedDeltaRuleProblem, arch: Arch) -> Sequence[str]:
-    """The K-major tactics of the state's dtype that fit, the heuristic's choice first."""
+    """The K-major tactics that fit, the heuristic's choice first; others of a dtype are slower or spill."""
     heuristic = KMAJOR_HEURISTIC[problem.state_dtype]
     _, preferred = heuristic[heuristic_row(problem, arch, heuristic)]
-    fitting = [name for _, name in heuristic if problem.V % KMAJOR_TACTICS[name].columns == 0]
+    names = {name for _, name in heuristic}
+    fitting = [name for name, x in KMAJOR_TACTICS.items() if name in names and problem.V % x.columns == 0]
     return sorted(fitting, key=lambda name: name != preferred)
 
 

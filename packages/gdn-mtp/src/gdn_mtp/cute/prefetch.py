@@ -28,7 +28,7 @@ def bulk_prefetch_l2(source, num_bytes: int) -> None:
 
 def in_first_wave(cfg):
     """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
-    return block_number() < cute.arch.nsmid() * cfg.blocks_per_sm
+    return block_number() < places(cfg)
 
 
 def out_of_the_way(cfg):
@@ -38,7 +38,12 @@ def out_of_the_way(cfg):
     """
     x, y, z = cute.arch.grid_dim()
     few = x * y * z <= FEW_BLOCKS * cute.arch.nsmid()
-    return few | (block_number() >= cute.arch.nsmid() * cfg.blocks_per_sm)
+    return few | (block_number() >= places(cfg))
+
+
+def places(cfg):
+    """How many blocks the GPU has room for."""
+    return cute.arch.nsmid() * cfg.blocks_per_sm
 
 
 def block_number():
@@ -49,18 +54,18 @@ def block_number():
 
 
 @cute.jit
-def prefetch_tokens(cfg, tensors, token_gates, head_gates, place, head):
-    """Bring k, q, v and the gates of a block's tokens to L2; for one warp.
+def prefetch_tokens(cfg, qk, v, token_gates, head_gates, place, head):
+    """Bring k, q, the first line of v and the gates of a block's tokens to L2; for one warp.
 
-    tensors: has q, k [B, T, H, K] and v [B, T, HV, V]. token_gates: a, b [B, T, HV]. head_gates: A_log,
-    dt_bias [HV]. place: of the warp, `row` its first row of v.
+    qk: q and k [B, T, H, K]. v: [B, T, HV, V]. token_gates: a, b [B, T, HV]. head_gates: A_log, dt_bias [HV].
+    place: of the warp, `row` its first of v.
     """
     if place.lane < cfg.T:
-        for x in (tensors.k, tensors.q):
+        for x in reversed(qk):
             for line in cutlass.range_constexpr(-(-cfg.K * x.element_type.width // (8 * L2_LINE_BYTES))):
                 column = line * L2_LINE_BYTES * 8 // x.element_type.width
                 prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
-        prefetch_l2(tensors.v[place.request, place.lane, place.hv, None].iterator + place.row)
+        prefetch_l2(v[place.request, place.lane, place.hv, None].iterator + place.row)
         for x in token_gates:
             prefetch_l2(x[place.request, place.lane, None].iterator + place.hv)
     if place.lane == 0:

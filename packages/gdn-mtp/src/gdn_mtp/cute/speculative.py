@@ -155,7 +155,7 @@ class Verify(RingTiles):
             if in_first_wave(cfg):
                 here = Place(request, hv, request, row, warp, lane)
                 if warp == 0:
-                    prefetch_tokens(cfg, tensors, (a, b), (A_log, dt_bias), here, head)
+                    prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
                 if warp == cfg.tactic.warps - 1:
                     self.prefetch_pending(cache, state_indices, num_accepted, head, block_row, here)
                 self.prefetch_state(state, state_indices, here)
