@@ -52,6 +52,7 @@ PROBLEMS = {
     "T16-bf16state-tree": problem(T=16, capacity=32, state_dtype=BF16, tree=True, accept="nodes"),
     "T6-bf16state-aligned": problem(T=6, capacity=24, state_dtype=BF16, state_rows="aligned"),
     "T4-bf16state-tree-aligned": problem(state_dtype=BF16, tree=True, accept="nodes", state_rows="aligned"),
+    "T4-fp32-aligned": problem(io_dtype=FP32, gate_dtype=FP32, state_rows="aligned"),
     "T16-aligned": problem(T=16, capacity=32, state_rows="aligned"),
     "T16-bf16state-aligned": problem(T=16, capacity=32, state_dtype=BF16, state_rows="aligned"),
     "commit": replace(problem(), mode="commit", T=0),

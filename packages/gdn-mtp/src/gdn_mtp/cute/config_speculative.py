@@ -128,9 +128,10 @@ class SpeculativeConfig(TokenTiles):
     @property
     def warps_per_sm(self) -> int:
         """96, 128, 168 or 255 registers per thread, enough for the compiler to spill none."""
-        spare = 4 if self.tactic.row_copies else 0
         if len(self.chunks) > 1:
-            return 16 - spare if self.bf16_products else 8
-        if self.tactic.tiles_per_warp > 1:
-            return 12 if self.tree else 16
-        return 20 - spare if self.bf16_products and self.mode == "verify" else 16
+            warps = 16 if self.bf16_products else 8
+        elif self.tactic.tiles_per_warp > 1:
+            warps = 12 if self.tree else 16
+        else:
+            warps = 20 if self.bf16_products and self.mode == "verify" else 16
+        return warps - 4 if self.tactic.row_copies and warps > 8 else warps

@@ -73,8 +73,8 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "every bf16 state, few tokens": ((4, "w4t1s"), (16, "w4t1f"), (40, "w4t2f"), (NO_LIMIT, "w4t1e")),
     "every bf16 state, many tokens": ((4, "w4t1s"), (16, "w4t1f"), (100, "w4t2f"), (NO_LIMIT, "w4t1e")),
 }
-# What the regimes call T, by what is stored. With the final state alone, three blocks per SM are faster with 5 and
-# 8 tokens, and slower with 6 and 7; more than 8 have not been timed.
+# What the regimes call T, by what is stored. With the final state alone, three blocks per SM are faster
+# with 5 and 8 tokens, and slower with 6 and 7; more than 8 have not been timed.
 TOKENS = {
     "final": {1: "one token", 2: "few tokens", 3: "few tokens", 4: "few tokens"}
     | dict.fromkeys((5, 8), "5 or 8 tokens"),
