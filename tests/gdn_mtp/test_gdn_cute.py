@@ -281,6 +281,7 @@ needs_hopper = pytest.mark.skipif(BACKEND != "cute", reason="needs a GPU of SM90
 QWEN = Case(H=16, HV=32, K=128, V=128)
 SEED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BUFFER_ROWS_BEYOND = 1
+CHAINED_CALLS = 16
 STATES_PER_CHECK = 64  # compared at once, in float64, which is 4 MiB for each at Qwen3-Next's heads
 
 
@@ -460,8 +461,8 @@ def test_qwen3_next_shapes_with_states_cached_and_updated(batch, tokens):
 @needs_hopper
 @pytest.mark.usefixtures("memory_given_back")
 @pytest.mark.parametrize("mode", ["none", "scatter"])
-@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
-@pytest.mark.parametrize("batch", [1, 17, 64, 256])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 16])
+@pytest.mark.parametrize("batch", [1, 8, 17, 64, 256])
 @pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
 def test_qwen3_next_shapes_with_the_preferred_tactic(state, batch, tokens, mode):
     """The largest pool, 256 requests' states after each of 16 tokens in float32, takes 8.5 GiB."""
@@ -493,6 +494,38 @@ def test_states_that_are_hardly_forgotten_over_two_chunks(state, io, mode):
 @pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
 def test_every_tactic(state, tactic, tokens, mode):
     run(Case(B=5, T=tokens, H=2, HV=4, K=128, V=128, state=state), tactic, mode=mode)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+@pytest.mark.parametrize("tactic", [name for name, tactic in TACTICS.items() if tactic.patient])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_patient_tactics_on_a_grid_of_several_waves(state, tactic, tokens):
+    run(replace(QWEN, B=64, T=tokens, state=state), tactic)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+@pytest.mark.parametrize("tactic", TACTICS)
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_calls_that_overlap_have_the_bits_of_calls_that_do_not(state, tactic, tokens):
+    """Each call goes on from the states of the one before it, some of them while that still runs."""
+    call = Call(replace(QWEN, B=32, T=tokens, state=state))
+    plan = gdn_mtp.plan(call.problem, DEVICE, "cute", tactic)
+    start = call.pool.clone()
+    for _ in range(CHAINED_CALLS):
+        plan.run(**call.arguments, state=call.pool)
+        torch.cuda.synchronize()
+    alone, output = call.pool.clone(), call.output.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CHAINED_CALLS):
+            plan.run(**call.arguments, state=call.pool)
+    call.pool.copy_(start)
+    call.output.fill_(NAN)
+    graph.replay()
+    assert_same_bits(call.output, output, "output")
+    assert_same_bits(call.pool, alone, "pool")
 
 
 @needs_hopper
@@ -619,24 +652,56 @@ def test_a_thousand_steps_stay_close(T, state):
     assert max(errors[500:]) <= 2 * max(errors[:500]), "errors grow"
 
 
-@needs_hopper
-@pytest.mark.parametrize(
+K_MAJOR = pytest.mark.parametrize(
     ("state", "tactic"),
     [(FP32, "c64r16"), (FP32, "c128r16"), (BF16, "c64r8"), (BF16, "c128r16")],
     ids=["fp32-c64r16", "fp32-c128r16", "bf16-c64r8", "bf16-c128r16"],
 )
-@pytest.mark.parametrize("head", [64, 128, 256])
-def test_k_major_states(head, state, tactic):
-    case = Case(B=5, T=1, H=2, HV=4, K=head, V=max(head, 128), state=state)
-    inputs, pool = case.inputs(), case.states(5, "kv")
-    expected = case.reference(inputs, pool, state_layout="kv")
+
+
+def run_k_major(case, tactic=None, state_rows="contiguous", backend="cute"):
+    """One call of a K-major tactic, or of the preferred one, with every result checked."""
+    apart = 2 if state_rows == "aligned" else 1
+    memory = torch.full((case.B, case.HV, case.K, apart * case.V), NAN, dtype=case.state, device=DEVICE)
+    states = memory[..., : case.V]
+    states.copy_(case.states(case.B, "kv"))
+    inputs = case.inputs()
+    expected = case.reference(inputs, states.clone(), state_layout="kv")
     output = torch.full_like(inputs["v"], NAN)
     asked = replace(
-        KMAJOR, B=case.B, H=case.H, HV=case.HV, K=case.K, V=case.V, state_dtype=state, io_dtype=case.io,
+        KMAJOR, B=case.B, H=case.H, HV=case.HV, K=case.K, V=case.V, state_dtype=case.state, io_dtype=case.io,
         gate_dtype=case.gates, dt_bias_dtype=case.bias, out_dtype=case.io, use_qk_l2norm=case.l2norm,
+        state_rows=state_rows,
     )  # fmt: skip
-    gdn_mtp.plan(asked, DEVICE, "cute", tactic).run(**inputs, state=pool, output=output)
-    assert_result(case, expected, output, pool, q=inputs["q"], layout="kv")
+    gdn_mtp.plan(asked, DEVICE, backend, tactic).run(**inputs, state=states, output=output)
+    assert_result(case, expected, output, states, q=inputs["q"], layout="kv")
+    assert bool(memory[..., case.V :].isnan().all())
+
+
+@pytest.mark.parametrize("state_rows", ["contiguous", "aligned"])
+def test_torch_passes_the_checks_of_the_k_major_kernels(state_rows):
+    run_k_major(Case(B=3, T=1, H=1, HV=2, K=64, V=32), state_rows=state_rows, backend="torch")
+
+
+@needs_hopper
+@K_MAJOR
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_k_major_states(head, state, tactic):
+    run_k_major(Case(B=5, T=1, H=2, HV=4, K=head, V=max(head, 128), state=state), tactic)
+
+
+@needs_hopper
+@K_MAJOR
+def test_k_major_states_of_a_grid_of_several_waves(state, tactic):
+    run_k_major(replace(QWEN, B=64, T=1, state=state), tactic)
+
+
+@needs_hopper
+@pytest.mark.parametrize("state_rows", ["contiguous", "aligned"])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [3, 200])
+def test_k_major_states_of_64_columns_whose_rows_may_lie_apart(batch, state, state_rows):
+    run_k_major(Case(B=batch, T=1, H=2, HV=4, K=128, V=64, state=state), state_rows=state_rows)
 
 
 @needs_hopper
