@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from functools import partial
 
 import gdn_mtp
 import pytest
@@ -19,7 +18,6 @@ from kernel_dispatch import (
     debug,
     explain,
     registered,
-    resolve,
 )
 from speculative_support import History, Setup, arguments, index_tensor, int32, random_tree
 
@@ -56,28 +54,6 @@ def test_description_tells_problems_apart():
         {"state_rows": "any"},
     ]
     assert len({problem(**change).describe() for change in changes}) == len(changes)
-
-
-@pytest.mark.parametrize(("state", "kernels"), [(FP32, (3, 1, 1, 1)), (BF16, (1, 2, 1, 1))])
-def test_kernels_of_a_server(state, kernels):
-    """How many the README says: decode, verify, commit, materialize for every batch of 1 to 256."""
-    arch = Arch.from_name("sm_90a")
-    heads = {"H": 16, "HV": 32, "K": 128, "V": 128, "state_dtype": state, "index_dtype": torch.int32}
-    speculative = partial(gdn_mtp.SpeculativeProblem, capacity=16, **heads)
-    for make, expected in zip(
-        (
-            partial(gdn_mtp.GatedDeltaRuleProblem, T=1, **heads),
-            partial(speculative, T=4),
-            partial(speculative, T=0, mode="commit"),
-            partial(speculative, T=0, mode="materialize"),
-        ),
-        kernels,
-        strict=True,
-    ):
-        problems = [make(B=B) for B in range(1, 257)]
-        kernel = resolve(problems[0], arch).kernel
-        configs = {kernel.config(problem, arch, resolve(problem, arch).tactic) for problem in problems}
-        assert len(configs) == expected
 
 
 def test_buckets():
