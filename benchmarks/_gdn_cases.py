@@ -14,6 +14,7 @@ from gdn_mtp.reference import gated_delta_rule_reference
 from kernel_testing import assert_close_elementwise, calls_for_cold_l2
 from torch import Tensor
 
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD_DIM = 128  # K and V
 POOL_SLOTS = 768  # at least; 768 MiB of state or more, so that slots drawn at random are not in the L2 cache
 TRAFFIC_PER_GRAPH = 8  # bytes that the calls of one graph move, at least, in sizes of the L2 cache

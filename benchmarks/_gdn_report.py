@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from _gdn_cases import Cell, parse_heads
+from _gdn_cases import STATE_DTYPES, Cell, parse_heads
 
 PEER_TITLES = {"flashinfer": "FlashInfer", "fla": "FLA"}
 
@@ -77,7 +76,7 @@ class Row:
         """The row of which `record` made the entry of results.json."""
         H, HV = parse_heads(record["heads"])
         update, cache = "update" in record["mode"], "cache" in record["mode"]
-        state_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[record["state_dtype"]]
+        state_dtype = STATE_DTYPES[record["state_dtype"]]
         cell = Cell(H, HV, record["B"], record["T"], update, cache, state_dtype, record["state_layout"])
         return cls(cell, copy_gb_s, record["tactic"], record["us"], record["failed"], record["notes"])
 

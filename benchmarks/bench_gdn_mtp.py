@@ -32,6 +32,7 @@ from typing import Any, get_args
 
 import torch
 from _gdn_cases import (
+    STATE_DTYPES,
     Call,
     Cell,
     check,
@@ -73,7 +74,6 @@ from kernel_testing import copy_bandwidth_gb_s, environment, time_cuda_us
 HEADS = ("16/16/32", "16/16/64")
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 TOKENS = {"fp32": (1, 2, 4, 8), "bf16": (1, 4, 8)}
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUICK = {"heads": HEADS[:1], "batch": (1, 16, 128), "tokens": (1, 4)}
 
 SECONDS_PER_VARIANT = 0.15  # aimed at, within these numbers of replays

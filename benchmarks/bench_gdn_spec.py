@@ -44,6 +44,7 @@ from _gdn_cases import (
     OUR_ERROR,
     PEER_ERROR,
     POOL_SLOTS,
+    STATE_DTYPES,
     UNIT_ROUNDOFF,
     checked_requests,
     parse_heads,
@@ -69,7 +70,6 @@ HEADS = ("16/16/32", "16/16/64")
 BATCHES = (1, 4, 16, 32, 64, 128, 256)
 TOKENS = (4, 8)
 CAPACITY = {4: 16, 8: 24}  # of the ring, by T
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FOLDS = ("auto", "always", "full")
 
 STEPS_PER_SLOT = 8  # in a graph, at least

@@ -11,7 +11,6 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 from .config import GATE_COLUMNS, WARP_LANES, Config, fields_of
 
 REGISTERS_PER_SM = 65536
-REGISTER_STEP = 8  # registers of a thread are multiples of it
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ class KMajorConfig(Config):
     @property
     def registers(self) -> int:
         """Registers of a thread, enough for the compiler to spill none: four for each row and the rest."""
-        rest = 64 if self.state_bytes == 4 else 88
-        return -(-(4 * self.tactic.rows + rest) // REGISTER_STEP) * REGISTER_STEP
+        return 4 * self.tactic.rows + (64 if self.state_bytes == 4 else 88)
 
     @property
     def warps_per_sm(self) -> int:

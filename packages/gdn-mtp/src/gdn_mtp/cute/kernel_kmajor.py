@@ -186,12 +186,11 @@ class GatedDeltaRuleKMajor:
 
     def load_update(self, shared, column):
         """u times the factor of k, of each column of a thread."""
-        cfg = self.config
-        parts = [
-            load_shared(shared.update, column + e, SUM_VECTOR)
-            for e in range(0, cfg.vector_elements, SUM_VECTOR)
+        return [
+            x
+            for e in range(0, self.config.vector_elements, SUM_VECTOR)
+            for x in load_shared(shared.update, column + e, SUM_VECTOR)
         ]
-        return reduce(add, parts)
 
     @cute.jit
     def stage(self, q, k, gates, scale, shared, request, head):
