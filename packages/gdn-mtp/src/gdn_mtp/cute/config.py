@@ -20,6 +20,7 @@ CHUNK_TOKENS = 8
 TOKEN_VALUES = 128  # of k and q that a thread holds before it stages them, at most
 SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
 SMEM_ALIGNMENT = 128  # of what a block takes
+MBARRIER_BYTES = 8
 GATE_COLUMNS = 8
 MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
 MATRICES_PER_CHUNK = 4
@@ -35,7 +36,8 @@ class Tactic:
     "early", once it has its state in registers, or "late", as its last stores are issued. The sooner, the
     more overlaps, but then its blocks crowd multiprocessors that have few of this grid.
     evict_first: states pass through L2 as what is to leave it first.
-    patient: the first blocks of a large grid do not prefetch states while the previous grid still runs.
+    ahead: of the blocks that fill the GPU while the previous grid ends, the last so many per multiprocessor
+    prefetch their states then; None: all do.
     max_blocks_per_sm: at most so many blocks share a multiprocessor; None: all that fit.
     """
 
@@ -44,18 +46,19 @@ class Tactic:
     row_copies: bool = False
     trigger: str = "late"
     evict_first: bool = False
-    patient: bool = False
+    ahead: int | None = None
     max_blocks_per_sm: int | None = None
 
     @property
     def name(self) -> str:
-        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first, `p`
-        for patient, `b2` for two blocks per multiprocessor.
+        """`w4t1`, with the suffixes `r` for row copies, `e` or `s` for the trigger, `f` for evict first, `a1`
+        for one block ahead and `b2` for two blocks at most, both per multiprocessor.
         """
         suffixes = "r" * self.row_copies + TRIGGER_SUFFIX[self.trigger]
-        suffixes += "f" * self.evict_first + "p" * self.patient
-        limit = "" if self.max_blocks_per_sm is None else f"b{self.max_blocks_per_sm}"
-        return f"w{self.warps}t{self.tiles_per_warp}{suffixes}{limit}"
+        suffixes += "f" * self.evict_first
+        numbers = {"a": self.ahead, "b": self.max_blocks_per_sm}
+        suffixes += "".join(f"{letter}{x}" for letter, x in numbers.items() if x is not None)
+        return f"w{self.warps}t{self.tiles_per_warp}{suffixes}"
 
     @property
     def rows(self) -> int:
@@ -65,6 +68,11 @@ class Tactic:
     @property
     def threads(self) -> int:
         return self.warps * WARP_LANES
+
+
+def taken_smem_bytes(smem_bytes: int) -> int:
+    """What a block that asks for so much shared memory takes of a multiprocessor's."""
+    return -(-smem_bytes // SMEM_ALIGNMENT) * SMEM_ALIGNMENT + SMEM_RESERVED_BYTES
 
 
 class Footprint:
@@ -85,7 +93,7 @@ class Footprint:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block."""
+        """Shared memory that a block asks for."""
         raise NotImplementedError
 
     @property
@@ -105,13 +113,18 @@ class Footprint:
 
     @property
     def blocks_per_sm(self) -> int:
-        by_smem = self.smem_per_sm_bytes // (self.smem_bytes + SMEM_RESERVED_BYTES)
+        """Blocks that fit into a multiprocessor at once."""
+        return self.fitting_blocks(self.smem_bytes)
+
+    def fitting_blocks(self, smem_bytes: int) -> int:
+        """Blocks that fit into a multiprocessor at once if each asks for so much shared memory."""
+        by_smem = self.smem_per_sm_bytes // taken_smem_bytes(smem_bytes)
         return max(1, min(self.warps_per_sm // self.warps, by_smem))
 
     @property
     def smem_carveout_percent(self) -> int:
         """Share of the L1 memory to reserve as shared memory."""
-        wanted = self.blocks_per_sm * (self.smem_bytes + SMEM_RESERVED_BYTES)
+        wanted = self.blocks_per_sm * taken_smem_bytes(self.smem_bytes)
         return min(100, -(-100 * wanted // self.smem_per_sm_bytes))
 
 
@@ -156,6 +169,11 @@ class TokenTiles(Footprint):
         return True
 
     @property
+    def has_idle_cap(self) -> bool:
+        """Whether the tactic caps the blocks of a multiprocessor at a number that does not fit anyway."""
+        return False
+
+    @property
     def row_bytes(self) -> int:
         return self.K * self.state_bytes
 
@@ -173,6 +191,16 @@ class TokenTiles(Footprint):
     def buffer_bytes(self) -> int:
         """Shared memory of a tile."""
         return MMA_ROWS // PART_ROWS * self.part_stride * self.state_bytes
+
+    @property
+    def buffers_per_warp(self) -> int:
+        """Tile buffers of a warp."""
+        raise NotImplementedError
+
+    @property
+    def tiles_bytes(self) -> int:
+        """Shared memory of all tiles; what separates parts does not follow the last."""
+        return self.warps * self.buffers_per_warp * self.buffer_bytes - PART_SKEW_BYTES
 
     @property
     def token_stride(self) -> int:
@@ -288,26 +316,25 @@ class KernelConfig(TokenTiles, Config):
 
     @property
     def used_smem_bytes(self) -> int:
-        """What a block uses of its shared memory: tile buffers, barriers, k and q, pairs, matrices, gates."""
-        tiles = self.tactic.warps * (
-            self.buffers_per_warp * self.buffer_bytes + 8 * self.tactic.tiles_per_warp
-        )
+        """What a block uses of its shared memory: tile buffers, k and q, pairs, matrices, gates, barriers."""
         floats = self.T * GATE_COLUMNS + self.pairs_floats
         floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
-        return tiles + self.token_bytes + 4 * floats
+        barriers = MBARRIER_BYTES * self.warps * self.tactic.tiles_per_warp
+        return self.tiles_bytes + self.token_bytes + 4 * floats + barriers
 
     @property
-    def unused_smem_bytes(self) -> int:
-        """What a block takes beside it, so that no more blocks fit than the tactic allows."""
-        if self.tactic.max_blocks_per_sm is None:
-            return 0
-        too_small = self.smem_per_sm_bytes // (self.tactic.max_blocks_per_sm + 1) - SMEM_RESERVED_BYTES
-        return max(0, -(-(too_small + 1 - self.used_smem_bytes) // SMEM_ALIGNMENT) * SMEM_ALIGNMENT)
+    def has_idle_cap(self) -> bool:
+        cap = self.tactic.max_blocks_per_sm
+        return cap is not None and self.fitting_blocks(self.used_smem_bytes) <= cap
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block."""
-        return self.used_smem_bytes + self.unused_smem_bytes
+        """Shared memory that a block asks for: more than it uses where the tactic allows no more blocks."""
+        cap = self.tactic.max_blocks_per_sm
+        if cap is None:
+            return self.used_smem_bytes
+        too_small = self.smem_per_sm_bytes // (cap + 1) - SMEM_RESERVED_BYTES
+        return max(self.used_smem_bytes, (too_small // SMEM_ALIGNMENT + 1) * SMEM_ALIGNMENT)
 
     @property
     def early_chunks(self) -> int:

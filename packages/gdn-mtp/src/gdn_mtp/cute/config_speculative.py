@@ -11,12 +11,14 @@ from .config import (
     GATE_COLUMNS,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
+    MBARRIER_BYTES,
     WARP_LANES,
     Tactic,
     TokenTiles,
 )
 
 KEY_SKEW_BYTES = 32
+UPDATE_SKEW = 4  # floats
 RING_WEIGHTS = WARP_LANES + 4
 
 
@@ -90,7 +92,13 @@ class SpeculativeConfig(TokenTiles):
     @property
     def update_stride(self) -> int:
         """Floats from one pending u to the next in shared memory; the slack avoids bank conflicts."""
-        return self.tactic.rows + 4
+        return self.tactic.rows + UPDATE_SKEW
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared memory of the pending tokens; the slack does not follow the last."""
+        strides = self.key_stride * self.io_bytes + 4 * self.update_stride
+        return self.ring_rows * strides - KEY_SKEW_BYTES - 4 * UPDATE_SKEW
 
     def pending_matrix(self, p: int, c: int) -> int:
         """Number of the first of two matrices: products of pending chunk p's keys with chunk c's k and q."""
@@ -110,11 +118,10 @@ class SpeculativeConfig(TokenTiles):
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a block: tiles and barriers, pending tokens, k and q, matrices, gates."""
-        tiles = self.tactic.warps * self.tactic.tiles_per_warp * (self.buffer_bytes + 8)
-        ring = self.ring_rows * (self.key_stride * self.io_bytes + 4 * self.update_stride) + 8
+        """Shared memory of a block: tiles, k and q, matrices, gates, pending tokens, barriers."""
         floats = RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS + self.T * GATE_COLUMNS
-        return tiles + ring + self.token_bytes + 4 * floats
+        barriers = MBARRIER_BYTES * (self.warps * self.tactic.tiles_per_warp + 1)
+        return self.tiles_bytes + self.token_bytes + 4 * floats + self.ring_bytes + barriers
 
     @property
     def renews_lane(self) -> bool:

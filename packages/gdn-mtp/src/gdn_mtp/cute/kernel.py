@@ -113,11 +113,9 @@ class GatedDeltaRule(TokenChunks):
             here = Place(request, hv, request, row, warp, lane)
             if warp == 0:
                 prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
-            if cutlass.const_expr(cfg.prefetch and cfg.tactic.patient):
-                if out_of_the_way(cfg):
+            if cutlass.const_expr(cfg.prefetch):
+                if out_of_the_way(cfg, cfg.tactic.ahead):
                     self.prefetch_state(tensors.state, state_indices, here)
-            elif cutlass.const_expr(cfg.prefetch):
-                self.prefetch_state(tensors.state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = Int64(request)
@@ -165,19 +163,22 @@ class GatedDeltaRule(TokenChunks):
             stride=(1, (cfg.K, cfg.part_stride), parts * cfg.part_stride, buffers * parts * cfg.part_stride),
         )
         matrices = len(cfg.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
-        pairs = None
-        if cfg.pairs_floats:
-            pairs = smem.allocate_tensor(Float32, cute.make_layout(cfg.pairs_floats), 16)
-        if cfg.unused_smem_bytes:
-            smem.allocate_tensor(Float32, cute.make_layout(cfg.unused_smem_bytes // 4), 16)
-        return Shared(
+
+        def floats(size):
+            return smem.allocate_tensor(Float32, cute.make_layout(size), 16)
+
+        # Barriers, whose size is no multiple of 16 bytes, come last, so that there are no gaps.
+        shared = Shared(
             tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
-            mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
             kq=allocate_tokens(cfg, smem),
-            pairs=pairs,
-            matrices=smem.allocate_tensor(Float32, cute.make_layout(matrices), 16),
-            gate=smem.allocate_tensor(Float32, cute.make_layout(cfg.T * GATE_COLUMNS), 16),
+            pairs=floats(cfg.pairs_floats) if cfg.pairs_floats else None,
+            matrices=floats(matrices),
+            gate=floats(cfg.T * GATE_COLUMNS),
+            mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
         )
+        if cfg.smem_bytes > cfg.used_smem_bytes:
+            smem.allocate(cfg.smem_bytes - cfg.used_smem_bytes)
+        return shared
 
     # Global memory
 

@@ -27,6 +27,7 @@ from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
 from .prefetch import bulk_prefetch_l2, out_of_the_way, prefetch_tokens
 from .tiles import Place
 
+AHEAD = 1  # block per multiprocessor that prefetches while the previous grid ends
 SUM_VECTOR = 4  # float32 sums of a 16-byte access
 
 
@@ -77,7 +78,7 @@ class GatedDeltaRuleKMajor:
             if tid < WARP_LANES:
                 here = Place(request, hv, request, first_column, 0, tid)
                 prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
-            if out_of_the_way(cfg):
+            if out_of_the_way(cfg, AHEAD):
                 self.prefetch_state(matrix, v_block)
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()

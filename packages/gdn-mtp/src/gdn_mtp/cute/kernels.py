@@ -20,23 +20,16 @@ from .config_speculative import SpeculativeConfig
 TACTICS = {
     tactic.name: tactic
     for tactic in (
-        Tactic(4, 1),
-        Tactic(4, 2),
-        Tactic(1, 1, row_copies=True),
-        Tactic(2, 1, row_copies=True),
-        Tactic(4, 1, row_copies=True),
-        Tactic(4, 1, trigger="early"),
-        Tactic(4, 1, trigger="early", patient=True),
-        Tactic(4, 2, trigger="early"),
-        Tactic(2, 1, trigger="start"),
-        Tactic(4, 1, trigger="start"),
-        Tactic(4, 1, trigger="start", max_blocks_per_sm=2),
-        Tactic(4, 1, trigger="start", patient=True, max_blocks_per_sm=2),
-        Tactic(4, 1, trigger="start", patient=True, max_blocks_per_sm=3),
-        Tactic(4, 2, trigger="start"),
-        Tactic(2, 1, evict_first=True),
-        Tactic(4, 1, evict_first=True),
-        Tactic(4, 2, evict_first=True),
+        *[Tactic(w, t, trigger=tr, ahead=a, max_blocks_per_sm=b)
+          for w, t, tr, a, b in (
+          (4,1,"start",None,None),(4,1,"early",None,None),(4,1,"early",1,None),(4,2,"early",None,None),(4,1,"start",None,2),
+          (4,1,"start",1,None),(4,1,"start",2,None),(4,1,"start",1,2),(4,1,"start",1,3),
+          (2,1,"start",None,None),(2,1,"start",1,None),(2,1,"start",2,None),(2,1,"start",3,None),(2,1,"start",2,4),(2,1,"start",1,3),(2,1,"start",6,None),(2,1,"start",2,7),
+          (4,2,"start",None,None),(4,2,"start",1,None),(4,2,"start",2,None),(4,2,"early",1,None))],
+        Tactic(1,1,row_copies=True),Tactic(2, 1, row_copies=True), Tactic(4, 1, row_copies=True),
+        Tactic(2,1,evict_first=True),Tactic(4,1,evict_first=True),Tactic(4,2,evict_first=True),
+        Tactic(2,1,trigger="early",evict_first=True,ahead=2),Tactic(4,1,trigger="early",evict_first=True,ahead=1),Tactic(4,2,trigger="early",evict_first=True,ahead=1),
+        Tactic(4,1,trigger="start",evict_first=True,ahead=1),Tactic(4,2,trigger="start",evict_first=True,ahead=1),
     )
 }
 # Every tactic of the K-major kernel
@@ -48,9 +41,9 @@ KMAJOR_TACTICS = {
 # gdn_mtp-h100-tactics. Another GPU only counts by its SMs; `kernel_dispatch.autotune` times its own.
 NO_LIMIT = float("inf")
 HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "final state, one token": ((8, "w2t1s"), (20, "w4t1e"), (NO_LIMIT, "w4t1spb2")),
-    "final state, few tokens": ((8, "w4t1s"), (20, "w4t1ep"), (300, "w4t1e"), (NO_LIMIT, "w4t1sb2")),
-    "final state, 5 or 8 tokens": ((4, "w4t1s"), (8, "w2t1s"), (300, "w4t1spb3"), (NO_LIMIT, "w4t1sb2")),
+    "final state, one token": ((8, "w2t1s"), (20, "w4t1e"), (NO_LIMIT, "w4t1sa1b2")),
+    "final state, few tokens": ((8, "w4t1s"), (20, "w4t1e"), (300, "w4t1e"), (NO_LIMIT, "w4t1sb2")),
+    "final state, 5 or 8 tokens": ((4, "w4t1s"), (8, "w2t1s"), (300, "w4t1sa1"), (NO_LIMIT, "w4t1sb2")),
     "final state, many tokens": (
         (4, "w4t1s"),
         (8, "w2t1s"),
@@ -62,9 +55,9 @@ HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
     "final bf16 state, few tokens": ((20, "w4t1s"), (40, "w4t2e"), (NO_LIMIT, "w4t1s")),
     "final bf16 state, 5 or 8 tokens": (
         (8, "w4t1s"),
-        (20, "w4t1spb3"),
+        (20, "w4t1sa1"),
         (40, "w4t2e"),
-        (100, "w4t1spb3"),
+        (100, "w4t1sa1"),
         (NO_LIMIT, "w4t1s"),
     ),
     "final bf16 state, many tokens": ((8, "w4t1s"), (20, "w4t2s"), (40, "w4t2e"), (NO_LIMIT, "w4t1s")),
@@ -160,7 +153,7 @@ def heuristic_row(
 def _fits(
     problem: GatedDeltaRuleProblem | SpeculativeProblem, arch: Arch, config: KernelConfig | SpeculativeConfig
 ) -> bool:
-    if config.smem_bytes > arch.smem_optin_bytes or not config.has_registers:
+    if config.smem_bytes > arch.smem_optin_bytes or not config.has_registers or config.has_idle_cap:
         return False
     if problem.state_rows != "contiguous" and not config.tactic.row_copies:
         return False

@@ -28,22 +28,21 @@ def bulk_prefetch_l2(source, num_bytes: int) -> None:
 
 def in_first_wave(cfg):
     """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
-    return block_number() < places(cfg)
+    return block_number() < cute.arch.nsmid() * cfg.blocks_per_sm
 
 
-def out_of_the_way(cfg):
+def out_of_the_way(cfg, ahead: int | None):
     """Whether a state that the block prefetches is not in the way of the previous grid.
 
-    So it is if the grid is small, and from the second wave on, which the previous grid has left the GPU to.
+    While that ends, the first blocks fill the GPU; of them the last are, `ahead` per multiprocessor, or all if
+    it is None. So are all that come later, and all of a small grid.
     """
+    patient = 0 if ahead is None else cfg.blocks_per_sm - ahead
+    if patient <= 0:
+        return True
     x, y, z = cute.arch.grid_dim()
     few = x * y * z <= FEW_BLOCKS * cute.arch.nsmid()
-    return few | (block_number() >= places(cfg))
-
-
-def places(cfg):
-    """How many blocks the GPU has room for."""
-    return cute.arch.nsmid() * cfg.blocks_per_sm
+    return few | (block_number() >= patient * cute.arch.nsmid())
 
 
 def block_number():

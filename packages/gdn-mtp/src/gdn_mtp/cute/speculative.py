@@ -67,10 +67,10 @@ class Shared:
     """A block's shared memory; k, q, matrices and gates as in `tiles.Shared`, absent without new tokens."""
 
     tiles: Any  # [K, (8, 2), tiles per warp, warps], the state's dtype
-    mbars: Any  # one per tile, warp-major
     weights: Any  # w of each pending token; at 32 their decay
     ring_keys: Any  # [K, tokens]: k of each pending token, as given
     ring_updates: Any  # [rows, tokens] float32: u of each pending token
+    mbars: Any  # one per tile, warp-major, and that of the ring
     kq: Any = None
     matrices: Any = None  # `SpeculativeConfig.num_matrices` times [8, 8]
     gate: Any = None
@@ -93,6 +93,8 @@ def allocate(cfg) -> Shared:
     def floats(size):
         return smem.allocate_tensor(Float32, cute.make_layout(size), 16)
 
+    # Barriers, whose size is no multiple of 16 bytes, come last, so that there are no gaps.
+    state_tiles = smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128)
     tokens = {}
     if cfg.T:
         tokens = {
@@ -101,8 +103,7 @@ def allocate(cfg) -> Shared:
             "gate": floats(cfg.T * GATE_COLUMNS),
         }
     return Shared(
-        tiles=smem.allocate_tensor(NUMERIC[cfg.state_dtype], tiles, 128),
-        mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
+        tiles=state_tiles,
         weights=floats(RING_WEIGHTS),
         ring_keys=smem.allocate_tensor(
             NUMERIC[cfg.io_dtype], cute.make_layout((cfg.K, cfg.ring_rows), stride=(1, cfg.key_stride)), 16
@@ -110,6 +111,7 @@ def allocate(cfg) -> Shared:
         ring_updates=smem.allocate_tensor(
             Float32, cute.make_layout((tactic.rows, cfg.ring_rows), stride=(1, cfg.update_stride)), 16
         ),
+        mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
         **tokens,
     )
 

@@ -17,11 +17,11 @@ class Shared:
     """A block's shared memory."""
 
     tiles: Any  # [K, (8, 2), buffers per warp, warps], the state's dtype
-    mbars: Any  # one per tile, warp-major
     kq: Any  # k then q of every token, unscaled, `token_stride` apart, in `TokenTiles.token_dtype`
     pairs: Any  # float32 k of tokens 2p and 2p + 1 side by side; columns 4i, 4i + 2, 4i + 1, 4i + 3, or None
     matrices: Any  # [chunks, 4, 8, 8]
     gate: Any  # [T, GATE_COLUMNS]
+    mbars: Any  # one per tile, warp-major
 
 
 @dataclass(frozen=True)
