@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,12 +134,12 @@ def slots_tensor(*slots: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def check_every_row_is_chosen(
-    kernel: Kernel, rows: Sequence[tuple[float, str]], problems: Sequence[Problem], arch: Arch
+    kernel: Kernel, rows: Mapping[float, str], problems: Sequence[Problem], arch: Arch
 ) -> None:
     """Each row of a regime's heuristic holds for one of `problems`, and names the tactic it prefers."""
     reached = set()
     for problem in problems:
-        row = heuristic_row(problem, arch, rows)
-        assert kernel.tactics(problem, arch)[0] == rows[row][1]
-        reached.add(row)
-    assert reached == set(range(len(rows)))
+        limit, tactic = heuristic_row(problem, arch, rows)
+        assert kernel.tactics(problem, arch)[0] == tactic
+        reached.add(limit)
+    assert reached == set(rows)

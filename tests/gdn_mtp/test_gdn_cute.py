@@ -15,7 +15,7 @@ from gdn_mtp.cute.kernels import (
     KMAJOR_HEURISTIC,
     KMAJOR_TACTICS,
     TACTICS,
-    regime,
+    heuristic_rows,
 )
 from gdn_mtp.cute.kernels_speculative import KERNELS as SPECULATIVE_KERNELS
 from gdn_mtp.problem import GatedDeltaRuleProblem
@@ -46,6 +46,9 @@ PROBLEM = GatedDeltaRuleProblem(
 KMAJOR = replace(PROBLEM, T=1, state_layout="kv", index_dtype=None)
 HOPPER = Arch.from_name("sm_90a")
 FEW, SOME, MEDIUM, MANY = 1, 4, 16, 512  # batches whose tactics differ, from each other and from that of 8
+TACTICS_OF_HEURISTIC = {
+    name for by_tokens in HEURISTIC.values() for rows in by_tokens.values() for name in rows.values()
+}
 ARCHS = ("sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a")
 
 
@@ -85,16 +88,15 @@ def test_the_kernels_are_preferred_where_they_apply(arch, asked):
 
 def test_every_tactic_is_offered_and_the_heuristic_names_no_other():
     assert set(KERNELS.tactics(PROBLEM, HOPPER)) == set(TACTICS)
-    for rows in HEURISTIC.values():
-        assert {name for _, name in rows} <= set(TACTICS)
-        assert rows[-1][0] == float("inf")
+    assert set(TACTICS) >= TACTICS_OF_HEURISTIC
 
 
 @pytest.mark.parametrize(
     ("asked", "tactics"),
     [
         (replace(KMAJOR, B=FEW), ["c64r16", "c128r16"]),
-        (replace(KMAJOR, B=MANY), ["c128r16", "c64r16"]),
+        (replace(KMAJOR, B=SOME), ["c128r16", "c64r16"]),
+        (replace(KMAJOR, B=MANY), ["c64r16", "c128r16"]),
         (replace(KMAJOR, B=FEW, state_dtype=BF16), ["c64r8", "c128r16"]),
         (replace(KMAJOR, B=MANY, state_dtype=BF16), ["c128r16", "c64r8"]),
         (replace(KMAJOR, B=MANY, V=64, state_dtype=BF16), ["c64r8"]),  # c128r16: 128 columns a block
@@ -106,42 +108,56 @@ def test_k_major_tactics_are_those_of_the_dtype_that_fit_the_preferred_one_first
 
 
 def test_every_k_major_tactic_is_in_the_heuristic():
-    assert {name for rows in KMAJOR_HEURISTIC.values() for _, name in rows} == set(KMAJOR_TACTICS)
+    assert {name for rows in KMAJOR_HEURISTIC.values() for name in rows.values()} == set(KMAJOR_TACTICS)
 
 
 def test_the_heuristic_reaches_every_row_of_its_table():
     stored = ("none", "buffer", "scatter")
     problems = [
         problem(T=t, state_dtype=dtype, intermediate=intermediate)
-        for t, dtype, intermediate in itertools.product((1, 4, 7, 8), (torch.float32, BF16), stored)
+        for t, dtype, intermediate in itertools.product(range(1, 9), (torch.float32, BF16), stored)
     ]
-    assert {regime(asked) for asked in problems} == set(HEURISTIC)
+    every = [rows for by_tokens in HEURISTIC.values() for rows in by_tokens.values()]
+    assert all(any(heuristic_rows(asked) is rows for asked in problems) for rows in every)
     for asked in problems:
-        of_batches = [replace(asked, B=b) for b in (1, 4, 8, 16, 32, 64, 512)]
-        check_every_row_is_chosen(KERNELS, HEURISTIC[regime(asked)], of_batches, HOPPER)
+        of_batches = [replace(asked, B=b) for b in (1, 2, 4, 8, 16, 32, 64, 512)]
+        check_every_row_is_chosen(KERNELS, heuristic_rows(asked), of_batches, HOPPER)
+
+
+@pytest.mark.parametrize("stored", HEURISTIC)
+def test_limits_of_the_heuristic_ascend_and_the_last_is_none(stored):
+    for limits in (HEURISTIC[stored], *HEURISTIC[stored].values()):
+        assert list(limits) == sorted(limits)
+        assert max(limits) == float("inf")
+
+
+def test_a_number_of_tokens_takes_the_first_rows_whose_limit_it_does_not_exceed():
+    by_tokens = HEURISTIC["final fp32 state"]
+    for t, limit in [(1, 1), (2, 5), (5, 5), (6, 7), (7, 7), (8, float("inf")), (16, float("inf"))]:
+        assert heuristic_rows(problem(T=t)) is by_tokens[limit]
 
 
 @pytest.mark.parametrize(
-    ("stored", "words"),
+    ("asked", "idle"),
     [
-        ("none", ["one", "few", "few", "few", "5 or 8", "many", "many", "5 or 8", "many"]),
-        ("buffer", ["few"] * 6 + ["many"] * 3),
-        ("scatter", ["few"] * 6 + ["many"] * 3),
+        (problem(T=4), set()),
+        (problem(T=6), {"w2t1sa2b7"}),  # shared memory for seven blocks
+        (problem(T=16), {"w2t1sa2b7", "w2t1sa2b4", "w4t1sa1b2"}),  # registers for eight warps
     ],
+    ids=lambda value: value.describe() if isinstance(value, GatedDeltaRuleProblem) else None,
 )
-def test_the_regime_of_a_number_of_tokens(stored, words):
-    found = [regime(problem(T=t, intermediate=stored)).split(", ")[1] for t in range(1, len(words) + 1)]
-    assert found == [f"{x} token" if x == "one" else f"{x} tokens" for x in words]
+def test_a_cap_on_blocks_that_do_not_fit_anyway_is_not_offered(asked, idle):
+    assert set(TACTICS) - set(KERNELS.tactics(asked, HOPPER)) == idle
 
 
 KEPT = {"intermediate": "buffer", "update_state": False}
 WINDOW = SpeculativeProblem(B=1, T=4, H=16, HV=32, K=128, V=128, capacity=16)
 SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with fp32 and bf16 states
-    "single tokens": (KERNELS, problem(T=1), 3, 2),
+    "single tokens": (KERNELS, problem(T=1), 2, 2),
     "T4, kept": (KERNELS, problem(T=4, **KEPT), 4, 4),
     "T8, kept": (KERNELS, problem(T=8, **KEPT), 4, 4),
-    "T4, updated": (KERNELS, problem(T=4), 4, 2),
-    "T8, updated": (KERNELS, problem(T=8), 4, 3),
+    "T4, updated": (KERNELS, problem(T=4), 3, 4),
+    "T8, updated": (KERNELS, problem(T=8), 3, 3),
     "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 2),
     "commit": (SPECULATIVE_KERNELS, replace(WINDOW, mode="commit", T=0), 1, 1),
     "materialize": (SPECULATIVE_KERNELS, replace(WINDOW, mode="materialize", T=0), 1, 1),
@@ -174,15 +190,20 @@ def test_every_accepted_problem_has_a_tactic(head, tokens, rows, intermediate, a
 COMPILED = {
     "T1": problem(T=1),
     "T1-few": problem(T=1, B=FEW),
+    "T1-some": problem(T=1, B=SOME),
     "T1-many": problem(T=1, B=MANY),
     "T1-bf16state": problem(T=1, state_dtype=BF16),
-    "T1-bf16state-medium": problem(T=1, state_dtype=BF16, B=MEDIUM),
+    "T1-bf16state-few": problem(T=1, state_dtype=BF16, B=FEW),
+    "T4-bf16state-medium": problem(state_dtype=BF16, B=MEDIUM),
     "T8-bf16state-medium": problem(T=8, state_dtype=BF16, B=MEDIUM),
     "T2-buffer": problem(T=2, intermediate="buffer"),
+    "T2-buffer-few": problem(T=2, intermediate="buffer", B=FEW),
     "T4": PROBLEM,
     "T4-few": problem(B=FEW),
+    "T6": problem(T=6),
     "T4-many": problem(B=MANY),
     "T8": problem(T=8),
+    "T8-medium": problem(T=8, B=MEDIUM),
     "T8-buffer": problem(T=8, intermediate="buffer"),
     "T8-bf16state-many": problem(T=8, state_dtype=BF16, B=MANY),
     "T16-few": problem(T=16, B=FEW),
@@ -227,7 +248,7 @@ COMPILED = {
         # w4t2f: too few registers
         (problem(T=9, K=256, V=256, intermediate="buffer", state_dtype=BF16), "sm_90a", "w4t1f"),
         (problem(V=64, intermediate="buffer", B=16), "sm_90a", "w4t1f"),  # w4t2f: 128 rows a block
-        (problem(state_rows="aligned", B=MANY), "sm_90a", "w4t1r"),
+        (problem(state_rows="aligned", T=8, B=MANY), "sm_90a", "w4t1r"),
         (problem(state_rows="aligned", T=1, B=FEW), "sm_90a", "w2t1r"),
     ],
     ids=lambda value: value.describe() if isinstance(value, GatedDeltaRuleProblem) else value,
@@ -237,8 +258,7 @@ def test_a_tactic_that_does_not_fit_gives_way_to_the_nearest(asked, arch, neares
 
 
 def test_every_tactic_that_the_heuristic_picks_is_among_those_compiled():
-    picked = {name for rows in HEURISTIC.values() for _, name in rows}
-    assert picked <= {KERNELS.tactics(asked, HOPPER)[0] for asked in COMPILED.values()}
+    assert {KERNELS.tactics(asked, HOPPER)[0] for asked in COMPILED.values()} >= TACTICS_OF_HEURISTIC
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -498,9 +518,9 @@ def test_every_tactic(state, tactic, tokens, mode):
 
 @needs_hopper
 @pytest.mark.parametrize("tokens", [1, 4, 8])
-@pytest.mark.parametrize("tactic", [name for name, tactic in TACTICS.items() if tactic.patient])
+@pytest.mark.parametrize("tactic", [name for name, tactic in TACTICS.items() if tactic.ahead])
 @pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
-def test_patient_tactics_on_a_grid_of_several_waves(state, tactic, tokens):
+def test_tactics_that_prefetch_ahead_on_a_grid_of_several_waves(state, tactic, tokens):
     run(replace(QWEN, B=64, T=tokens, state=state), tactic)
 
 

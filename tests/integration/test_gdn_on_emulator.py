@@ -6,7 +6,7 @@ import pytest
 import torch
 from cutlass.cute.runtime import make_fake_stream
 from emulator_recording import TYPES
-from gdn_mtp.cute.config import KernelConfig
+from gdn_mtp.cute.config import Config, KernelConfig
 from gdn_mtp.cute.kernel import GatedDeltaRule
 from gdn_mtp.cute.kernel_kmajor import GatedDeltaRuleKMajor
 from gdn_mtp.cute.kernels import KERNELS
@@ -21,9 +21,13 @@ SCHEDULES = 3  # fair, greedy, asynchronous copies late
 UNTOUCHED_SLOTS = 2
 
 
+def config_of(problem: GatedDeltaRuleProblem, arch: str, tactic: str) -> Config:
+    return KERNELS.config(problem, Arch.from_name(arch), tactic)
+
+
 def emulated(problem: GatedDeltaRuleProblem, arch: str, tactic: str) -> Emulated:
     """The kernel of one tactic, with its host code."""
-    config = KERNELS.config(problem, Arch.from_name(arch), tactic)
+    config = config_of(problem, arch, tactic)
     kernel = GatedDeltaRule if isinstance(config, KernelConfig) else GatedDeltaRuleKMajor
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     compiled = compile_cute(kernel(config), *fake_arguments(config), stream, arch=arch)
@@ -76,6 +80,8 @@ def on_cpu(case: Case) -> dict[str, Tensor]:
     ("arch", "tactic", "tokens", "state", "cached"),
     [
         ("sm_90a", "w2t1s", 1, FP32, False),
+        ("sm_90a", "w2t1sa2b4", 5, FP32, False),
+        ("sm_90a", "w4t1efa1", 3, BF16, False),
         ("sm_90a", "w4t1r", 4, BF16, True),
         ("sm_90a", "w4t1e", 8, FP32, True),
         ("sm_90a", "w4t1e", 8, FP32, False),
@@ -113,7 +119,8 @@ def test_two_chunks_of_the_widest_heads(io: torch.dtype, tactic: str, cached: bo
 def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
     """Run a case on a pool under every schedule and hold it against the reference."""
     state = case.state
-    function = emulated(problem_of(case, intermediate="buffer" if cached else "none"), arch, tactic)
+    problem = problem_of(case, intermediate="buffer" if cached else "none")
+    function = emulated(problem, arch, tactic)
     inputs = on_cpu(case)
     indices = torch.tensor([3, -1, 0], dtype=torch.int32)
     valid = indices >= 0
@@ -124,6 +131,7 @@ def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
     output = torch.full((case.B, case.T, case.HV, case.V), NAN, dtype=case.io)
     buffer = torch.full((case.B, case.T, *pool.shape[1:]), NAN, dtype=state) if cached else None
     run(function, inputs, pool, output, indices, buffer)
+    assert [x.shared_bytes for x in function.launches] == [config_of(problem, arch, tactic).smem_bytes]
 
     entry = before[indices.long().clamp_min(0)]
     expected = case.reference(inputs, entry, initial_state_indices=torch.tensor([0, -1, 2]))
@@ -145,9 +153,11 @@ def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
 )
 def test_k_major_states(arch: str, state: torch.dtype, tactic: str) -> None:
     case = Case(B=3, T=1, H=1, HV=2, K=64, V=128, state=state)
-    function = emulated(problem_of(case, "kv"), arch, tactic)
+    problem = problem_of(case, "kv")
+    function = emulated(problem, arch, tactic)
     inputs, states = on_cpu(case), case.states(3, "kv").cpu()
     expected = case.reference(inputs, states, state_layout="kv")
     output = torch.full((case.B, case.T, case.HV, case.V), NAN, dtype=case.io)
     run(function, inputs, states, output)
+    assert [x.shared_bytes for x in function.launches] == [config_of(problem, arch, tactic).smem_bytes]
     assert_result(case, expected, output, states, q=inputs["q"], layout="kv")

@@ -44,6 +44,7 @@ class Emulator:
 
     def __call__(self, config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
         explore(self.call(config, args), SCHEDULES, progress=False).raise_if_wrong()
+        assert [x.shared_bytes for x in self.functions[config].launches] == [config.smem_bytes]
 
     def call(self, config: SpeculativeConfig, args: tuple[Any, ...]) -> Call:
         """A launch, to be run."""

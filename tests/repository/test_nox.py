@@ -246,8 +246,13 @@ def test_sanitize_looks_at_every_tactic_of_gdn_mtp(root: Path, sanitize: Sanitiz
         selected.setdefault(tool_of(command), set()).update(ids)
     assert set(selected) == {"memcheck", "racecheck", "synccheck"}
 
-    tactics = {name for rows in kernels.HEURISTIC.values() for _, name in rows}
-    of_windows = {name for rows in kernels_speculative.HEURISTIC.values() for _, name in rows}
+    tactics = {
+        name
+        for by_tokens in kernels.HEURISTIC.values()
+        for rows in by_tokens.values()
+        for name in rows.values()
+    }
+    of_windows = {name for rows in kernels_speculative.HEURISTIC.values() for name in rows.values()}
     for ids in selected.values():
         wanted = itertools.product(tactics, (1, 8), ("none", "buffer"))
         assert {f"test_every_tactic[fp32-{name}-{tokens}-{mode}]" for name, tokens, mode in wanted} <= ids

@@ -113,9 +113,8 @@ class GatedDeltaRule(TokenChunks):
             here = Place(request, hv, request, row, warp, lane)
             if warp == 0:
                 prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
-            if cutlass.const_expr(cfg.prefetch):
-                if out_of_the_way(cfg, cfg.tactic.ahead):
-                    self.prefetch_state(tensors.state, state_indices, here)
+            if cutlass.const_expr(cfg.prefetch) and out_of_the_way(cfg, cfg.tactic.ahead):
+                self.prefetch_state(tensors.state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = Int64(request)

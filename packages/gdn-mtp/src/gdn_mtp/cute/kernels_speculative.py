@@ -12,7 +12,7 @@ from gdn_mtp.speculative.problem import SpeculativeProblem
 from .compile import FUNCTION
 from .config import CHUNK_TOKENS, Tactic, fields_of
 from .config_speculative import SpeculativeConfig
-from .kernels import NO_LIMIT, ranked
+from .kernels import NO_LIMIT, Rows, ranked
 
 # `bench_gdn_spec.py --tactics` times them.
 TACTICS = {
@@ -30,12 +30,12 @@ TACTICS = {
     )
 }
 
-# (tiles of 16 rows per SM, at most, tactic) by regime, from times on an H100: benchmarks/results/
+# By regime, for tiles of 16 rows per SM of at most: a tactic. From times on an H100: benchmarks/results/
 # gdn_spec-h100-tactics
-HEURISTIC: dict[str, tuple[tuple[float, str], ...]] = {
-    "one chunk": ((NO_LIMIT, "w4t1s"),),
-    "bf16 state": ((100, "w4t1s"), (NO_LIMIT, "w4t2s")),
-    "many chunks": ((8, "w4t1s"), (NO_LIMIT, "w4t2s")),
+HEURISTIC: dict[str, Rows] = {
+    "one chunk": {NO_LIMIT: "w4t1s"},
+    "bf16 state": {100: "w4t1s", NO_LIMIT: "w4t2s"},
+    "many chunks": {8: "w4t1s", NO_LIMIT: "w4t2s"},
 }
 
 

@@ -34,8 +34,8 @@ def in_first_wave(cfg):
 def out_of_the_way(cfg, ahead: int | None):
     """Whether a state that the block prefetches is not in the way of the previous grid.
 
-    While that ends, the first blocks fill the GPU; of them the last are, `ahead` per multiprocessor, or all if
-    it is None. So are all that come later, and all of a small grid.
+    The first blocks fill the GPU while that grid ends. Of them the last are out of the way, `ahead` per
+    multiprocessor or, if it is None, all; so are all later ones, and all of a small grid.
     """
     patient = 0 if ahead is None else cfg.blocks_per_sm - ahead
     if patient <= 0:
