@@ -54,6 +54,7 @@ from _gdn_report import (
     summary_lines,
     tactics_line,
 )
+from _gdn_stages import EMPTY
 from _gdn_variants import (
     PEERS,
     Ours,
@@ -69,6 +70,7 @@ from _gdn_variants import (
 from _host_time import time_host
 from _results import results_folder
 from gdn_mtp.problem import StateLayout
+from kernel_dispatch import as_arch
 from kernel_testing import copy_bandwidth_gb_s, environment, time_cuda_us
 
 HEADS = ("16/16/32", "16/16/64")
@@ -281,7 +283,8 @@ def host_us(run: Callable[[], object]) -> float:
 
 
 def measure_host(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Host microseconds by case and way to call."""
+    """Host microseconds by case and way to call; beside them, those of a kernel that does nothing."""
+    empty = functools.partial(EMPTY.load(None, as_arch(device).name), torch.zeros(1, device=device))
     found: dict[str, dict[str, float]] = {}
     for name, (T, cache) in HOST_CASES.items():
         H, HV = options.heads[0]
@@ -290,6 +293,7 @@ def measure_host(options: argparse.Namespace, device: torch.device) -> dict[str,
         own = Ours(cell, device)
         found[name] = {"Plan.run": host_us(own.bound(call))}
         found[name]["functional"] = host_us(bound_functional(cell, call))
+        found[name]["empty kernel"] = host_us(empty)
         for peer in options.peers:
             try:
                 found[name][peer] = host_us(functools.partial(make_peer(peer, cell, device).run, call))
