@@ -16,6 +16,7 @@ from gdn_mtp.cute.config import MMA_ROWS, WARP_LANES, KernelConfig
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.fragments import read_index
 from gdn_mtp.cute.kernel import GatedDeltaRule, Tensors
+from gdn_mtp.cute.prefetch import in_first_wave, out_of_the_way
 from gdn_mtp.cute.speculative import Verify, allocate
 from gdn_mtp.cute.tiles import Place
 from gdn_mtp.cute.trace import arguments, rows
@@ -102,7 +103,7 @@ class StatesAlone(WithoutArithmetic):
         indices = state_indices if self.index else None
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if cutlass.const_expr(cfg.prefetch):
+            if cutlass.const_expr(cfg.prefetch) and out_of_the_way(cfg, cfg.tactic.ahead):
                 self.prefetch_state(state, indices, Place(request, hv, request, row, warp, lane))
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
@@ -184,7 +185,7 @@ class StatesRead(Verify):
         row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if self.in_first_wave():
+            if in_first_wave(cfg):
                 self.prefetch_state(state, state_indices, Place(request, hv, request, row, warp, lane))
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")

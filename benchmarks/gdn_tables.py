@@ -10,6 +10,7 @@ one stands in neither and, with `--check`, if one is not what the results say.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -50,7 +51,8 @@ STAGES = {  # of a call, what is left out last: what heads its column
     "index": "no index",
     "copy": "plain copy",
 }
-OTHER_TACTICS = 4  # shown of each, the fastest
+TACTICS_SHOWN = ((1, 4, 8), (4, 16, 64))  # T, B
+FASTEST_SHOWN = 3  # of each
 HEAD_DIM, IO_BYTES = 128, 2  # of q, k, v and the output
 STEPS = [(T, dtype) for T in (4, 8) for dtype in ("fp32", "bf16")]
 OTHER_WINDOWS = {
@@ -185,20 +187,19 @@ def step_stages() -> str:
 
 
 def tactics() -> str:
-    """Times of every tactic for what is short of its goal; the header names the commit they are of."""
-    name = "gdn_mtp-h100-tactics/updated-fp32.json"
-    commit = record(name)["environment"]["git_commit"]
-    rows = {(row["T"], row["B"]): row for row in rows_of(name) if _updates_fp32(row)}
+    """The fastest tactics of calls that update the state, beside one in which every block prefetches."""
     lines = []
-    for short, _ in short_of_goal():
-        row = rows[short["T"], short["B"]]
-        timed = dict(row["us"])
-        chosen = f"{row['tactic']} {timed.pop('ours'):.1f}"
-        fastest = sorted(timed.items(), key=lambda item: item[1])
-        others = ", ".join(f"{name} {us:.1f}" for name, us in fastest[:OTHER_TACTICS])
-        rest = f"{len(fastest) - OTHER_TACTICS} more to {fastest[-1][1]:.1f}"
-        lines.append([_call(row), chosen, f"{others}, {rest}"])
-    return table([f"call, at commit {commit[:7]}", "tactic chosen, µs", "other tactics, µs"], lines)
+    for name in ("fp32", "bf16"):
+        rows = {(row["T"], row["B"]): row for row in rows_of(f"gdn_mtp-h100-tactics/final-{name}.json")}
+        for place in itertools.product(*TACTICS_SHOWN):
+            row = rows[place]
+            timed = dict(row["us"])
+            timed[row["tactic"]] = timed.pop("ours")
+            fastest = sorted(timed.items(), key=lambda item: item[1])
+            shown = ", ".join(f"{tactic} {us:.2f}" for tactic, us in fastest[:FASTEST_SHOWN])
+            rest = f"{len(fastest) - FASTEST_SHOWN} more to {fastest[-1][1]:.2f}"
+            lines.append([f"{_call(row)}, {name}", f"{shown}, {rest}", f"{timed['w4t1s']:.2f}"])
+    return table(["call", "tactics, µs", "w4t1s, µs"], lines)
 
 
 def _call(row: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_dispatch import Arch
+from kernel_testing import cubin_resources
 
 MEMORY_GOAL = "T = 8: bytes of intermediate states over the cache's, at least 16"
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -171,6 +173,28 @@ def test_states_in_order_and_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scatter is None
         assert intermediate is call.intermediate
         assert output is call.output
+
+
+def test_every_kernel_with_stages_left_out_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _gdn_cases import Cell
+    from _gdn_stages import STAGES, STEP_STAGES, StagesConfig
+    from bench_gdn_spec import Cell as Step
+    from bench_gdn_stages import VARIANTS
+    from gdn_mtp.cute import kernels, kernels_speculative
+
+    hopper = Arch.from_name("sm_90a")
+    call = Cell(H=16, HV=32, B=16, T=1, update=True, cache=False, state_dtype=torch.float32).problem()
+    step = Step(16, 32, 16, 4, torch.bfloat16, capacity=16, fold="auto").problem()
+    left_out = [(kernels.KERNELS, call, name) for name in {name for name, _ in VARIANTS.values()}]
+    left_out += [(kernels.KERNELS, call, "everything")]
+    left_out += [(kernels_speculative.KERNELS, step, name) for name in STEP_STAGES]
+    for kernel, problem, name in left_out:
+        config = kernel.config(problem, hopper, kernel.tactics(problem, hopper)[0])
+        resources = cubin_resources(
+            STAGES.compiled(StagesConfig(config, name), hopper.name).cubin.read_bytes()
+        )
+        assert resources.stack_bytes == 0
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
