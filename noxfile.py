@@ -322,7 +322,8 @@ SANITIZED = {
         ("test_gdn_cute.py", "test_speculative_kernel.py"),
         {
             "memcheck": "(test_every_tactic[ and (-1- or -8-)) or k_major_states or rows_lie_apart"
-            " or (other_slots and fp32) or (sizes_and_modes and (64-fp32 or (-16- and (128-bf16 or 256-bf16)))) or test_history[",
+            " or (other_slots and fp32) or test_history["
+            " or (sizes_and_modes and (64-fp32 or (-16- and (128-bf16 or 256-bf16))))",
             "racecheck": GDN_EVERY_LOOP,
             "synccheck": GDN_EVERY_LOOP,
         },
