@@ -19,6 +19,8 @@ class Row:
 
     us: by variant ("ours", peers, tactics), median microseconds of a call. failed: variants whose results
     were wrong, with the first wrong element; of these only peers have a time. notes: why a variant has none.
+    slowdown: how many times as long as at the start of the run a copy took beside it. attempts: how often the
+    row was timed, until that was little.
     """
 
     cell: Cell
@@ -29,6 +31,8 @@ class Row:
     notes: dict[str, str] = field(default_factory=dict)
     calls: int = 0
     repeats: int = 0
+    slowdown: float = 1.0
+    attempts: int = 0
 
     @property
     def gb_s(self) -> float | None:
@@ -69,6 +73,8 @@ class Row:
             "notes": self.notes,
             "calls_per_graph": self.calls,
             "repeats": self.repeats,
+            "slowdown": self.slowdown,
+            "attempts": self.attempts,
         }
 
     @classmethod

@@ -8,9 +8,10 @@
 Before it is timed, every variant is compared with the float64 reference at the very shape, element by element
 for all requests or, of more than eight, for eight spread over the batch. Ours is not timed if it is wrong;
 a peer is, and its time marked. A time is the median of replays of a CUDA graph of several calls, variants in
-turn, each call on inputs and state slots of its own, with the L2 cache cold. Bytes counted are those of the
-states read and written, and the ceiling is the copy bandwidth measured in the same run. Ratios are a peer's
-time over ours.
+turn, each call on inputs and state slots of its own, with the L2 cache cold. A row is timed again, up to three
+times in all, if a copy before or after it takes more than 2 % longer than at the start. Bytes counted are
+those of the states read and written, and the ceiling is the copy bandwidth measured in the same run. Ratios
+are a peer's time over ours.
 
 A row that does not fit into GPU memory is left out and named. The exit status is 1 if ours is wrong or
 there is no CUDA device.
@@ -68,6 +69,7 @@ from _gdn_variants import (
     timed_calls,
 )
 from _host_time import time_host
+from _pace import Pace
 from _results import results_folder
 from gdn_mtp.problem import StateLayout
 from kernel_dispatch import as_arch
@@ -212,7 +214,7 @@ def variants_of(cell: Cell, row: Row, options: argparse.Namespace, device: torch
     return variants
 
 
-def measure(cell: Cell, row: Row, pool: torch.Tensor, options: argparse.Namespace) -> None:
+def measure(cell: Cell, row: Row, pool: torch.Tensor, options: argparse.Namespace, pace: Pace) -> None:
     """Check and time every variant of one cell."""
     calls = make_calls(cell, pool)
     timed: dict[str, list[Callable[[], object]]] = {}
@@ -234,7 +236,8 @@ def measure(cell: Cell, row: Row, pool: torch.Tensor, options: argparse.Namespac
     wanted = int(SECONDS_PER_VARIANT / graph_seconds)
     row.calls = len(calls)
     row.repeats = MIN_REPEATS if options.quick else min(MAX_REPEATS, max(MIN_REPEATS, wanted))
-    row.us = time_cuda_us(timed, repeats=row.repeats, warmup=1)
+    steady = pace.steady(lambda: time_cuda_us(timed, repeats=row.repeats, warmup=1))
+    row.us, row.slowdown, row.attempts = steady
     if row.failed:
         fill_pool(pool)
 
@@ -250,6 +253,7 @@ def measure_all(
     pool_key: tuple[object, ...] = ()
     pool = torch.empty(0, device=device)
     slots = max(cell.pool_slots for cell in cells)
+    pace = Pace.on(device)
     bar = progress(cells, "time")
     show = bar.write if sys.stderr.isatty() else print
     for cell in bar:
@@ -266,7 +270,7 @@ def measure_all(
         if not pool_key:
             pool, pool_key = make_pool(cell, device, slots), key
         row = Row(cell, copy_gb_s)
-        measure(cell, row, pool, options)
+        measure(cell, row, pool, options, pace)
         results.add(row)
         lines = [line(row, options.peers)] + ([tactics_line(row)] if options.tactics else [])
         show("\n".join(lines), file=sys.stdout)
@@ -323,7 +327,7 @@ class Results:
         self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def notes(self) -> list[str]:
-        """Once each, what kept a variant or a row from being timed, and everything that was wrong."""
+        """Once each, what kept a variant or a row from being timed; rows that were timed again; all wrong."""
         why: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             for missing in row.notes.items():
@@ -333,6 +337,11 @@ class Results:
             for (variant, note), cells in why.items()
         ]
         lines += [f"left out: {sentence}" for sentence in self.left_out]
+        lines += [
+            f"{row.cell}: timed {row.attempts} times; a copy took {row.slowdown:.3f} of its time at the start"
+            for row in self.rows
+            if row.attempts > 1
+        ]
         return lines + [
             f"WRONG: {variant} at {row.cell}: {wrong}"
             for row in self.rows

@@ -140,6 +140,26 @@ def test_variants_of_an_mla_cell_are_checked_and_then_timed_in_turn(monkeypatch:
     assert len(timed) == 1
 
 
+@pytest.mark.parametrize(
+    ("copies", "attempts", "slowdown", "us"),
+    [
+        ([100.0, 101.0, 102.0], 1, 1.02, 1.0),
+        ([100.0, 100.0, 103.0, 101.0, 100.0], 2, 1.01, 2.0),
+        ([100.0, 105.0, 99.0, 100.0, 104.0, 110.0, 100.0], 3, 1.04, 2.0),
+    ],
+)
+def test_what_is_timed_while_memory_is_slow_is_timed_again(
+    monkeypatch: pytest.MonkeyPatch, copies: list[float], attempts: int, slowdown: float, us: float
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _pace import Pace
+
+    times, left = iter((1.0, 2.0, 3.0)), iter(copies)
+    steady = Pace(lambda: next(left)).steady(lambda: {"ours": next(times)})
+    assert steady == ({"ours": us}, pytest.approx(slowdown), attempts)
+    assert not list(left)
+
+
 def test_arguments_of_the_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from bench_gdn_stages import parse_arguments
