@@ -8,10 +8,10 @@
 Before it is timed, every variant is compared with the float64 reference at the very shape, element by element
 for all requests or, of more than eight, for eight spread over the batch. Ours is not timed if it is wrong;
 a peer is, and its time marked. A time is the median of replays of a CUDA graph of several calls, variants in
-turn, each call on inputs and state slots of its own, with the L2 cache cold. A row is timed again, up to three
-times in all, if a copy before or after it takes more than 2 % longer than at the start. Bytes counted are
-those of the states read and written, and the ceiling is the copy bandwidth measured in the same run. Ratios
-are a peer's time over ours.
+turn, each call on inputs and state slots of its own, with the L2 cache cold. A row is timed again, up to
+three times in all, if a copy before or after it takes more than 2 % longer than at the start. Bytes counted
+are those of the states read and written, and the ceiling is the copy bandwidth measured in the same run.
+Ratios are a peer's time over ours.
 
 A row that does not fit into GPU memory is left out and named. The exit status is 1 if ours is wrong or
 there is no CUDA device.
