@@ -311,18 +311,17 @@ def device(session: nox.Session) -> None:
     session.log("%s holds the record", folder)
 
 
-# One token and a whole chunk of eight with every tactic, two chunks with the one preferred.
+# One token and a whole chunk of eight with every tactic; two chunks with the one preferred.
+GDN_EVERY_TACTIC = "(test_every_tactic[ and (-1- or -8-)) or (other_slots and fp32) or test_history["
 GDN_EVERY_LOOP = (
-    "(test_every_tactic[ and (-1- or -8-)) or (sizes_and_modes and -16- and (128 or 256-bf16))"
-    " or (other_slots and fp32) or (k_major_states and 128) or test_history["
+    f"{GDN_EVERY_TACTIC} or (sizes_and_modes and -16- and (128 or 256-bf16)) or (k_major_states and 128)"
 )
 # What compute-sanitizer looks at: a package's tests, and per tool a pytest selection, every path, small.
 SANITIZED = {
     "gdn-mtp": (
         ("test_gdn_cute.py", "test_speculative_kernel.py"),
         {
-            "memcheck": "(test_every_tactic[ and (-1- or -8-)) or k_major_states or rows_lie_apart"
-            " or (other_slots and fp32) or test_history["
+            "memcheck": f"{GDN_EVERY_TACTIC} or k_major_states or rows_lie_apart"
             " or (sizes_and_modes and (64-fp32 or (-16- and (128-bf16 or 256-bf16))))",
             "racecheck": GDN_EVERY_LOOP,
             "synccheck": GDN_EVERY_LOOP,

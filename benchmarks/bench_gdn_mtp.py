@@ -69,7 +69,7 @@ from _gdn_variants import (
     timed_calls,
 )
 from _host_time import time_host
-from _pace import Pace
+from _pace import STEADY, Pace
 from _results import results_folder
 from gdn_mtp.problem import StateLayout
 from kernel_dispatch import as_arch
@@ -281,28 +281,28 @@ def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.1f} GiB"
 
 
-def host_us(run: Callable[[], object]) -> float:
-    """Median microseconds that the host takes per call, by itself."""
-    return time_host({"run": run})["run"].median
-
-
 def measure_host(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Host microseconds by case and way to call; beside them, those of a kernel that does nothing."""
+    """Host microseconds by case and way to call, in turn; beside them, those of a kernel that does nothing."""
     empty = functools.partial(EMPTY.load(None, as_arch(device).name), torch.zeros(1, device=device))
     found: dict[str, dict[str, float]] = {}
     for name, (T, cache) in HOST_CASES.items():
         H, HV = options.heads[0]
         cell = Cell(H, HV, 1, T, True, cache, torch.float32)
         call = make_calls(cell, make_pool(cell, device, 8), count=1)[0]
-        own = Ours(cell, device)
-        found[name] = {"Plan.run": host_us(own.bound(call))}
-        found[name]["functional"] = host_us(bound_functional(cell, call))
-        found[name]["empty kernel"] = host_us(empty)
+        runs: dict[str, Callable[[], object]] = {
+            "Plan.run": Ours(cell, device).bound(call),
+            "functional": bound_functional(cell, call),
+            "empty kernel": empty,
+        }
         for peer in options.peers:
             try:
-                found[name][peer] = host_us(functools.partial(make_peer(peer, cell, device).run, call))
+                run = functools.partial(make_peer(peer, cell, device).run, call)
+                run()
             except Exception as error:
                 print(f"{name}: no host time of {peer}: {type(error).__name__}: {str(error)[:200]}")
+            else:
+                runs[peer] = run
+        found[name] = {way: us.median for way, us in time_host(runs).items()}
     return found
 
 
@@ -338,7 +338,8 @@ class Results:
         ]
         lines += [f"left out: {sentence}" for sentence in self.left_out]
         lines += [
-            f"{row.cell}: timed {row.attempts} times; a copy took {row.slowdown:.3f} of its time at the start"
+            f"{'SLOW: ' * (row.slowdown > STEADY)}{row.cell}: timed {row.attempts} times; a copy took "
+            f"{row.slowdown:.3f} of its time at the start"
             for row in self.rows
             if row.attempts > 1
         ]

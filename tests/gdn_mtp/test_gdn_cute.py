@@ -18,6 +18,7 @@ from gdn_mtp.cute.kernels import (
     heuristic_rows,
 )
 from gdn_mtp.cute.kernels_speculative import KERNELS as SPECULATIVE_KERNELS
+from gdn_mtp.cute.prefetch import may_prefetch
 from gdn_mtp.problem import GatedDeltaRuleProblem, short_dtype
 from gdn_mtp.speculative.problem import SpeculativeProblem
 from gdn_mtp.torch_kernel import KERNEL
@@ -138,25 +139,51 @@ def test_a_number_of_tokens_takes_the_first_rows_whose_limit_it_does_not_exceed(
 
 
 @pytest.mark.parametrize(
-    ("asked", "idle"),
+    ("asked", "twins"),
     [
         (problem(T=4), set()),
-        (problem(T=6), {"w2t1sa2b7"}),  # shared memory for seven blocks
-        (problem(T=16), {"w2t1sa2b7", "w2t1sa2b4", "w4t1sa1b2"}),  # registers for eight warps
+        (problem(T=6), {"w2t1sa2b7"}),  # shared memory for seven blocks of two warps
+        (problem(T=16), {"w2t1sa2b7", "w2t1sa2b4", "w4t1sa1b2", "w4t1sa2"}),  # registers for eight warps
     ],
     ids=lambda value: value.describe() if isinstance(value, GatedDeltaRuleProblem) else None,
 )
-def test_a_cap_on_blocks_that_do_not_fit_anyway_is_not_offered(asked, idle):
-    assert set(TACTICS) - set(KERNELS.tactics(asked, HOPPER)) == idle
+def test_limits_on_blocks_that_do_not_fit_anyway_are_not_offered(asked, twins):
+    assert set(TACTICS) - set(KERNELS.tactics(asked, HOPPER)) == twins
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16])
+def test_a_cap_is_the_number_of_blocks_that_fit(arch, tokens):
+    target = Arch.from_name(arch)
+    for state, intermediate in itertools.product((FP32, BF16), ("none", "buffer")):
+        asked = problem(T=tokens, state_dtype=state, intermediate=intermediate)
+        for name in KERNELS.tactics(asked, target):
+            config = KERNELS.config(asked, target, name)
+            per_sm = target.smem_optin_bytes + 1024
+            taken = -(-config.smem_bytes // 128) * 128 + 1024  # of a multiprocessor, as the driver counts
+            assert config.blocks_per_sm * taken <= per_sm
+            cap = config.tactic.max_blocks_per_sm
+            if cap is not None:
+                assert config.blocks_per_sm == cap
+                assert (cap + 1) * taken > per_sm
+
+
+@pytest.mark.parametrize(
+    ("blocks", "first"),
+    [(20, 0), (21, 30), (100, 30)],  # the first that prefetches, of 10 multiprocessors with four blocks each
+)
+def test_which_blocks_prefetch_ahead(blocks, first):
+    prefetching = [block for block in range(blocks) if may_prefetch(block, blocks, 10, 4, ahead=1)]
+    assert prefetching == list(range(first, blocks))
 
 
 KEPT = {"intermediate": "buffer", "update_state": False}
 WINDOW = SpeculativeProblem(B=1, T=4, H=16, HV=32, K=128, V=128, capacity=16)
 SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with fp32 and bf16 states
-    "single tokens": (KERNELS, problem(T=1), 2, 2),
+    "single tokens": (KERNELS, problem(T=1), 1, 2),
     "T4, kept": (KERNELS, problem(T=4, **KEPT), 4, 4),
     "T8, kept": (KERNELS, problem(T=8, **KEPT), 4, 4),
-    "T4, updated": (KERNELS, problem(T=4), 3, 4),
+    "T4, updated": (KERNELS, problem(T=4), 3, 3),
     "T8, updated": (KERNELS, problem(T=8), 3, 3),
     "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 2),
     "commit": (SPECULATIVE_KERNELS, replace(WINDOW, mode="commit", T=0), 1, 1),
@@ -294,7 +321,8 @@ def check_compiled(asked, arch, tactic):
     assert config.smem_bytes <= target.smem_optin_bytes
     resources = cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes())
     assert resources.stack_bytes == 0
-    assert resources.registers * 32 * config.warps * config.blocks_per_sm <= 65536
+    registers = -(-resources.registers // 8) * 8  # of a thread, as they are given out
+    assert registers * 32 * config.warps * config.blocks_per_sm <= 65536
 
 
 needs_hopper = pytest.mark.skipif(BACKEND != "cute", reason="needs a GPU of SM90 or newer")
@@ -535,7 +563,7 @@ def test_tactics_that_prefetch_ahead_on_a_grid_of_several_waves(state, tactic, t
 
 
 @needs_hopper
-@pytest.mark.parametrize(("state", "tactic", "tokens", "mode"), offered("none"), ids=id_of)
+@pytest.mark.parametrize(("state", "tactic", "tokens", "mode"), offered("none", "buffer"), ids=id_of)
 def test_calls_that_overlap_have_the_bits_of_calls_that_do_not(state, tactic, tokens, mode):
     """Each call goes on from the states of the one before it, some of them while that still runs."""
     call = Call(replace(QWEN, B=32, T=tokens, state=state), mode)

@@ -139,8 +139,8 @@ def test_a_tactic_that_there_is_not_is_named_with_those_that_there_are():
     for asked in (problem(), speculative):
         named = gdn_mtp.plan(asked, "cpu", tactic=gdn_mtp.plan(asked, "cpu").tactic)
         assert named.reason.endswith("tactic named")
-        with pytest.raises(ArgumentError, match=r"tactic: 'w4t1', expected one of .* provider 'torch'"):
-            gdn_mtp.plan(asked, "cpu", tactic="w4t1")
+        with pytest.raises(ArgumentError, match=r"tactic: 'w4t1s', expected one of .* provider 'torch'"):
+            gdn_mtp.plan(asked, "cpu", tactic="w4t1s")
 
 
 @pytest.mark.parametrize("arch", ["cpu", "sm_90a", "sm_100a", "sm_121a"])

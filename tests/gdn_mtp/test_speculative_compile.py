@@ -79,7 +79,8 @@ def check_compiled(arch: str, asked: SpeculativeProblem) -> None:
     assert config.smem_bytes <= target.smem_optin_bytes
     resources = cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes())
     assert resources.stack_bytes == 0
-    assert resources.registers * 32 * config.warps * config.blocks_per_sm <= REGISTERS_PER_SM
+    registers = -(-resources.registers // 8) * 8  # of a thread, as they are given out
+    assert registers * 32 * config.warps * config.blocks_per_sm <= REGISTERS_PER_SM
 
 
 def test_the_heuristic_reaches_every_row_of_its_table() -> None:

@@ -37,7 +37,7 @@ class Tactic:
     more overlaps, but then its blocks crowd multiprocessors that have few of this grid.
     evict_first: states pass through L2 as what is to leave it first.
     ahead: of the blocks that fill the GPU while the previous grid ends, the last so many per multiprocessor
-    prefetch their states then; None: all do.
+    prefetch their states then; None: all do. So do all blocks of a small grid, and all that come later.
     max_blocks_per_sm: at most so many blocks share a multiprocessor; None: all that fit.
     """
 
@@ -169,8 +169,8 @@ class TokenTiles(Footprint):
         return True
 
     @property
-    def has_idle_cap(self) -> bool:
-        """Whether the tactic caps the blocks of a multiprocessor at a number that does not fit anyway."""
+    def is_twin(self) -> bool:
+        """Whether the tactic has a limit on blocks per multiprocessor that more would have to fit for."""
         return False
 
     @property
@@ -323,9 +323,10 @@ class KernelConfig(TokenTiles, Config):
         return self.tiles_bytes + self.token_bytes + 4 * floats + barriers
 
     @property
-    def has_idle_cap(self) -> bool:
-        cap = self.tactic.max_blocks_per_sm
-        return cap is not None and self.fitting_blocks(self.used_smem_bytes) <= cap
+    def is_twin(self) -> bool:
+        cap, ahead = self.tactic.max_blocks_per_sm, self.tactic.ahead
+        idle_cap = cap is not None and self.fitting_blocks(self.used_smem_bytes) <= cap
+        return idle_cap or (ahead is not None and ahead >= self.blocks_per_sm)
 
     @property
     def smem_bytes(self) -> int:

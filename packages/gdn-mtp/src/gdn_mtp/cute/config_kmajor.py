@@ -11,6 +11,7 @@ from gdn_mtp.problem import GatedDeltaRuleProblem
 from .config import GATE_COLUMNS, WARP_LANES, Config, fields_of
 
 REGISTERS_PER_SM = 65536
+AHEAD = 1  # as `Tactic.ahead`: 2 % faster than 0 at B = 16 on an H100, November 2026
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class SpeculativeConfig(TokenTiles):
     smem_optin_bytes: int
     tactic: Tactic
 
+    def __post_init__(self) -> None:
+        assert self.ring_rows > 0, "a ring has room for a window beside the new one"
+        assert self.tactic.ahead is None, "is of calls alone"
+        assert self.tactic.max_blocks_per_sm is None, "is of calls alone"
+
     @property
     def pending_chunks(self) -> int:
         """Chunks that the pending tokens of a verify fill at most: its own tokens fit beside them."""

@@ -21,13 +21,12 @@ from cutlass.memory import SmemAllocator
 from gdn_mtp.problem import L2NORM_EPSILON
 
 from .config import GATE_COLUMNS, WARP_LANES
-from .config_kmajor import KMajorConfig
+from .config_kmajor import AHEAD, KMajorConfig
 from .fragments import NUMERIC, dot, load_shared, load_words, opaque, store_vector, unpack
 from .gates import BETA, DECAY, K_SCALE, Q_SCALE, QK, load_gates, stage_gates
 from .prefetch import bulk_prefetch_l2, out_of_the_way, prefetch_tokens
 from .tiles import Place
 
-AHEAD = 1  # block per multiprocessor that prefetches while the previous grid ends
 SUM_VECTOR = 4  # float32 sums of a 16-byte access
 
 

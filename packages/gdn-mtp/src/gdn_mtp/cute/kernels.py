@@ -20,7 +20,6 @@ from .config_speculative import SpeculativeConfig
 TACTICS = {
     tactic.name: tactic
     for tactic in (
-        Tactic(4, 1),
         Tactic(1, 1, row_copies=True),
         Tactic(2, 1, row_copies=True),
         Tactic(4, 1, row_copies=True),
@@ -36,7 +35,6 @@ TACTICS = {
         Tactic(2, 1, evict_first=True),
         Tactic(4, 1, evict_first=True),
         Tactic(4, 2, evict_first=True),
-        Tactic(4, 1, trigger="early", evict_first=True, ahead=1),
         Tactic(4, 2, trigger="early", evict_first=True, ahead=1),
     )
 }
@@ -52,14 +50,14 @@ NO_LIMIT = float("inf")
 Rows = Mapping[float, str]
 HEURISTIC: dict[str, dict[float, Rows]] = {
     "final fp32 state": {
-        1: {12: "w2t1sa2b4", 20: "w4t1efa1", NO_LIMIT: "w2t1sa2b4"},
+        1: {NO_LIMIT: "w2t1sa2b4"},
         5: {3: "w2t1sa2b7", 6: "w4t1s", 12: "w2t1sa2b4", 300: "w2t1sa2b7", NO_LIMIT: "w2t1sa2b4"},
         7: {6: "w4t1s", 12: "w2t1sa2b4", 300: "w2t1sa2", NO_LIMIT: "w2t1sa2b4"},
         NO_LIMIT: {6: "w4t1s", 12: "w2t1sa2b4", NO_LIMIT: "w4t1sa1"},
     },
     "final bf16 state": {
         1: {12: "w4t1sa1b2", NO_LIMIT: "w4t1sa2"},
-        4: {12: "w4t1s", 20: "w4t1efa1", 50: "w4t2efa1", NO_LIMIT: "w4t1sa2"},
+        4: {12: "w4t1s", 20: "w4t1sa2", 50: "w4t2efa1", NO_LIMIT: "w4t1sa2"},
         NO_LIMIT: {12: "w4t1s", 20: "w4t1sa1", 50: "w4t2efa1", NO_LIMIT: "w4t1sa1"},
     },
     "every fp32 state": {
@@ -152,7 +150,7 @@ def heuristic_row(
 def _fits(
     problem: GatedDeltaRuleProblem | SpeculativeProblem, arch: Arch, config: KernelConfig | SpeculativeConfig
 ) -> bool:
-    if config.smem_bytes > arch.smem_optin_bytes or not config.has_registers or config.has_idle_cap:
+    if config.smem_bytes > arch.smem_optin_bytes or not config.has_registers or config.is_twin:
         return False
     if problem.state_rows != "contiguous" and not config.tactic.row_copies:
         return False

@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from .config import L2_LINE_BYTES
 
-FEW_BLOCKS = 2  # of a small grid, per multiprocessor: from times of the K-major kernel on an H100
+FEW_BLOCKS = 2  # of a small grid, per multiprocessor: of the K-major kernel on an H100, November 2026
 
 
 def prefetch_l2(source) -> None:
@@ -32,17 +32,19 @@ def in_first_wave(cfg):
 
 
 def out_of_the_way(cfg, ahead: int | None):
-    """Whether a state that the block prefetches is not in the way of the previous grid.
+    """Whether the block may prefetch its state while the previous grid ends, as `Tactic.ahead` says.
 
-    The first blocks fill the GPU while that grid ends. Of them the last are out of the way, `ahead` per
-    multiprocessor or, if it is None, all; so are all later ones, and all of a small grid.
+    Blocks start in the order of their numbers, as many on each multiprocessor.
     """
-    patient = 0 if ahead is None else cfg.blocks_per_sm - ahead
-    if patient <= 0:
+    if ahead is None or ahead >= cfg.blocks_per_sm:
         return True
     x, y, z = cute.arch.grid_dim()
-    few = x * y * z <= FEW_BLOCKS * cute.arch.nsmid()
-    return few | (block_number() >= patient * cute.arch.nsmid())
+    return may_prefetch(block_number(), x * y * z, cute.arch.nsmid(), cfg.blocks_per_sm, ahead)
+
+
+def may_prefetch(block, blocks, sm_count, blocks_per_sm: int, ahead: int):
+    """Whether block number `block` of `blocks` prefetches, for numbers known here or in the kernel."""
+    return (blocks <= FEW_BLOCKS * sm_count) | (block >= (blocks_per_sm - ahead) * sm_count)
 
 
 def block_number():
