@@ -282,7 +282,7 @@ def _gib(nbytes: int) -> str:
 
 
 def measure_host(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Host microseconds by case and way to call, in turn; beside them, those of a kernel that does nothing."""
+    """Host microseconds by case and way to call, in turn; with them those of a kernel that does nothing."""
     empty = functools.partial(EMPTY.load(None, as_arch(device).name), torch.zeros(1, device=device))
     found: dict[str, dict[str, float]] = {}
     for name, (T, cache) in HOST_CASES.items():
