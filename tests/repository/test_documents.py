@@ -25,8 +25,11 @@ DOCUMENTS = sorted(
     )
     for path in ROOT.glob(pattern)
 )
+RESULTS = ROOT / "benchmarks" / "results"
 GDN_TABLES = ROOT / "benchmarks" / "gdn_tables.py"
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RECORD = re.compile(r"`(?:benchmarks/results/)?((?:gdn|mla|copy|emulate)[a-z0-9_]*-[\w/.-]+)`")
+RECORDED_FILE = re.compile(r"`([\w-]+\.(?:json|txt))`")  # where documents leave out the folder
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -82,6 +85,16 @@ def test_links_point_at_files_of_the_tree(path: Path) -> None:
         link for link in LINK.findall(path.read_text(encoding="utf-8")) if not (path.parent / link).exists()
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_records_that_are_named_exist(path: Path) -> None:
+    packages = {folder.name for folder in (ROOT / "packages").iterdir()}
+    named = set(RECORD.findall(path.read_text(encoding="utf-8"))) - packages
+    assert [name for name in named if not (RESULTS / name).exists()] == []
+    if path.parent.name == "docs":
+        files = RECORDED_FILE.findall(path.read_text(encoding="utf-8"))
+        assert [name for name in files if not any(RESULTS.rglob(name))] == []
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
