@@ -108,7 +108,8 @@ def test_tables_of_times_are_those_of_the_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_table_of_times_stands_in_one_document() -> None:
+def test_every_table_of_times_stands_in_one_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(GDN_TABLES.parent))
     tables = runpy.run_path(str(GDN_TABLES))
     text = "".join(path.read_text(encoding="utf-8") for path in tables["DOCUMENTS"])
     assert sorted(found[2] for found in tables["MARKED"].finditer(text)) == sorted(tables["TABLES"])
