@@ -82,6 +82,7 @@ def on_cpu(case: Case) -> dict[str, Tensor]:
         ("sm_90a", "w2t1s", 1, FP32, False),
         ("sm_90a", "w2t1sa2b4", 5, FP32, False),
         ("sm_90a", "w4t1sa1b2", 3, BF16, False),
+        ("sm_90a", "w2t1sa2b4", 10, BF16, False),
         ("sm_90a", "w4t1r", 4, BF16, True),
         ("sm_90a", "w4t1e", 8, FP32, True),
         ("sm_90a", "w4t1e", 8, FP32, False),
