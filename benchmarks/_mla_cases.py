@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from kernel_testing import assert_close_elementwise
+from kernel_testing.mla import HEAD_DIM, LATENT, ROUNDOFF, WEIGHT_DEVIATIONS
 from mla_core import DecodeProblem
 from mla_core.specs import DecodeTensors
 
-LATENT, HEAD_DIM = 512, 576
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 FP32_BOUND = 2.0**-19  # of sums of float32 products: 32 roundings
-# Half a unit in the last place of the weights in the second product, and of the output.
-ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float8_e4m3fn: 2.0**-4}
-WEIGHT_DEVIATIONS = 4.0  # of a sum of weights' roundings, each at its largest: about ten standard deviations
 CHECKED_REQUESTS = 2
 
 
