@@ -236,11 +236,13 @@ def compile_ahead(jobs: int, cells: Sequence[Cell], peers: Sequence[str], tactic
         if "flashinfer" in peers:  # specialised by head counts; caching is a run-time flag for fp32 states
             key = ("flashinfer", cell.heads, cell.T, cell.update, cell.states)
             groups.setdefault(key, []).append(cell)
+    shares = {key: -(-jobs // len(groups)) if tactics and key[0] == "ours" else 1 for key in groups}
+    tasks = [(key, group, share) for key, group in groups.items() for share in _shares(tactics, shares[key])]
     problems = []
     # A fresh interpreter each, for CUDA does not survive a fork.
-    with ProcessPoolExecutor(max(1, min(jobs, len(groups))), mp_context=get_context("spawn")) as workers:
+    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), mp_context=get_context("spawn")) as workers:
         futures = {
-            workers.submit(_compile_group, str(key[0]), group, tactics): key for key, group in groups.items()
+            workers.submit(_compile_group, str(key[0]), group, share): key for key, group, share in tasks
         }
         finished = as_completed(futures)
         for future in progress(finished, "compile", total=len(futures)):
@@ -251,7 +253,12 @@ def compile_ahead(jobs: int, cells: Sequence[Cell], peers: Sequence[str], tactic
     return problems
 
 
-def _compile_group(name: str, cells: Sequence[Cell], tactics: bool) -> list[str]:
+def _shares(tactics: bool, count: int) -> list[slice | None]:
+    """The tactics dealt out among `count` tasks, as slices of their list; None: the preferred one alone."""
+    return [slice(first, None, count) for first in range(count)] if tactics else [None]
+
+
+def _compile_group(name: str, cells: Sequence[Cell], tactics: slice | None) -> list[str]:
     """In a worker process: compile what `cells` need of one variant; returns what went wrong."""
     device = torch.device("cuda", torch.cuda.current_device())
     if name == "flashinfer":
@@ -261,10 +268,8 @@ def _compile_group(name: str, cells: Sequence[Cell], tactics: bool) -> list[str]
     for cell in cells:
         try:
             if name == "ours":
-                own = Ours(cell, device)
-                for tactic in tactics_of(cell, device) if tactics else ():
-                    if tactic != own.plan.tactic:
-                        Ours(cell, device, tactic)
+                for tactic in [None] if tactics is None else tactics_of(cell, device)[tactics]:
+                    Ours(cell, device, tactic)
             else:
                 FlashInfer(cell).run(make_calls(cell, make_pool(cell, device, cell.B), count=1)[0])
                 torch.cuda.synchronize()

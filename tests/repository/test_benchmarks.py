@@ -161,6 +161,20 @@ def test_what_is_timed_while_memory_is_slow_is_timed_again(
     assert not list(left)
 
 
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_every_tactic_is_compiled_ahead_by_one_of_the_tasks(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _gdn_variants import _shares
+
+    tactics = list(range(17))
+    shares = _shares(True, count)
+    assert None not in shares
+    assert sorted(x for share in shares for x in tactics[share or slice(0)]) == tactics
+    assert _shares(False, count) == [None]
+
+
 def test_arguments_of_the_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from bench_gdn_stages import parse_arguments
