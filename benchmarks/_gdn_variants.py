@@ -236,8 +236,12 @@ def compile_ahead(jobs: int, cells: Sequence[Cell], peers: Sequence[str], tactic
         if "flashinfer" in peers:  # specialised by head counts; caching is a run-time flag for fp32 states
             key = ("flashinfer", cell.heads, cell.T, cell.update, cell.states)
             groups.setdefault(key, []).append(cell)
-    shares = {key: -(-jobs // len(groups)) if tactics and key[0] == "ours" else 1 for key in groups}
-    tasks = [(key, group, share) for key, group in groups.items() for share in _shares(tactics, shares[key])]
+    count = -(-jobs // len(groups))
+    tasks = [
+        (key, group, share)
+        for key, group in groups.items()
+        for share in _shares(tactics and key[0] == "ours", count)
+    ]
     problems = []
     # A fresh interpreter each, for CUDA does not survive a fork.
     with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), mp_context=get_context("spawn")) as workers:

@@ -47,11 +47,12 @@ class Pace:
 
     def steady(self, measure: Callable[[], dict[str, float]]) -> Steady:
         """What `measure` finds, of the attempt in which a copy before and after it was least slow."""
-        found = []
-        for attempt in range(1, ATTEMPTS + 1):
+        found: list[tuple[float, dict[str, float]]] = []
+        for _ in range(ATTEMPTS):
             before = self.copy_us()
             us = measure()
-            found.append(Steady(us, max(before, self.copy_us()) / self.start_us, attempt))
-            if found[-1].slowdown <= STEADY:
+            found.append((max(before, self.copy_us()) / self.start_us, us))
+            if found[-1][0] <= STEADY:
                 break
-        return min(found, key=lambda steady: steady.slowdown)._replace(attempts=len(found))
+        slowdown, us = min(found, key=lambda attempt: attempt[0])
+        return Steady(us, slowdown, len(found))

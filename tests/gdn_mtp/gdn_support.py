@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from gdn_mtp.cute.compile import FUNCTION
+from gdn_mtp.cute.config import Config
+from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
 from kernel_dispatch import Arch, Kernel, Problem, as_arch
-from kernel_testing import assert_close_elementwise
+from kernel_testing import assert_close_elementwise, cubin_resources
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = "cute" if DEVICE.type == "cuda" and as_arch(DEVICE).supports_pdl else "torch"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN = float("nan")
+REGISTERS_PER_SM, REGISTER_STEP = 65536, 8  # the second of a thread: they are given out in such steps
 
 # Error bounds. A result is rounded once to its dtype: relative error u, absolute error `tiny` below the
 # normal range. Before that, float32 arithmetic (u = 2^-24) errs per token by at most ROUNDINGS * u times the
@@ -143,3 +147,12 @@ def check_every_row_is_chosen(
         assert kernel.tactics(problem, arch)[0] == tactic
         reached.add(limit)
     assert reached == set(rows)
+
+
+def check_resources(config: Config | SpeculativeConfig, arch: Arch) -> None:
+    """Compiled code has no stack frame, and as many blocks fit into a multiprocessor as was counted on."""
+    assert config.smem_bytes <= arch.smem_optin_bytes
+    resources = cubin_resources(FUNCTION.compiled(config, arch.name).cubin.read_bytes())
+    assert resources.stack_bytes == 0
+    registers = -(-resources.registers // REGISTER_STEP) * REGISTER_STEP
+    assert registers * 32 * config.warps * config.blocks_per_sm <= REGISTERS_PER_SM

@@ -7,14 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from gdn_mtp import SpeculativeProblem
-from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels_speculative import HEURISTIC, KERNELS, TACTICS, regime
-from gdn_support import BF16, FP16, FP32, check_every_row_is_chosen
+from gdn_support import BF16, FP16, FP32, check_every_row_is_chosen, check_resources
 from kernel_dispatch import Arch
-from kernel_testing import cubin_resources
 
 ARCHS = ("sm_90a", "sm_100a", "sm_120a")
-REGISTERS_PER_SM = 65536
 SMALL, LARGE = 1, 128  # batches whose tactics differ
 
 
@@ -75,12 +72,7 @@ def test_the_other_architectures_compile(arch: str, mode: str) -> None:
 
 def check_compiled(arch: str, asked: SpeculativeProblem) -> None:
     target = Arch.from_name(arch)
-    config = KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0])
-    assert config.smem_bytes <= target.smem_optin_bytes
-    resources = cubin_resources(FUNCTION.compiled(config, arch).cubin.read_bytes())
-    assert resources.stack_bytes == 0
-    registers = -(-resources.registers // 8) * 8  # of a thread, as they are given out
-    assert registers * 32 * config.warps * config.blocks_per_sm <= REGISTERS_PER_SM
+    check_resources(KERNELS.config(asked, target, KERNELS.tactics(asked, target)[0]), target)
 
 
 def test_the_heuristic_reaches_every_row_of_its_table() -> None:

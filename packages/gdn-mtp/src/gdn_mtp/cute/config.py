@@ -170,7 +170,7 @@ class TokenTiles(Footprint):
 
     @property
     def is_twin(self) -> bool:
-        """Whether the tactic has a limit on blocks per multiprocessor that more would have to fit for."""
+        """Whether fewer blocks fit than a limit of the tactic is about, so that it does what another does."""
         return False
 
     @property
