@@ -12,9 +12,10 @@ import torch
 from kernel_dispatch import ArgumentError, as_arch, resolve
 from kernel_testing import poison_
 from kernel_testing.mla import E4M3, FP16, Case, Inputs
-from mla_core import DecodeProblem
+from mla_core import DecodeProblem, plan_splits
 from mla_core.plan import Plan, plan_selection
 from mla_sm120 import config
+from mla_sm120.kernels import launcher
 
 BACKENDS = {"sm_90": "sm90", "sm_120": "sm120", "sm_121": "sm121"}
 ARCH = as_arch(None)
@@ -116,16 +117,10 @@ def test_output_dtypes_and_scales_on_the_device(dtype: str, out_dtype: torch.dty
 
 
 def test_absent_pages() -> None:
-    inputs = Inputs(Case((300, 130, 64), num_heads=4, q_len=2), "cuda")
-    lengths = inputs.seq_lens.tolist()
-    inputs.block_tables[0, 1], inputs.block_tables[1, 2], inputs.block_tables[2, 0] = -1, -5, -1
+    inputs = Inputs(Case((300, 130, 64), num_heads=4, q_len=2, absent=((0, 1), (1, 2), (2, 0))), "cuda")
     run(plan_of(inputs), inputs)
-    want, lse = mla_core.decode_reference(
-        *(tensor.cpu() for tensor in inputs.positional), softmax_scale=inputs.case.scale
-    )
-    assert lengths == inputs.seq_lens.tolist()
-    assert (inputs.out.cpu().double() - want).abs().max() < 2.0**-6
-    assert torch.equal(inputs.lse.cpu().isneginf(), lse.isneginf())
+    inputs.check(inputs.out, inputs.lse)
+    assert inputs.lse[2].isneginf().all()  # its only page is absent
 
 
 def test_strided_tensors() -> None:
@@ -225,6 +220,35 @@ def test_same_bits_however_splits_are_merged(dtype: str, tactic: str | None) -> 
         assert all(map(torch.equal, first, again))
 
 
+@pytest.mark.parametrize(("cluster_size", "num_partials"), [(1, 3), (2, 1), (2, 4), (8, 2)])
+@pytest.mark.parametrize("tile", config.TILE_ROWS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
+    dtype: str, tile: int, cluster_size: int, num_partials: int
+) -> None:
+    def run_divided(inputs: Inputs) -> None:
+        problem, device = DecodeProblem(**inputs.sizes), torch.device("cuda", torch.cuda.current_device())
+        whole = plan_splits(problem, sm_count=1, tile_m=tile, tile_n=config.TILE_KEYS)
+        splits = replace(whole, num_splits=cluster_size * num_partials)
+        division = config.Division(tile, splits, cluster_size)
+        workspace = torch.full(
+            (max(1, division.partials.workspace_bytes),), 255, dtype=torch.uint8, device=device
+        )
+        scales, outputs = (inputs.case.scale, 1.0), (inputs.out, inputs.lse, workspace)
+        launcher(problem, division, ARCH, device)(*inputs.positional, None, *scales, *outputs)
+
+    batch = Inputs(Case((3000, 145, 0, 8192), dtype, 20, 2), "cuda")
+    run_divided(batch)
+    batch.check(batch.out, batch.lse)
+    for request, length in enumerate(batch.case.lengths):
+        alone = Inputs(replace(batch.case, lengths=(length,)), "cuda")
+        alone.query, alone.kv_cache = batch.query[request : request + 1], batch.kv_cache
+        alone.block_tables = batch.block_tables[request : request + 1]
+        run_divided(alone)
+        assert torch.equal(alone.out.view(torch.uint8)[0], batch.out.view(torch.uint8)[request])
+        assert torch.equal(alone.lse[0], batch.lse[request])
+
+
 def test_graph_replays_with_changed_lengths_and_tables() -> None:
     lengths = ((3000, 0, 67), (5, 2900, 64))
     cases = [Case(given, num_heads=16, q_len=2, seed=seed) for seed, given in enumerate(lengths)]
@@ -256,10 +280,17 @@ def test_two_streams_at_once() -> None:
     ]
     plan = plan_of(pairs[0][0])
     torch.cuda.synchronize()
+    rounds = []
     for _ in range(20):
         for inputs, stream in pairs:
             with torch.cuda.stream(stream):
+                poison_(inputs.out)
+                poison_(inputs.lse)
                 run(plan, inputs)
+                rounds.append((inputs, inputs.out.clone(), inputs.lse.clone()))
     torch.cuda.synchronize()
     for inputs, _ in pairs:
         inputs.check(inputs.out, inputs.lse)
+    for inputs, out, lse in rounds:
+        assert torch.equal(out, inputs.out)
+        assert torch.equal(lse, inputs.lse)

@@ -31,10 +31,45 @@ FP32_BOUND = 2.0**-18  # of sums of float32 products, relative to the largest va
 # Weights are rounded to the dtype of the values: independent errors of at most a ROUNDOFF each add up to this
 # many times their root of squares at most; ten standard deviations.
 WEIGHT_DEVIATIONS = 4.0
+E4M3_SMALLEST_WEIGHT = 2.0**-17  # relative to the largest of a row, which is stored as 2^7 at least
 LSE_ABSOLUTE, LSE_RELATIVE = 2.0**-17, 2.0**-22  # the first per unit of 1 + |softmax_scale| * HEAD_DIM
 
 PADDING_INDEX = -7  # any negative entry of a block table: its keys are absent
 SPARE_PAGES = 3  # of NaN, which nobody's table names
+
+
+def token_result(
+    query: Tensor, keys: Tensor, scale: float, e4m3_smallest_weight: float = E4M3_SMALLEST_WEIGHT
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a query token has to become in float64, and how far off it may be before it is rounded.
+
+    query: [num_heads, HEAD_DIM]. keys: [keys, HEAD_DIM] float64, those that it sees. scale: softmax_scale.
+    e4m3_smallest_weight: half the smallest weight that the kernel does not take for zero, relative to the
+        largest of a row: 2^-10 over the power of two that its largest weight is stored as, at least.
+
+    Returns lse [num_heads], out [num_heads, LATENT], and of each element of `out` the bound of what rounded
+    weights and float32 sums add up to.
+    """
+    scores = scale * query.double() @ keys.T
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    values = keys[:, :LATENT]
+    spread = (weights.square() @ values.square()).sqrt()
+    bound = WEIGHT_DEVIATIONS * ROUNDOFF[query.dtype] * spread + FP32_BOUND * values.abs().max()
+    if query.dtype is E4M3:  # weights too small for e4m3, relative to the largest
+        smallest = e4m3_smallest_weight * weights.amax(dim=-1, keepdim=True)
+        bound = bound + WEIGHT_DEVIATIONS * smallest * values.square().sum(dim=0).sqrt()
+    return lse, weights @ values, bound
+
+
+def output_rounding(want: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far off rounding to the dtype of an output puts each element of `want`, at most."""
+    return ROUNDOFF[dtype] * want.abs() + SMALLEST[dtype]
+
+
+def lse_bound(scale: float) -> float:
+    """The absolute part of the bound of an LSE."""
+    return LSE_ABSOLUTE * (1.0 + abs(scale) * HEAD_DIM)
 
 
 @dataclass(frozen=True)
@@ -131,13 +166,12 @@ class Inputs:
         lse: Tensor | None,
         output_scale: float = 1.0,
         *,
-        e4m3_smallest_weight: float = 2.0**-17,
+        e4m3_smallest_weight: float = E4M3_SMALLEST_WEIGHT,
     ) -> float:
         """Hold results against float64; every element lies inside its own bound.
 
         Returns the largest error of `out`, in units of its element's bound.
-        e4m3_smallest_weight: half the smallest weight that the kernel does not take for zero, relative to the
-            largest of a row: 2^-10 over the power of two that its largest weight is stored as, at least.
+        e4m3_smallest_weight: as in `token_result`.
         """
         case = self.case
         want = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
@@ -150,20 +184,19 @@ class Inputs:
                 at = token if case.q_lens else (request, token)
                 seen = keys[present & (torch.arange(length, device=out.device) < length - (last - token) + 1)]
                 if len(seen):
-                    want_lse[at], want[at], bound[at] = self._token(
-                        self.query[at], seen, e4m3_smallest_weight
+                    want_lse[at], want[at], bound[at] = token_result(
+                        self.query[at], seen, case.scale, e4m3_smallest_weight
                     )
         want, bound = want * output_scale, bound * abs(output_scale)
         if out.dtype is E4M3:
             want = want.clamp(-LARGEST_E4M3, LARGEST_E4M3)
-        bound = bound + ROUNDOFF[out.dtype] * want.abs() + SMALLEST[out.dtype]
+        bound = bound + output_rounding(want, out.dtype)
         error = (out.double() - want) / bound
         what = f"{case}: out, in units of its bound"
         assert_close_elementwise(error, torch.zeros_like(error), 1.0, 0.0, what)
         assert (out.float()[want_lse == -math.inf] == 0).all(), f"{case}: rows that see no key"
         if lse is not None:
-            lse_bound = LSE_ABSOLUTE * (1.0 + abs(case.scale) * HEAD_DIM)
-            assert_close_elementwise(lse, want_lse, lse_bound, LSE_RELATIVE, f"{case}: lse")
+            assert_close_elementwise(lse, want_lse, lse_bound(case.scale), LSE_RELATIVE, f"{case}: lse")
         return float(error.abs().max()) if error.numel() else 0.0
 
     def _poisoned(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: str) -> Tensor:
@@ -184,18 +217,3 @@ class Inputs:
         content = self.kv_cache.contiguous().view(torch.uint8)[pages.clamp_min(0)].view(self.kv_cache.dtype)
         present = (pages >= 0).repeat_interleave(page_size)
         return content.view(-1, HEAD_DIM)[:length].double(), present[:length]
-
-    def _token(
-        self, query: Tensor, keys: Tensor, e4m3_smallest_weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """LSE, output, and the bound of what rounded weights and float32 sums add to its rounding."""
-        scores = self.case.scale * query.double() @ keys.T
-        lse = torch.logsumexp(scores, dim=-1)
-        weights = torch.exp(scores - lse.unsqueeze(-1))
-        values = keys[:, :LATENT]
-        spread = (weights.square() @ values.square()).sqrt()
-        bound = WEIGHT_DEVIATIONS * ROUNDOFF[query.dtype] * spread + FP32_BOUND * values.abs().max()
-        if query.dtype is E4M3:  # weights too small for e4m3, relative to the largest
-            smallest = e4m3_smallest_weight * weights.amax(dim=-1, keepdim=True)
-            bound = bound + WEIGHT_DEVIATIONS * smallest * values.square().sum(dim=0).sqrt()
-        return lse, weights @ values, bound
