@@ -1,16 +1,18 @@
 """Ways to launch the kernel of an MLA decode call, for their host time.
 
-`Plan.run` calls the launcher, which reads the tensors and calls the driver. For mla-sm120 the driver is
-called by itself as well, with the configuration and the packed parameters of the launcher: through
-cuda-bindings, as the launcher does; through ctypes; and through the launcher of TVM-FFI. That is a C++
-header: functions that use it are compiled here, one that only launches, and one that takes the tensors of the
-call first, as a launcher in C++ would. cuda.core takes no struct as a parameter, which these kernels have: it
-launches an empty kernel with a pointer, and cuda-bindings does so beside it.
+`Plan.run` calls the launcher, which reads the tensors and calls the driver; so it does with tensors of several
+layers in turn, which share a plan. For mla-sm120 the driver is called by itself as well, with the
+configuration and the packed parameters of the launcher: through cuda-bindings, as the launcher does; through
+ctypes; and through the launcher of TVM-FFI. That is a C++ header: functions that use it are compiled here, one
+that only launches, and one that takes the tensors of the call first, as a launcher in C++ would. cuda.core
+takes no struct as a parameter, which these kernels have: it launches an empty kernel with a pointer, and
+cuda-bindings does so beside it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from kernel_dispatch import as_arch
 from mla_core import plan
 
 CELL = Cell("bf16", 1, 16, 32)  # one launch, of which a queue holds many
+LAYERS = 61  # of DeepSeek-V3
 BLOCK_THREADS = 256  # of the empty kernel
 EMPTY_SOURCE = 'extern "C" __global__ void empty(float*) {}'
 TVM_FFI_SOURCE = """
@@ -64,8 +67,9 @@ class Launches:
         self._plans()
         if type(self._launcher).__module__ != "mla_sm120.launch":
             return
-        self._state = self._launcher._threads.own
-        ((self._config, self._function),) = self._state.configs
+        state = self._launcher._threads.own
+        ((self._config, self._function),) = state.configs
+        self._parameters_address = next(iter(state.calls.values())).address
         for name, add in (
             ("cuda-bindings", self._cuda_bindings),
             ("ctypes", self._ctypes),
@@ -78,22 +82,28 @@ class Launches:
                 self.missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
 
     def _plans(self) -> None:
-        positional, named = self._call.arguments
-        self.runs["Plan.run"] = partial(self._plan.run, *positional, **named)
-        self.runs["Plan.run"]()
+        calls = [self._call]
+        calls += [Call(CELL, self._device, self._plan.workspace_nbytes) for _ in range(LAYERS - 1)]
+        layers = []
+        for positional, named in (call.arguments for call in calls):
+            layers.append(partial(self._plan.run, *positional, **named))
+            layers[-1]()
+        self.runs["Plan.run"] = layers[0]
+        in_turn = itertools.cycle(layers)
+        self.runs["Plan.run, layers in turn"] = lambda: next(in_turn)()
         self.runs["launcher"] = partial(self._launcher, *self._call.launch_arguments)
 
     def _cuda_bindings(self) -> None:
         """The launcher's call."""
         from cuda.bindings import driver
 
-        given = (self._config, self._function, self._state.pointers_address, 0)
+        given = (self._config, self._function, self._parameters_address, 0)
         self._add("cuda-bindings", partial(driver.cuLaunchKernelEx, *given))
 
     def _ctypes(self) -> None:
         launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
         launch.argtypes, launch.restype = [ctypes.c_void_p] * 4, ctypes.c_int
-        given = (int(self._config.getPtr()), int(self._function), self._state.pointers_address, None)
+        given = (int(self._config.getPtr()), int(self._function), self._parameters_address, None)
         self._add("ctypes", partial(launch, *given))
 
     def _tvm_ffi(self) -> None:
@@ -116,7 +126,7 @@ class Launches:
         unit = DTYPE_UNITS[self._launcher.problem.q_dtype]
         library = load_library(unit, as_arch(self._device).name)
         module.find(int(library), self._launcher.division.kernel_name)
-        addresses = (int(self._config.getPtr()), self._state.pointers_address)
+        addresses = (int(self._config.getPtr()), self._parameters_address)
         positional, named = self._call.arguments
         tensors = (*positional, named["out"], named["lse"], named["workspace"])
         self._add("TVM-FFI", partial(module.launch, *addresses))

@@ -150,6 +150,33 @@ def test_a_view_of_the_same_memory_is_told_apart(driver: Driver) -> None:
     ]
 
 
+def test_parameters_of_layers_in_turn_are_packed_once(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "CALLS_KEPT", 4)
+    inputs = Inputs(CASE)
+    launcher = launcher_of(inputs)
+    arguments = arguments_of(inputs, launcher)
+    layers = [
+        arguments._replace(query=inputs.query.clone(), kv_cache=inputs.kv_cache.clone()) for _ in "12345"
+    ]
+    calls = launcher._threads.own.calls
+
+    def run(layer: DecodeTensors) -> launch._Parameters:
+        launcher(*layer)
+        assert driver.addresses["query"] == layer.query.data_ptr()
+        assert driver.addresses["kv_cache"] == layer.kv_cache.data_ptr()
+        return next(reversed(calls.values()))
+
+    packed = [run(layer) for layer in layers[:4]]
+    for layer in layers[:4]:
+        run(layer)
+    assert list(calls.values()) == packed
+    fifth = run(layers[4])  # in place of the first
+    assert list(calls.values()) == [*packed[1:], fifth]
+    run(layers[0])
+
+
 def test_the_maps_of_caches_in_turn_are_encoded_once(driver: Driver) -> None:
     inputs = Inputs(CASE)
     launcher = launcher_of(inputs)
@@ -183,8 +210,8 @@ def test_threads_do_not_share_what_they_hand_over(driver: Driver) -> None:
     thread.start()
     thread.join()
     assert driver.launched[-1] != first
-    state = launcher._threads.own
-    assert state.parameters.raw == first[2]
+    (parameters,) = launcher._threads.own.calls.values()
+    assert parameters.bytes.raw == first[2]
     launcher(*mine)
     assert driver.launched[-1] == first
     assert len(driver.maps) == 2

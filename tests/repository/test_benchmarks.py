@@ -485,13 +485,16 @@ def test_launches_of_mla_sm120_by_other_means(monkeypatch: pytest.MonkeyPatch) -
     plan = SimpleNamespace(run=run, workspace_nbytes=0, _launch=launcher)
     monkeypatch.setattr(_mla_launches, "plan", lambda problem, device, backend: plan)
     launches = _mla_launches.Launches("sm90", torch.device("cpu"))
-    assert list(launches.runs) == ["Plan.run", "launcher", "cuda-bindings"]
+    plans = ["Plan.run", "Plan.run, layers in turn"]
+    assert list(launches.runs) == [*plans, "launcher", "cuda-bindings"]
+    assert len(launcher._threads.own.calls) == _mla_launches.LAYERS
     assert set(launches.missing) == {"ctypes", "TVM-FFI", "cuda.core"}
     assert launches.missing["ctypes"] == "OSError: libcuda.so.1: cannot open shared object file"
     launched.clear()
     for launch_once in launches.runs.values():
         launch_once()
-    assert launched == 3 * [ctypes.addressof(launcher._threads.own.parameters)]
+    first = next(iter(launcher._threads.own.calls.values()))
+    assert launched == 4 * [ctypes.addressof(first.bytes)]
 
 
 def test_launches_of_other_providers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +503,7 @@ def test_launches_of_other_providers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     launches = _mla_launches.Launches("torch", torch.device("cpu"))
     assert launches.missing == {}
-    assert list(launches.runs) == ["Plan.run", "launcher"]
+    assert list(launches.runs) == ["Plan.run", "Plan.run, layers in turn", "launcher"]
     for run in launches.runs.values():
         launches._call.out.fill_(float("nan"))
         run()

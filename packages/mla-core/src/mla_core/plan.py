@@ -86,7 +86,7 @@ class Plan:
 
     def launch(self, tensors: DecodeTensors) -> None:
         """Launch on tensors that have been checked; without query tokens there is nothing to do."""
-        if not tensors.query.shape[0]:
+        if not tensors.query.numel():
             return
         if self.workspace_nbytes and debug_mode():
             with launch_workspace(tensors.workspace, self.workspace_nbytes, self.device) as workspace:

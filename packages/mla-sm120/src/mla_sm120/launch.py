@@ -1,7 +1,7 @@
 """Launches: parameters packed as `cuda/params.h` lays them out, and one or two calls of the driver.
 
-The driver is called through cuda-bindings. The tensor map of a cache is encoded when a plan first sees the
-cache, and kept: the layers of a model have a cache each.
+The driver is called through cuda-bindings. The parameters of calls are kept, as the layers of a model, which
+share a plan, make the same calls again at each step; so are the tensor maps of their caches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMBINE_PARTIALS_PER_WARP = 4  # at least, where an item has several warps
 CHUNK_ELEMENTS = 64
 CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
 TENSOR_MAP_BYTES = 128
-MAPS_KEPT = 256  # of a plan: more than a model has layers
+CALLS_KEPT = MAPS_KEPT = 256  # of a plan: more than a model has layers
 STRIDE_ALIGN_BYTES = 16  # of the address and the strides of what TMA reads
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
@@ -51,15 +51,23 @@ class MapKey(NamedTuple):
     key_stride: int
 
 
+class _Parameters:
+    """The parameters of a call, and `address`: of the array of pointers to them that the driver takes."""
+
+    def __init__(self) -> None:
+        self.bytes = ctypes.create_string_buffer(PARAMETER_BYTES)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.bytes))
+        self.address = ctypes.addressof(self._pointers)
+
+
 class _State:
-    """What launches of one thread hand to the driver: parameters, and configurations on one stream."""
+    """What launches of one thread hand to the driver: parameters, and configurations on one stream.
+
+    calls: parameters by all that they are made of, those of the latest CALLS_KEPT different calls.
+    """
 
     def __init__(self, configs: list[tuple[Any, Any]]) -> None:
-        self.parameters = ctypes.create_string_buffer(PARAMETER_BYTES)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
-        self.pointers_address = ctypes.addressof(self.pointers)
-        self.map_key: MapKey | None = None
-        self.seen: tuple[Any, ...] | None = None
+        self.calls: dict[tuple[Any, ...], _Parameters] = {}
         self.configs = configs
         self.stream: int | None = None
         self.launch = _driver().cuLaunchKernelEx
@@ -117,9 +125,8 @@ class Launcher:
                 f"plan is for",
             )
         state = self._threads.own
-        # All that the parameters are made of: the same tensors again, as where each layer has a plan of its
-        # own, need no packing. stride() takes 0.1 us, stride(0) 0.9.
-        seen = (
+        # All that the parameters are made of. stride() takes 0.1 us, stride(0) 0.9.
+        call = (
             query.data_ptr(),
             query.stride(),
             kv_cache.data_ptr(),
@@ -136,8 +143,8 @@ class Launcher:
             None if lse is None else (lse.data_ptr(), lse.stride()),
             None if workspace is None else workspace.data_ptr(),
         )
-        if seen != state.seen:
-            state.seen = None  # until all of it is there
+        parameters = state.calls.get(call)
+        if parameters is None:
             arguments = DecodeTensors(
                 query,
                 kv_cache,
@@ -150,8 +157,10 @@ class Launcher:
                 lse,
                 workspace,
             )
-            self._prepare(state, arguments)
-            state.seen = seen
+            parameters = self._parameters(arguments)
+            if len(state.calls) == CALLS_KEPT:
+                del state.calls[next(iter(state.calls))]
+            state.calls[call] = parameters
         stream = torch._C._cuda_getCurrentRawStream(index)
         if stream != state.stream:
             state.stream = None  # until all are on it
@@ -159,12 +168,12 @@ class Launcher:
                 config.hStream = stream
             state.stream = stream
         for config, function in state.configs:
-            (status,) = state.launch(config, function, state.pointers_address, 0)
+            (status,) = state.launch(config, function, parameters.address, 0)
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
 
-    def _prepare(self, state: _State, given: DecodeTensors) -> None:
-        """Encode the tensor map and pack the parameters, on tensors that are all on the plan's device."""
+    def _parameters(self, given: DecodeTensors) -> _Parameters:
+        """The tensor map and what `_pack` adds, of tensors that have to be on the plan's device."""
         for name, value in zip(DecodeTensors._fields, given, strict=True):
             if isinstance(value, torch.Tensor) and value.get_device() != self._device_index:
                 raise ArgumentError(
@@ -172,10 +181,10 @@ class Launcher:
                 )
         cache = given.kv_cache
         key = MapKey(cache.data_ptr(), cache.shape[0], *cache.stride()[:2])
-        if key != state.map_key:
-            ctypes.memmove(state.parameters, self._encode_map(key), TENSOR_MAP_BYTES)
-            state.map_key = key
-        self._pack(state.parameters, given)
+        parameters = _Parameters()
+        ctypes.memmove(parameters.bytes, self._encode_map(key), TENSOR_MAP_BYTES)
+        self._pack(parameters.bytes, given)
+        return parameters
 
     def _pack(self, into: Any, given: DecodeTensors) -> None:
         problem, division = self.problem, self.division
