@@ -1,12 +1,12 @@
 """Ways to launch the kernel of an MLA decode call, for their host time.
 
-`Plan.run` calls the launcher, which reads the tensors and calls the driver; so it does with tensors of several
-layers in turn, which share a plan. For mla-sm120 the driver is called by itself as well, with the
-configuration and the packed parameters of the launcher: through cuda-bindings, as the launcher does; through
-ctypes; and through the launcher of TVM-FFI. That is a C++ header: functions that use it are compiled here, one
-that only launches, and one that takes the tensors of the call first, as a launcher in C++ would. cuda.core
-takes no struct as a parameter, which these kernels have: it launches an empty kernel with a pointer, and
-cuda-bindings does so beside it.
+`Plan.run` calls the launcher, which reads the tensors and calls the driver; so it does with tensors of layers
+in turn, which share a plan. For mla-sm120 the driver is called by itself as well, with the configuration and
+the packed parameters of the launcher: through cuda-bindings, as the launcher does; through ctypes; and
+through the launcher of TVM-FFI. That is a C++ header: functions that use it are compiled here, one that only
+launches, and one that takes the tensors of the call first, as a launcher in C++ would. cuda.core takes no
+struct as a parameter, which these kernels have: it launches an empty kernel with a pointer, and cuda-bindings
+does so beside it.
 """
 
 from __future__ import annotations
