@@ -154,7 +154,12 @@ def use_base(session: nox.Session) -> None:
 
 @cache
 def kernel_cache() -> Path:
-    """Where this run of nox keeps compiled kernels: empty at first, shared by its sessions, then removed."""
+    """Where this run of nox keeps compiled kernels, for all its sessions.
+
+    What KERNEL_DISPATCH_CACHE_DIR names, if it is set; else a folder that is empty at first, then removed.
+    """
+    if CACHE_VARIABLE in os.environ:
+        return Path(os.environ[CACHE_VARIABLE]).resolve()
     (ROOT / ".nox").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="kernels-", dir=ROOT / ".nox"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -227,7 +227,8 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
     dtype: str, tile: int, cluster_size: int, num_partials: int
 ) -> None:
     def run_divided(inputs: Inputs) -> None:
-        problem, device = DecodeProblem(**inputs.sizes), torch.device("cuda", torch.cuda.current_device())
+        sizes = {**inputs.sizes, "max_seq_len": 8192}  # a request alone is divided as in the batch
+        problem, device = DecodeProblem(**sizes), torch.device("cuda", torch.cuda.current_device())
         whole = plan_splits(problem, sm_count=1, tile_m=tile, tile_n=config.TILE_KEYS)
         splits = replace(whole, num_splits=cluster_size * num_partials)
         division = config.Division(tile, splits, cluster_size)

@@ -102,10 +102,15 @@ class RecordingSession:
         return str(self._folder)
 
 
+@pytest.mark.parametrize("named", [None, "kernels"])
 @pytest.mark.parametrize("name", ["test", "repository", "integration", "demo", "bench", "lowest"])
-def test_sessions_keep_compiled_kernels_out_of_the_users_cache(
-    noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+def test_sessions_keep_compiled_kernels_in_a_folder_of_the_run_or_in_that_which_is_named(
+    noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, named: str | None
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KERNEL_DISPATCH_CACHE_DIR", raising=False)
+    if named is not None:
+        monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", named)
     monkeypatch.setattr(noxfile, "ROOT", tmp_path)
     monkeypatch.setattr(noxfile, "use_base", lambda session: None)
     monkeypatch.setattr(noxfile, "install_packages", lambda *arguments, **options: None)
@@ -117,7 +122,8 @@ def test_sessions_keep_compiled_kernels_out_of_the_users_cache(
     function(session, "mla-core") if name == "test" else function(session)
     folders = {environment["KERNEL_DISPATCH_CACHE_DIR"] for environment in session.environments}
     assert len(folders) == 1, "one folder for the run, so that nothing is compiled twice"
-    assert Path(folders.pop()).parent == tmp_path / ".nox"
+    folder = Path(folders.pop())
+    assert folder == tmp_path / named if named is not None else folder.parent == tmp_path / ".nox"
     noxfile.kernel_cache.cache_clear()
 
 
@@ -170,6 +176,7 @@ def sanitize(noxfile: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         monkeypatch.setattr(noxfile, name, lambda *arguments: None)
     monkeypatch.setattr(noxfile.shutil, "which", lambda name: name)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.delenv("KERNEL_DISPATCH_CACHE_DIR", raising=False)
     noxfile.kernel_cache.cache_clear()
     yield noxfile.sanitize.func
     noxfile.kernel_cache.cache_clear()
