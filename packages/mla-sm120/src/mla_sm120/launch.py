@@ -325,7 +325,11 @@ def encode_map(key: MapKey, problem: DecodeProblem) -> bytes:
                 f"{what} is {value}, expected a multiple of {STRIDE_ALIGN_BYTES} for this provider",
             )
     types = driver.CUtensorMapDataType
-    swizzles = driver.CUtensorMapSwizzle
+    # By the bytes of a chunk, as in `cuda/config.h`.
+    swizzles = {
+        64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+        128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+    }
     number = driver.cuuint32_t
     size = driver.cuuint64_t
     status, tensor_map = driver.cuTensorMapEncodeTiled(
@@ -337,7 +341,7 @@ def encode_map(key: MapKey, problem: DecodeProblem) -> bytes:
         [number(extent) for extent in box],
         [number(1)] * len(dims),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzles.CU_TENSOR_MAP_SWIZZLE_64B if element_bytes == 1 else swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+        swizzles[CHUNK_ELEMENTS * element_bytes],
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

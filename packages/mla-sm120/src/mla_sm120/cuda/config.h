@@ -122,9 +122,8 @@ struct Config {
   // be loaded ahead of their products; for SM120 nobody has measured it.
   static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kIsSm120Loop;
   // Loads of keys or values that are under way while one is multiplied. More than one need more registers than SM120
-  // and e4m3 have. The registers that the compiler then chooses matter as much as the loads. us on an H100, bf16, 128
-  // heads (2026-11-21), with a stored fragment: merged, B = 32, 4,096 keys 113.8 for 2, 115.8 for 1, 118.6 for 3;
-  // otherwise, B = 64, 8,192 keys 380.6 for 2, 401.7 for 1, 386.6 for 3. Without one, 118.0 for 3 merged, 398.7 for 1.
+  // and e4m3 have. The registers that the compiler then chooses matter as much as the loads: "Loads ahead" in
+  // docs/speed.md has times of an H100.
   static constexpr int kAhead = kBytes == 1 || kIsSm120Loop ? 1 : kStoresQuery ? 2 : kMerges ? 3 : 1;
 
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:

@@ -48,11 +48,11 @@ struct Values {
   __device__ __forceinline__ Values(const Ring<C>& ring, const Role<C>& role, uint32 lane) {
     const int r = lane % 16;
     if constexpr (C::kBytes == 2) {
-      address = ring.box() + r * C::kChunkBytes + Swizzle<128>::place(lane / 16, r) * 16;
+      address = ring.box() + r * C::kChunkBytes + Swizzle<C::kChunkBytes>::place(lane / 16, r) * 16;
     } else {
       const int key = kNativeByteTranspose ? r % 4 / 2 * 8 + r / 4 * 2 + r % 2 : r;
       address = (lane < 16 ? ring.box() : ring.after(1).box()) + key * C::kChunkBytes +
-                Swizzle<64>::place(0, key) * 16;
+                Swizzle<C::kChunkBytes>::place(0, key) * 16;
     }
     address += role.member * C::kWarpChunks * C::kChunkStride;
   }
