@@ -4,9 +4,10 @@
 
 Batches that fill the SMs once, and batches that leave some idle or overflow them a little. Tiles have the
 rows that the heuristic prefers. Two splits are timed with and without a cluster that merges them, others
-without. Each number is compared with float64 first, for the first and the last request, every element; one
-that is wrong is not timed. A time is the median of replays of a CUDA graph with the L2 cache cold, numbers in
-turn. Writes results.json and report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
+without; "tail" splits only the requests that are left after whole waves. Each number is compared with
+float64 first, for the first and the last request, every element; one that is wrong is not timed. A time
+is the median of replays of a CUDA graph with the L2 cache cold, numbers in turn. Writes results.json and
+report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from _mla_cases import Call, Cell
 from _results import results_folder
 from kernel_dispatch import as_arch
 from kernel_testing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cuda_us
-from mla_sm120.config import Division, tactics
-from mla_sm120.kernels import launcher
+from mla_sm120.config import TAIL, Division, Part, parts, tactics
+from mla_sm120.kernels import launchers
 from tqdm import tqdm
 
 CELLS = [
@@ -50,30 +51,35 @@ MOST_CALLS = 4
 REPEATS = 5
 
 
-def divisions(cell: Cell, device: torch.device) -> Iterator[Division]:
-    """The heuristic's choice, then numbers of splits with its tile."""
+def variants_of(cell: Cell, device: torch.device) -> Iterator[tuple[str, list[Part]]]:
+    """The heuristic's choice, then numbers of splits with its tile, each with its name."""
     arch, problem = as_arch(device), cell.problem
-    chosen = Division.of(problem, arch, tactics(problem)[0])
-    yield chosen
+    preferred = tactics(problem)[0]
+    chosen = Division.of(problem, arch, preferred)
+    yield f"{chosen.num_splits}/{chosen.cluster_size}", [Part(0, problem, chosen)]
+    tail = parts(problem, arch, preferred + TAIL)
+    if len(tail) > 1:
+        yield "tail", tail
     for splits in SPLITS:
         if cell.batch * -(-problem.rows // chosen.tile_rows) * splits > MOST_WAVES * arch.sm_count:
             return
         for cluster_size in (1, 2) if splits == 2 else (1,):
             made = Division(chosen.tile_rows, replace(chosen.splits, num_splits=splits), cluster_size)
             if made != chosen:
-                yield made
+                yield f"{splits}/{cluster_size}", [Part(0, problem, made)]
 
 
 def measure(cell: Cell, device: torch.device) -> dict[str, float]:
     """Microseconds by "splits/blocks of a cluster", the heuristic's choice first."""
-    found = list(divisions(cell, device))
-    workspace_nbytes = max(division.partials.workspace_bytes for division in found)
+    found = dict(variants_of(cell, device))
+    workspace_nbytes = max(
+        part.division.partials.workspace_bytes for parts_of_one in found.values() for part in parts_of_one
+    )
     num_calls = min(MOST_CALLS, calls_for_cold_l2(cell.necessary_bytes, device))
     calls = [Call(cell, device, workspace_nbytes) for _ in range(num_calls)]
     variants = {}
-    for division in found:
-        launch = launcher(cell.problem, division, as_arch(device), device)
-        name = f"{division.num_splits}/{division.cluster_size}"
+    for name, parts_of_one in found.items():
+        launch = launchers(parts_of_one, as_arch(device), device)
         calls[0].out.fill_(float("nan"))
         calls[0].lse.fill_(float("nan"))
         launch(*calls[0].launch_arguments)

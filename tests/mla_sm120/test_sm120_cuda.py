@@ -90,13 +90,28 @@ def test_matches_float64(case: Case) -> None:
     [
         f"m{tile}{end}"
         for tile in config.TILE_ROWS
-        for end in ("", *(f"-c{size}" for size in config.CLUSTER_SIZES), config.WHOLE)
+        for end in ("", *(f"-c{size}" for size in config.CLUSTER_SIZES), config.WHOLE, config.TAIL)
     ],
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
 def test_every_tactic(dtype: str, tactic: str) -> None:
     inputs = Inputs(Case((500, 0, 77, 1), dtype, 24, 3), "cuda")
     run(plan_of(inputs, tactic), inputs)
+    inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["batch", "ragged"])
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+def test_requests_left_after_whole_waves(dtype: str, num_heads: int, ragged: bool) -> None:
+    tile = max(16, min(64, num_heads))
+    batch = ARCH.sm_count // (num_heads // tile) + 3
+    lengths = tuple((300, 0, 1000, 1, 33)[request % 5] for request in range(batch))
+    q_lens = tuple(request % 2 for request in range(batch)) if ragged else None
+    inputs = Inputs(Case(lengths, dtype, num_heads, q_lens=q_lens), "cuda")
+    parts = config.parts(DecodeProblem(**inputs.sizes), ARCH, f"m{tile}-tail")
+    assert [part.problem.batch for part in parts] == [batch - 3, 3]
+    run(plan_of(inputs, f"m{tile}-tail"), inputs)
     inputs.check(inputs.out, inputs.lse)
 
 

@@ -15,7 +15,7 @@ from mla_core import DecodeProblem, plan_splits
 from mla_core.planning import SplitPlan
 from mla_core.specs import DecodeTensors
 from mla_sm120 import config, launch, sources
-from mla_sm120.config import Division
+from mla_sm120.config import Division, Part
 
 pytestmark = pytest.mark.skipif(sources.find_nvcc() is None, reason="needs nvcc")
 
@@ -81,8 +81,23 @@ def launches(
     cluster_size: int = 1,
 ) -> Any:
     problem, division = DecodeProblem(**inputs.sizes), Division(tile, splits, cluster_size)
-    launcher = launch.Launcher(problem, division, None, None, 0, pdl=True)
-    workspace = torch.full((max(1, division.partials.workspace_bytes),), 255, dtype=torch.uint8)
+    return launches_of_parts(inputs, arch, [Part(0, problem, division)], options, sm_count)
+
+
+def launches_of_parts(
+    inputs: Inputs, arch: str, parts: list[Part], options: tuple[str, ...] = (), sm_count: int = 1
+) -> Any:
+    nbytes = max(part.division.partials.workspace_bytes for part in parts)
+    workspace = torch.full((max(1, nbytes),), 255, dtype=torch.uint8)
+    stream = [x for part in parts for x in launches_of(inputs, arch, part, workspace, options, sm_count)]
+    return ptx_emulator.Launches(stream)
+
+
+def launches_of(
+    inputs: Inputs, arch: str, part: Part, workspace: torch.Tensor, options: tuple[str, ...], sm_count: int
+) -> list[Any]:
+    problem, division, tile = part.problem, part.division, part.division.tile_rows
+    launcher = launch.Launcher(problem, division, None, None, 0, pdl=True, first_request=part.first)
     parameters = bytearray(launch.PARAMETER_BYTES)
     parameters[: launch.TENSOR_MAP_BYTES] = tensor_map(inputs).encode()
     scales = (inputs.case.scale, 1.0)
@@ -98,14 +113,14 @@ def launches(
         ptx = ptx_emulator.compile_cuda(sources.CUDA_FOLDER / f"{unit}.cu", arch, options)
         return ptx_emulator.Launch(ptx, name, args=[bytes(parameters)], memory=memory, pdl=True, **sizes)
 
-    grid = (-(-problem.rows // tile), splits.num_splits, problem.batch)
+    grid = (-(-problem.rows // tile), division.num_splits, problem.batch)
     unit = config.DTYPE_UNITS[problem.q_dtype]
     stream = [
         one(
             unit,
             division.kernel_name,
             grid=grid,
-            cluster=(1, cluster_size, 1),
+            cluster=(1, division.cluster_size, 1),
             block=config.block_threads(tile),
             shared_bytes=config.SMEM_BYTES,
         )
@@ -114,7 +129,7 @@ def launches(
         grid, block = launch.combine_sizes(problem, division.num_partials)
         name = launch.combine_name(problem, division.num_partials, sm_count)
         stream.append(one("combine", name, grid=grid, block=block))
-    return ptx_emulator.Launches(stream)
+    return stream
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120a", "sm_120a-portable"])
@@ -209,6 +224,20 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
         run(alone)
         assert torch.equal(alone.out.view(torch.uint8)[0], batch.out.view(torch.uint8)[i])
         assert torch.equal(alone.lse[0], batch.lse[i])
+
+
+@pytest.mark.parametrize("q_lens", [None, (1, 2, 0, 2, 2, 1, 2)], ids=["batch", "ragged"])
+@pytest.mark.parametrize(
+    ("dtype", "tactic"), [("bf16", "m32-tail"), ("e4m3", "m16-tail"), ("fp16", "m64-tail")]
+)
+def test_requests_left_after_whole_waves(dtype: str, tactic: str, q_lens: tuple[int, ...] | None) -> None:
+    inputs = Inputs(Case((40, 70, 33, 1, 130, 0, 300), dtype, 8, 2, page_size=32, q_lens=q_lens))
+    arch = replace(as_arch("sm_120a"), sm_count=5)
+    whole, rest = config.parts(DecodeProblem(**inputs.sizes), arch, tactic)
+    assert (whole.division.num_splits, rest.first) == (1, whole.problem.batch)
+    assert rest.division.num_splits > 1
+    launches_of_parts(inputs, "sm_120a", [whole, rest]).run(ptx_emulator.Options())
+    inputs.check(inputs.out, inputs.lse)
 
 
 @pytest.mark.parametrize("sm_count", [1, 1000], ids=["mla_combine_many", "mla_combine"])

@@ -13,7 +13,7 @@ from kernel_dispatch import ArgumentError, as_arch
 from kernel_testing.mla import Case, Inputs
 from mla_core import DecodeProblem
 from mla_core.specs import DecodeTensors
-from mla_sm120 import launch
+from mla_sm120 import config, launch
 from mla_sm120.config import Division
 
 pytest.importorskip("cuda.bindings.driver")
@@ -119,6 +119,37 @@ def test_parameters_follow_every_tensor(driver: Driver) -> None:
             assert found[where] == tensors_of(other)[where].data_ptr(), f"{where} where {name} is new"
     launcher(*arguments)
     assert driver.launched[-1][2] == first
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_parts_of_a_call_begin_at_their_requests(driver: Driver, ragged: bool) -> None:
+    from cuda.bindings.driver import CUfunction
+
+    inputs = Inputs(Case((300, 40, 5), num_heads=16, q_len=2, q_lens=(2, 1, 2) if ragged else None))
+    problem = DecodeProblem(**inputs.sizes)
+    parts = config.parts(problem, replace(as_arch("sm_90a"), sm_count=2), "m32-tail")
+    launchers = [
+        launch.Launcher(
+            part.problem, part.division, CUfunction(1), CUfunction(2), CPU_INDEX, True, part.first
+        )
+        for part in parts
+    ]
+    arguments = arguments_of(inputs, launchers[-1])
+    launch.Launchers(launchers)(*arguments)
+    assert [kernel for kernel, _, _ in driver.launched] == [1, 1, 2]  # the second part has splits
+    tensors = tensors_of(arguments)
+    both = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    expected = {"seq_lens": tensors["seq_lens"][2:], "block_tables": tensors["block_tables"][2:]}
+    if ragged:
+        expected["cum_seq_lens_q"] = tensors["cum_seq_lens_q"][2:]
+    else:
+        expected |= {name: tensors[name][2:] for name in ("query", "out", "lse")}
+    found = driver.addresses
+    for name, address in both.items():
+        if name in found:
+            assert found[name] == (expected[name].data_ptr() if name in expected else address), name
+    del driver.launched[1:]
+    assert all(driver.addresses[name] == both[name] for name in driver.addresses.keys() & both.keys())
 
 
 @pytest.mark.parametrize("scale", ["softmax_scale", "output_scale"])

@@ -143,16 +143,44 @@ def test_the_tile_follows_the_rows(num_heads: int, q_len: int, tile: int) -> Non
     problem = replace(PROBLEM, num_heads=num_heads, q_len=q_len)
     names = config.tactics(problem)
     assert names[0] == f"m{tile}"
-    assert len(set(names)) == (2 + len(config.CLUSTER_SIZES)) * len(config.TILE_ROWS)
+    assert len(set(names)) == (3 + len(config.CLUSTER_SIZES)) * len(config.TILE_ROWS)
 
 
 def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> None:
     arch = as_arch("sm_120a")
     needed = workspace_nbytes(PROBLEM, arch, "sm120")
     for name in config.tactics(PROBLEM):
-        division = Division.of(PROBLEM, arch, name)
-        assert division.partials.workspace_bytes <= needed
-        assert (division.num_splits == 1) == name.endswith(config.WHOLE)
+        (part,) = config.parts(PROBLEM, arch, name)
+        assert part.division.partials.workspace_bytes <= needed
+        assert (part.division.num_splits == 1) == name.endswith(config.WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "batch", "expected"),
+    [
+        (128, 67, [(0, 66, 1, 1), (66, 1, 64, 1)]),  # two tiles more than SMs
+        (128, 200, [(0, 198, 1, 1), (198, 2, 32, 1)]),  # four more than three waves
+        (16, 136, [(0, 132, 1, 1), (132, 4, 32, 1)]),
+        (128, 66, [(0, 66, 1, 1)]),  # whole waves alone
+        (128, 65, [(0, 65, 1, 1)]),  # none
+    ],
+)
+def test_a_tail_tactic_splits_what_is_left_after_whole_waves(
+    num_heads: int, batch: int, expected: list[tuple[int, int, int, int]]
+) -> None:
+    problem = replace(PROBLEM, q_len=1, num_heads=num_heads, batch=batch, max_seq_len=4096, max_pages=None)
+    arch = as_arch("sm_90a")
+    tail = config.parts(problem, arch, f"m{config.preferred_tile(problem)}-tail")
+    sizes = [(x.first, x.problem.batch, x.division.num_splits, x.division.cluster_size) for x in tail]
+    assert sizes == expected
+    assert all(x.problem == replace(problem, batch=x.problem.batch) for x in tail)
+    assert max(x.division.partials.workspace_bytes for x in tail) <= workspace_nbytes(problem, arch, "sm90")
+
+
+def test_more_tiles_of_a_request_than_sms_leave_no_tail() -> None:
+    problem = replace(PROBLEM, q_len=80, num_heads=128)
+    (part,) = config.parts(problem, as_arch("sm_90a"), "m64-tail")
+    assert part.problem == problem
 
 
 @pytest.mark.parametrize(

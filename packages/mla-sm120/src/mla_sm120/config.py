@@ -26,6 +26,7 @@ DTYPE_UNITS = {
 }
 
 WHOLE = "-whole"  # end of the name of a tactic that does not split the keys of a request
+TAIL = "-tail"  # of one that splits only those of requests that are left after whole waves
 CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their results in shared memory
 
 
@@ -123,7 +124,7 @@ class Division:
 
     @staticmethod
     def of(problem: DecodeProblem, arch: Arch, tactic: str) -> Division:
-        """The division that a tactic names."""
+        """The division that a tactic names, other than one of `-tail`."""
         tile, _, cluster = tactic.removesuffix(WHOLE).partition("-c")
         tile_rows = int(tile.removeprefix("m"))
         if tactic.endswith(WHOLE):
@@ -176,6 +177,36 @@ class Division:
         return grid_cost(clusters, resident, key_tiles, block) + MERGE_COST * (self.num_partials > 1)
 
 
+class Part(NamedTuple):
+    """Requests of a call that launches of their own take.
+
+    first: the first of them. problem: the call's, with their number. division: of their work.
+    """
+
+    first: int
+    problem: DecodeProblem
+    division: Division
+
+
+def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
+    """The launches of a tactic, which follow each other.
+
+    With `-tail` as many requests as fill the GPU once or several times are not split, and those that are left
+    are divided as a call of their own; where there are not both, it is one call as without `-tail`.
+    """
+    name = tactic.removesuffix(TAIL)
+    one = Division.of(problem, arch, name)
+    wave = arch.sm_count // -(-problem.rows // one.tile_rows)
+    left = problem.batch % wave if wave else 0
+    if name == tactic or left in (0, problem.batch):
+        return [Part(0, problem, one)]
+    whole, rest = replace(problem, batch=problem.batch - left), replace(problem, batch=left)
+    return [
+        Part(0, whole, Division(one.tile_rows, _whole(whole, one.tile_rows), 1)),
+        Part(whole.batch, rest, Division.of(rest, arch, name)),
+    ]
+
+
 def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
     """The plan that does not split the keys of a request."""
     return plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
@@ -214,8 +245,8 @@ def preferred_tile(problem: DecodeProblem) -> int:
 
 
 def tactics(problem: DecodeProblem) -> list[str]:
-    """Names of the tactics, the heuristic's choice first: tiles, then sizes of clusters, then `-whole`."""
+    """Names of the tactics, the heuristic's choice first: tiles, sizes of clusters, `-whole`, `-tail`."""
     preferred = preferred_tile(problem)
     tiles = sorted(TILE_ROWS, key=lambda tile: tile != preferred)
-    ends = ["", *(f"-c{size}" for size in CLUSTER_SIZES), WHOLE]
+    ends = ["", *(f"-c{size}" for size in CLUSTER_SIZES), WHOLE, TAIL]
     return [f"m{tile}{end}" for end in ends for tile in tiles]

@@ -8,8 +8,8 @@ import torch
 from kernel_dispatch import Arch, ArgumentError
 from mla_core import DecodeProblem
 
-from .config import DTYPE_UNITS, SMEM_BYTES, Division, tactics
-from .launch import Launcher, combine_name
+from .config import DTYPE_UNITS, SMEM_BYTES, Division, Part, parts, tactics
+from .launch import Launcher, Launchers, combine_name
 from .load import load_kernel
 
 
@@ -18,12 +18,14 @@ class DecodeKernels:
 
     def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
         """Partial results of the tactic that needs the most."""
-        return max(Division.of(problem, arch, name).partials.workspace_bytes for name in tactics(problem))
+        needed = (part for name in tactics(problem) for part in parts(problem, arch, name))
+        return max(part.division.partials.workspace_bytes for part in needed)
 
     def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
         """The tile that fits the rows first.
 
-        `-c2` has clusters of two blocks that merge their results; `-whole` does not split a request's keys.
+        `-c2` has clusters of two blocks that merge their results; `-whole` does not split a request's keys,
+        `-tail` only those of requests that are left after whole waves.
         """
         return tactics(problem)
 
@@ -37,11 +39,22 @@ class DecodeKernels:
                 f"{device} has {arch.smem_optin_bytes} bytes of shared memory per block, "
                 f"expected {SMEM_BYTES}",
             )
-        return launcher(problem, Division.of(problem, arch, tactic), arch, device)
+        return launchers(parts(problem, arch, tactic), arch, device)
 
 
-def launcher(problem: DecodeProblem, division: Division, arch: Arch, device: torch.device) -> Launcher:
-    """What launches a problem that is divided so. Loads the kernels, which are compiled first if need be."""
+def launchers(parts: Sequence[Part], arch: Arch, device: torch.device) -> Launcher | Launchers:
+    """What launches the parts of a call."""
+    one, *others = (launcher(part.problem, part.division, arch, device, part.first) for part in parts)
+    return Launchers((one, *others)) if others else one
+
+
+def launcher(
+    problem: DecodeProblem, division: Division, arch: Arch, device: torch.device, first_request: int = 0
+) -> Launcher:
+    """What launches a problem that is divided so. Loads the kernels, which are compiled first if need be.
+
+    first_request: of a call, where the problem is the part of it that begins there.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     decode = load_kernel(DTYPE_UNITS[problem.q_dtype], division.kernel_name, arch.name, index)
     combine = None
@@ -49,7 +62,7 @@ def launcher(problem: DecodeProblem, division: Division, arch: Arch, device: tor
         name = combine_name(problem, division.num_partials, arch.sm_count)
         combine = load_kernel("combine", name, arch.name, index)
     pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
-    return Launcher(problem, division, decode, combine, index, pdl)
+    return Launcher(problem, division, decode, combine, index, pdl, first_request)
 
 
 KERNELS = DecodeKernels()

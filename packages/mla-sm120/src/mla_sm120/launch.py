@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -81,7 +81,10 @@ class _Threads(threading.local):
 
 
 class Launcher:
-    """Launches one problem on one device; takes what every launcher of `mla_core.decode.v1` takes."""
+    """Launches one problem on one device; takes what every launcher of `mla_core.decode.v1` takes.
+
+    first_request: of the call whose tensors it is given; it launches as many from there on as `problem` has.
+    """
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Launcher:
         combine: Any,
         device_index: int,
         pdl: bool,
+        first_request: int = 0,
     ) -> None:
         self.problem = problem
         self.division = division
@@ -98,6 +102,7 @@ class Launcher:
         self._combine = combine
         self._device_index = device_index
         self._pdl = pdl
+        self._requests = slice(first_request, first_request + problem.batch)
         self._out_type = OUT_TYPES[problem.out_dtype]
         self._encode_map = lru_cache(MAPS_KEPT)(partial(encode_map, problem=problem))
         self._threads = _Threads(self._make_configs)
@@ -188,6 +193,7 @@ class Launcher:
 
     def _pack(self, into: Any, given: DecodeTensors) -> None:
         problem, division = self.problem, self.division
+        given = _of_requests(given, self._requests)
         query, out, lse = given.query, given.out, given.lse
         assert out is not None
         # A ragged query has no dimension of requests.
@@ -271,6 +277,29 @@ class Launcher:
         config.attrs = attributes
         config.numAttrs = len(attributes)
         return config
+
+
+class Launchers:
+    """Launches the parts of a call, one after the other; takes what a `Launcher` takes."""
+
+    def __init__(self, parts: Sequence[Launcher]) -> None:
+        self.parts = tuple(parts)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Write `out` and, where given, `lse`, on the current stream of the device."""
+        for launch in self.parts:
+            launch(*arguments)
+
+
+def _of_requests(given: DecodeTensors, requests: slice) -> DecodeTensors:
+    """Views of what these requests have; offsets into a ragged query stay what they are."""
+    found = given._replace(block_tables=given.block_tables[requests], seq_lens=given.seq_lens[requests])
+    if given.cum_seq_lens_q is not None:
+        offsets = slice(requests.start, requests.stop + 1)
+        return found._replace(cum_seq_lens_q=given.cum_seq_lens_q[offsets])
+    assert given.out is not None
+    lse = None if given.lse is None else given.lse[requests]
+    return found._replace(query=given.query[requests], out=given.out[requests], lse=lse)
 
 
 def _address(given: float | torch.Tensor | None) -> int:
