@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -286,8 +286,11 @@ def _draw(axes: Any, rows: Sequence[Row], variant: str, style: str, colour: str)
         axes.plot(*zip(*wrong, strict=True), "x", alpha=0.5, label=f"{label} (wrong states)", **look)
 
 
-def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
-    """Fraction of the copy bandwidth over B; returns why there is no plot, or None."""
+def plot(rows: Sequence[Row], environment: Mapping[str, str], date: str, path: Path) -> str | None:
+    """Fraction of the copy bandwidth over B; returns why there is no plot, or None.
+
+    environment, date: of the run, for the title.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -320,6 +323,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> str | None:
         axes_row[0].set_ylabel("fraction of copy bandwidth")
     for axes in grid[-1]:
         axes.set_xlabel("B")
-    figure.suptitle(title, fontsize=10)
+    commit = environment["git_commit"][:12]
+    figure.suptitle(f"gdn-mtp on {environment['device']}, {date}, commit {commit}", fontsize=10)
     figure.savefig(path, dpi=130)
     return None

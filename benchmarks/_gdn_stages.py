@@ -104,7 +104,7 @@ class StatesAlone(WithoutArithmetic):
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             if cutlass.const_expr(cfg.prefetch) and out_of_the_way(cfg, cfg.tactic.ahead):
-                self.prefetch_state(state, indices, Place(request, hv, request, row, warp, lane))
+                self.prefetch_state(state, indices, Place(request, hv, None, row, warp, lane))
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = Int64(request)
@@ -186,7 +186,7 @@ class StatesRead(Verify):
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             if in_first_wave(cfg):
-                self.prefetch_state(state, state_indices, Place(request, hv, request, row, warp, lane))
+                self.prefetch_state(state, state_indices, Place(request, hv, None, row, warp, lane))
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = read_index(state_indices, request)

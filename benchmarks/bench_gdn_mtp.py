@@ -77,7 +77,7 @@ from kernel_testing import copy_bandwidth_gb_s, environment, time_cuda_us
 
 HEADS = ("16/16/32", "16/16/64")
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
-TOKENS = {"fp32": (1, 2, 4, 8), "bf16": (1, 4, 8)}
+TOKENS = (1, 2, 4, 8)
 QUICK = {"heads": HEADS[:1], "batch": (1, 16, 128), "tokens": (1, 4)}
 
 SECONDS_PER_VARIANT = 0.15  # aimed at, within these numbers of replays
@@ -102,7 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--tokens",
         nargs="+",
         type=_positive,
-        help=f"{_words(TOKENS['fp32'])} for fp32 states and {_words(TOKENS['bf16'])} for bf16 if not given",
+        help=f"{_words(TOKENS)} if not given",
     )
     parser.add_argument(
         "--update-state", action=flag, help="only modes that update the state, or that do not"
@@ -146,8 +146,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.heads = QUICK["heads"] if options.quick else HEADS
     if options.batch is None:
         options.batch = QUICK["batch"] if options.quick else BATCHES
-    if options.tokens is None and options.quick:
-        options.tokens = QUICK["tokens"]
+    if options.tokens is None:
+        options.tokens = QUICK["tokens"] if options.quick else TOKENS
     try:
         options.heads = [parse_heads(text) for text in options.heads]
     except ValueError as error:
@@ -169,16 +169,14 @@ def make_cells(options: argparse.Namespace) -> list[Cell]:
     """The rows asked for, in order; those that share a pool follow each other."""
     cells = []
     flags = modes(options.update_state, options.cache_intermediate_states)
-    for (H, HV), name in itertools.product(options.heads, options.state_dtype):
-        for T, (update, cache), layout in itertools.product(
-            options.tokens or TOKENS[name], flags, options.state_layout
-        ):
-            if T == 1 and cache and not options.cache_intermediate_states:
-                continue
-            if layout == "kv" and (T > 1 or cache):
-                continue
-            dtype = STATE_DTYPES[name]
-            cells += [Cell(H, HV, B, T, update, cache, dtype, layout) for B in options.batch]
+    for (H, HV), name, T, (update, cache), layout in itertools.product(
+        options.heads, options.state_dtype, options.tokens, flags, options.state_layout
+    ):
+        if T == 1 and cache and not options.cache_intermediate_states:
+            continue
+        if layout == "kv" and (T > 1 or cache):
+            continue
+        cells += [Cell(H, HV, B, T, update, cache, STATE_DTYPES[name], layout) for B in options.batch]
     return cells
 
 
@@ -394,8 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listed = ", ".join(f"{PEER_TITLES.get(name, name)} {us:.2f}" for name, us in times.items())
         print(f"host us per call, {case}: {listed}")
     print(*summary_lines(verdicts), sep="\n")
-    title = f"gdn-mtp on {record['device']}, {date}, commit {record['git_commit'][:12]}"
-    no_plot = plot(results.rows, title, out / "plot.png")
+    no_plot = plot(results.rows, record, date, out / "plot.png")
     print(f"wrote {results.path}" + (f"; skipped the plot: {no_plot}" if no_plot else " and plot.png"))
     return 1 if any("ours" in row.failed for row in results.rows) else 0
 

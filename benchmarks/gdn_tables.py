@@ -1,10 +1,11 @@
-"""The tables of times in gdn-mtp's README.md and docs/speed.md, made from the recorded results.
+"""The tables of times in gdn-mtp's README.md and docs/speed.md, and plots, made from the recorded results.
 
     python benchmarks/gdn_tables.py --check
     python benchmarks/gdn_tables.py --write
 
-Each stands between `<!-- table NAME -->` and `<!-- end of table -->`, in either file. The exit status is 1 if
-one stands in neither and, with `--check`, if one is not what the results say.
+Each stands between `<!-- table NAME -->` and `<!-- end of table -->`, in either file; `--write` draws the
+plot beside each record that has one, too. The exit status is 1 if one stands in neither and, with `--check`,
+if one is not what the results say.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from _gdn_report import Row, summary
+from _gdn_report import Row, plot, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "packages" / "gdn-mtp"
@@ -66,6 +67,15 @@ def record(name: str) -> dict[str, Any]:
     """A file of recorded results."""
     content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     return content
+
+
+def draw(picture: Path) -> None:
+    """The plot of the record beside it."""
+    run = json.loads(picture.with_name("results.json").read_text(encoding="utf-8"))
+    rows = [Row.of_record(row, run["copy_gb_s"]["start"]) for row in run["rows"]]
+    no_plot = plot(rows, run["environment"], run["date"], picture)
+    if no_plot:
+        raise SystemExit(f"{picture}: {no_plot}")
 
 
 def rows_of(*names: str) -> list[dict[str, Any]]:
@@ -261,6 +271,9 @@ def main() -> int:
             path.write_text(after, encoding="utf-8")
         elif after != before:
             wrong.append(f"{path}: its tables are not what the results say")
+    if options.write:
+        for picture in sorted(RESULTS.glob("gdn_mtp-*/plot.png")):
+            draw(picture)
     for sentence in wrong:
         print(sentence, file=sys.stderr)
     return 1 if wrong else 0

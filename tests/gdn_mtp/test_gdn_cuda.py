@@ -24,15 +24,17 @@ def mtp(pool, indices, case=CASE, **options):
 
 
 @needs_gpu
+@pytest.mark.parametrize("backend", sorted({BACKEND, "torch"}))
 @pytest.mark.parametrize("mode", ["plain", "buffer", "scatter", "write"])
-def test_no_call_waits_for_the_device(mode):
+def test_no_call_waits_for_the_device(mode, backend):
     options = {
         "plain": {},
         "buffer": {"intermediate_states_buffer": poisoned((3, 2, CASE.HV, CASE.V, CASE.K), FP32, DEVICE)},
         "scatter": {"ssm_state_indices": torch.tensor([[4, 1], [2, 2], [-1, 0]], device=DEVICE)},
         "write": {"output_state_indices": slots_tensor(3, 5, -1)},
     }[mode]
-    call = mtp(CASE.states(6), slots_tensor(4, -1, 0), **options)
+    call = mtp(CASE.states(6), slots_tensor(4, -1, 0), **options, backend=backend)
+    call()  # plans it, and loads the kernel
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()

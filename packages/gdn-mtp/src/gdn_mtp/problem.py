@@ -92,11 +92,6 @@ class GatedDeltaRuleProblem:
             raise ArgumentError("intermediate", "'scatter' names every write slot; write indices exclude it")
 
     @property
-    def heads_per_group(self) -> int:
-        """Value heads that share one query and key head."""
-        return self.HV // self.H
-
-    @property
     def writes_state(self) -> bool:
         """Whether the ordinary write-back of the final state takes place."""
         return self.update_state and self.intermediate != "scatter"

@@ -110,7 +110,7 @@ class GatedDeltaRule(TokenChunks):
         row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            here = Place(request, hv, request, row, warp, lane)
+            here = Place(request, hv, None, row, warp, lane)
             if warp == 0:
                 prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
             if cutlass.const_expr(cfg.prefetch) and out_of_the_way(cfg, cfg.tactic.ahead):
@@ -148,7 +148,7 @@ class GatedDeltaRule(TokenChunks):
                     for c in cutlass.range_constexpr(len(cfg.chunks)):
                         self.chunk_matrices(shared, place, c)
                 for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
-                    self.tile(tensors, values[tile], shared, place, tile)
+                    self.process_tile(tensors, values[tile], shared, place, tile)
             self.launch_dependents("late")
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -269,7 +269,7 @@ class GatedDeltaRule(TokenChunks):
             shared.matrices[query + at] = select((j <= g) & (g < n), qk, Float32(0.0))
 
     @cute.jit
-    def tile(self, tensors, v, shared, place, tile):
+    def process_tile(self, tensors, v, shared, place, tile):
         """All tokens of the call on one tile. The first tile also waits for the chunk matrices."""
         cfg = self.config
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)

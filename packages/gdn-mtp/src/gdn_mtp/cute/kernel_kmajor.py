@@ -75,7 +75,7 @@ class GatedDeltaRuleKMajor:
         matrix = state[request, hv, None, None]
         if cutlass.const_expr(cfg.pdl):
             if tid < WARP_LANES:
-                here = Place(request, hv, request, first_column, 0, tid)
+                here = Place(request, hv, None, first_column, 0, tid)
                 prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
             if out_of_the_way(cfg, AHEAD):
                 self.prefetch_state(matrix, v_block)

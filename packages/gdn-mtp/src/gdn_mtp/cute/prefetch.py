@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from .config import L2_LINE_BYTES
 
-FEW_BLOCKS = 2  # of a small grid, per multiprocessor: of the K-major kernel on an H100, November 2026
+FEW_BLOCKS = 2  # of a small grid, per multiprocessor; docs/speed.md, "K-major states", has what it brings
 
 
 def prefetch_l2(source) -> None:

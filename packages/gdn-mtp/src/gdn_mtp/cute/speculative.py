@@ -155,7 +155,7 @@ class Verify(RingTiles):
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             if in_first_wave(cfg):
-                here = Place(request, hv, request, row, warp, lane)
+                here = Place(request, hv, None, row, warp, lane)
                 if warp == 0:
                     prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
                 if warp == cfg.tactic.warps - 1:
@@ -216,7 +216,7 @@ class Verify(RingTiles):
                     if cutlass.const_expr(cfg.renews_lane):
                         place = replace(place, lane=cute.arch.lane_idx())
                     values = self.load_values(tensors, place, tile)
-                self.tile(tensors, cache, values, pending, window, count, fold, shared, place, tile)
+                self.process_tile(tensors, cache, values, pending, window, count, fold, shared, place, tile)
             if (warp == cfg.tactic.warps - 1) & (lane == 0):
                 self.move_cursor(cache, reader, pending, fold, Int32(count))
             self.launch_dependents("late")
@@ -338,7 +338,7 @@ class Verify(RingTiles):
         return 1 if self.packed(c) else 2
 
     @cute.jit
-    def tile(self, tensors, cache, v, pending, window, count, fold, shared, place, tile):
+    def process_tile(self, tensors, cache, v, pending, window, count, fold, shared, place, tile):
         """All tokens of the call on one tile. The first tile also waits for the matrices."""
         cfg = self.config
         row = self.tile_row(place, tile)

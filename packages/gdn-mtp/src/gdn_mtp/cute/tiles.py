@@ -30,7 +30,7 @@ class Place:
 
     request: Any
     hv: Any
-    write_slot: Any  # pool slot of the updated state; negative: none
+    write_slot: Any  # pool slot of the updated state; negative: none; None: not read yet
     row: Any  # first row of the warp's first tile
     warp: Any
     lane: Any
