@@ -48,10 +48,10 @@ class WithoutArithmetic(GatedDeltaRule):
 
     @cute.jit
     def single_token(self, tensors, v, shared, place, tile):
-        self.tile(tensors, [v], shared, place, tile)
+        self.process_tile(tensors, [v], shared, place, tile)
 
     @cute.jit
-    def tile(self, tensors, v, shared, place, tile):
+    def process_tile(self, tensors, v, shared, place, tile):
         cfg = self.config
         row = self.tile_row(place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
@@ -150,7 +150,7 @@ class VerifyWithoutArithmetic(Verify):
         cute.arch.mbarrier_wait(self.ring_barrier(shared), 0)
 
     @cute.jit
-    def tile(self, tensors, cache, v, pending, window, count, fold, shared, place, tile):
+    def process_tile(self, tensors, cache, v, pending, window, count, fold, shared, place, tile):
         cfg = self.config
         row = self.tile_row(place, tile)
         cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)

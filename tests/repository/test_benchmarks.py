@@ -235,6 +235,28 @@ def test_every_kernel_with_stages_left_out_compiles(monkeypatch: pytest.MonkeyPa
         assert resources.stack_bytes == 0
 
 
+def test_kernels_with_stages_left_out_override_methods_of_the_whole_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A method that the whole kernel calls by another name would leave nothing out."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _gdn_stages
+    from gdn_mtp.cute.kernel import GatedDeltaRule
+    from gdn_mtp.cute.speculative import Verify
+
+    kernels = [
+        x
+        for x in vars(_gdn_stages).values()
+        if isinstance(x, type) and issubclass(x, (GatedDeltaRule, Verify))
+    ]
+    of_stages = [x for x in kernels if x.__module__ == "_gdn_stages"]
+    assert len(of_stages) == 5
+    for kernel in of_stages:
+        whole = GatedDeltaRule if issubclass(kernel, GatedDeltaRule) else Verify
+        own = {name for name, member in vars(kernel).items() if callable(member)}
+        assert own - {"__init__", "store_states", "move"} <= set(dir(whole)), kernel.__name__
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import bench_gdn_stages
