@@ -83,6 +83,11 @@ class GatedDeltaRule(TokenChunks):
         self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
         intermediate_states, ssm_state_indices, output, stream,
     ):  # fmt: skip
+        """Launch the kernel on `stream`.
+
+        a, b: [B, T, HV]; A_log, dt_bias: [HV] float32, or dt_bias in its own dtype; scale: a float32, or [1];
+        state_indices, write_indices: [B] or None; others as in `Tensors`.
+        """
         cfg = self.config
         self.kernel(
             q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
