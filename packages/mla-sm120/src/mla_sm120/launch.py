@@ -293,6 +293,8 @@ class Launchers:
 
 def _of_requests(given: DecodeTensors, requests: slice) -> DecodeTensors:
     """Views of what these requests have; offsets into a ragged query stay what they are."""
+    if given.seq_lens.numel() == requests.stop - requests.start:  # all there are
+        return given
     found = given._replace(block_tables=given.block_tables[requests], seq_lens=given.seq_lens[requests])
     if given.cum_seq_lens_q is not None:
         offsets = slice(requests.start, requests.stop + 1)
