@@ -4,7 +4,8 @@
 
 Batches that fill the SMs once, and batches that leave some idle or overflow them a little. Tiles have the
 rows that the heuristic prefers. Two splits are timed with and without a cluster that merges them, others
-without; "tail" splits only the requests that are left after whole waves. Each number is compared with
+without; "tail" splits only the requests that are left after whole waves, in a call of their own, and the
+heuristic may choose that or a number for all. Each number is compared with
 float64 first, for the first and the last request, every element; one that is wrong is not timed. A time
 is the median of replays of a CUDA graph with the L2 cache cold, numbers in turn. Writes results.json and
 report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,27 +51,30 @@ MOST_CALLS = 4
 REPEATS = 5
 
 
-def variants_of(cell: Cell, device: torch.device) -> Iterator[tuple[str, list[Part]]]:
-    """The heuristic's choice, then numbers of splits with its tile, each with its name."""
+def variants_of(cell: Cell, device: torch.device) -> dict[str, list[Part]]:
+    """Launches with the heuristic's tile: "splits/blocks of a cluster" or "tail"; its choice first."""
     arch, problem = as_arch(device), cell.problem
     preferred = tactics(problem)[0]
-    chosen = Division.of(problem, arch, preferred)
-    yield f"{chosen.num_splits}/{chosen.cluster_size}", [Part(0, problem, chosen)]
-    tail = parts(problem, arch, preferred + TAIL)
-    if len(tail) > 1:
-        yield "tail", tail
+    one = Division.of(problem, arch, preferred)
+    divisions = [one]
     for splits in SPLITS:
-        if cell.batch * -(-problem.rows // chosen.tile_rows) * splits > MOST_WAVES * arch.sm_count:
-            return
-        for cluster_size in (1, 2) if splits == 2 else (1,):
-            made = Division(chosen.tile_rows, replace(chosen.splits, num_splits=splits), cluster_size)
-            if made != chosen:
-                yield f"{splits}/{cluster_size}", [Part(0, problem, made)]
+        if cell.batch * -(-problem.rows // one.tile_rows) * splits <= MOST_WAVES * arch.sm_count:
+            plan = replace(one.splits, num_splits=splits)
+            sizes = (1, 2) if splits == 2 else (1,)
+            divisions += [Division(one.tile_rows, plan, cluster_size) for cluster_size in sizes]
+    choices = [parts(problem, arch, preferred), parts(problem, arch, preferred + TAIL)]
+    choices += [[Part(0, problem, division)] for division in divisions]
+    return {_name(choice): choice for choice in choices}
+
+
+def _name(choice: list[Part]) -> str:
+    division = choice[0].division
+    return "tail" if len(choice) > 1 else f"{division.num_splits}/{division.cluster_size}"
 
 
 def measure(cell: Cell, device: torch.device) -> dict[str, float]:
-    """Microseconds by "splits/blocks of a cluster", the heuristic's choice first."""
-    found = dict(variants_of(cell, device))
+    """Microseconds by the names of `variants_of`."""
+    found = variants_of(cell, device)
     workspace_nbytes = max(
         part.division.partials.workspace_bytes for parts_of_one in found.values() for part in parts_of_one
     )

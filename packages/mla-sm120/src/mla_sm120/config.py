@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -124,7 +126,7 @@ class Division:
 
     @staticmethod
     def of(problem: DecodeProblem, arch: Arch, tactic: str) -> Division:
-        """The division that a tactic names, other than one of `-tail`."""
+        """The division that a tactic names where it is one call, hence other than one of `-tail`."""
         tile, _, cluster = tactic.removesuffix(WHOLE).partition("-c")
         tile_rows = int(tile.removeprefix("m"))
         if tactic.endswith(WHOLE):
@@ -140,7 +142,7 @@ class Division:
             return alone
         # Rows may be too many for partial results, which two splits in a cluster do without.
         pair = Division._of(problem, arch, tile_rows, 2)
-        return min(alone, pair, key=lambda division: division._cost(problem, arch))
+        return min(alone, pair, key=lambda division: division.cost(problem, arch))
 
     @staticmethod
     def _of(problem: DecodeProblem, arch: Arch, tile_rows: int, cluster_size: int) -> Division:
@@ -164,11 +166,11 @@ class Division:
         def divided(partials: int) -> Division:
             return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
 
-        partials = min(range(filling, most + 1), key=lambda count: divided(count)._cost(problem, arch))
+        partials = min(range(filling, most + 1), key=lambda count: divided(count).cost(problem, arch))
         longest_split = -(-key_tiles // (partials * cluster_size))
         return divided(-(-key_tiles // (longest_split * cluster_size)))
 
-    def _cost(self, problem: DecodeProblem, arch: Arch) -> float:
+    def cost(self, problem: DecodeProblem, arch: Arch) -> float:
         """What the call takes, by `grid_cost`."""
         clusters = problem.batch * -(-problem.rows // self.tile_rows) * self.num_partials
         resident = resident_clusters(arch, self.cluster_size)
@@ -192,19 +194,35 @@ def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
     """The launches of a tactic, which follow each other.
 
     With `-tail` as many requests as fill the GPU once or several times are not split, and those that are left
-    are divided as a call of their own; where there are not both, it is one call as without `-tail`.
+    are divided as a call of their own; where there are not both, it is one call. A tile's name alone is the
+    one or the other, whichever `grid_cost` finds faster.
     """
     name = tactic.removesuffix(TAIL)
-    one = Division.of(problem, arch, name)
-    wave = arch.sm_count // -(-problem.rows // one.tile_rows)
+    one = [Part(0, problem, Division.of(problem, arch, name))]
+    if name == tactic and "-" in tactic:
+        return one
+    tail = _tail_parts(problem, arch, name)
+    if tail is None:
+        return one
+    return tail if name != tactic else min(one, tail, key=partial(_cost_of_parts, arch=arch))
+
+
+def _tail_parts(problem: DecodeProblem, arch: Arch, tile: str) -> list[Part] | None:
+    """Requests that fill the GPU in whole waves, and those that are left; None where there are not both."""
+    tile_rows = int(tile.removeprefix("m"))
+    wave = arch.sm_count // -(-problem.rows // tile_rows)
     left = problem.batch % wave if wave else 0
-    if name == tactic or left in (0, problem.batch):
-        return [Part(0, problem, one)]
+    if left in (0, problem.batch):
+        return None
     whole, rest = replace(problem, batch=problem.batch - left), replace(problem, batch=left)
     return [
-        Part(0, whole, Division(one.tile_rows, _whole(whole, one.tile_rows), 1)),
-        Part(whole.batch, rest, Division.of(rest, arch, name)),
+        Part(0, whole, Division(tile_rows, _whole(whole, tile_rows), 1)),
+        Part(whole.batch, rest, Division.of(rest, arch, tile)),
     ]
+
+
+def _cost_of_parts(parts: Sequence[Part], arch: Arch) -> float:
+    return sum(part.division.cost(part.problem, arch) for part in parts)
 
 
 def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
