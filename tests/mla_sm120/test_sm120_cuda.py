@@ -102,15 +102,17 @@ def test_every_tactic(dtype: str, tactic: str) -> None:
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["batch", "ragged"])
 @pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("splits", [1, 2], ids=["whole", "pairs"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
-def test_requests_left_after_whole_waves(dtype: str, num_heads: int, ragged: bool) -> None:
+def test_requests_left_after_whole_waves(dtype: str, splits: int, num_heads: int, ragged: bool) -> None:
     tile = max(16, min(64, num_heads))
-    batch = ARCH.sm_count // (num_heads // tile) + 3
+    batch = ARCH.sm_count // (num_heads // tile * splits) + 3
     lengths = tuple((300, 0, 1000, 1, 33)[request % 5] for request in range(batch))
     q_lens = tuple(request % 2 for request in range(batch)) if ragged else None
     inputs = Inputs(Case(lengths, dtype, num_heads, q_lens=q_lens), "cuda")
     parts = config.parts(DecodeProblem(**inputs.sizes), ARCH, f"m{tile}-tail")
     assert [part.problem.batch for part in parts] == [batch - 3, 3]
+    assert parts[0].division.num_splits == splits
     run(plan_of(inputs, f"m{tile}-tail"), inputs)
     inputs.check(inputs.out, inputs.lse)
 

@@ -228,13 +228,21 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
 
 @pytest.mark.parametrize("q_lens", [None, (1, 2, 0, 2, 2, 1, 2)], ids=["batch", "ragged"])
 @pytest.mark.parametrize(
-    ("dtype", "tactic"), [("bf16", "m32-tail"), ("e4m3", "m16-tail"), ("fp16", "m64-tail")]
+    ("dtype", "tactic", "splits", "longest"),
+    [
+        ("bf16", "m32-tail", 1, 300),
+        ("e4m3", "m16-tail", 1, 300),
+        ("fp16", "m64-tail", 1, 300),
+        ("bf16", "m16-tail", 2, 520),
+    ],
 )
-def test_requests_left_after_whole_waves(dtype: str, tactic: str, q_lens: tuple[int, ...] | None) -> None:
-    inputs = Inputs(Case((40, 70, 33, 1, 130, 0, 300), dtype, 8, 2, page_size=32, q_lens=q_lens))
-    arch = replace(as_arch("sm_120a"), sm_count=5)
+def test_requests_left_after_whole_waves(
+    dtype: str, tactic: str, splits: int, longest: int, q_lens: tuple[int, ...] | None
+) -> None:
+    inputs = Inputs(Case((40, 70, 33, 1, 130, 0, longest), dtype, 8, 2, page_size=32, q_lens=q_lens))
+    arch = replace(as_arch("sm_120a"), sm_count=5 * splits)
     whole, rest = config.parts(DecodeProblem(**inputs.sizes), arch, tactic)
-    assert (whole.division.num_splits, rest.first) == (1, whole.problem.batch)
+    assert (whole.division.num_splits, rest.first) == (splits, whole.problem.batch)
     assert rest.division.num_splits > 1
     launches_of_parts(inputs, "sm_120a", [whole, rest]).run(ptx_emulator.Options())
     inputs.check(inputs.out, inputs.lse)

@@ -155,26 +155,55 @@ def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> Non
         assert (part.division.num_splits == 1) == name.endswith(config.WHOLE)
 
 
+def sizes_of(parts: list[config.Part]) -> list[tuple[int, int, int, int]]:
+    return [(x.first, x.problem.batch, x.division.num_splits, x.division.cluster_size) for x in parts]
+
+
 @pytest.mark.parametrize(
     ("num_heads", "batch", "expected"),
     [
         (128, 67, [(0, 66, 1, 1), (66, 1, 64, 1)]),  # two tiles more than SMs
         (128, 200, [(0, 198, 1, 1), (198, 2, 32, 1)]),  # four more than three waves
         (16, 136, [(0, 132, 1, 1), (132, 4, 32, 1)]),
+        (16, 68, [(0, 66, 2, 2), (66, 2, 64, 1)]),  # with two splits as many as SMs, and four more
         (128, 66, [(0, 66, 1, 1)]),  # whole waves alone
-        (128, 65, [(0, 65, 1, 1)]),  # none
+        (16, 66, [(0, 66, 2, 2)]),
+        (16, 3, [(0, 3, 43, 1)]),  # none
     ],
 )
-def test_a_tail_tactic_splits_what_is_left_after_whole_waves(
+def test_a_tail_tactic_divides_what_is_left_after_whole_waves(
     num_heads: int, batch: int, expected: list[tuple[int, int, int, int]]
 ) -> None:
     problem = replace(PROBLEM, q_len=1, num_heads=num_heads, batch=batch, max_seq_len=4096, max_pages=None)
     arch = as_arch("sm_90a")
     tail = config.parts(problem, arch, f"m{config.preferred_tile(problem)}-tail")
-    sizes = [(x.first, x.problem.batch, x.division.num_splits, x.division.cluster_size) for x in tail]
-    assert sizes == expected
+    assert sizes_of(tail) == expected
     assert all(x.problem == replace(problem, batch=x.problem.batch) for x in tail)
     assert max(x.division.partials.workspace_bytes for x in tail) <= workspace_nbytes(problem, arch, "sm90")
+
+
+@pytest.mark.parametrize(
+    ("arch", "num_heads", "batch", "max_seq_len", "batches"),
+    [
+        ("sm_90a", 128, 67, 4096, [66, 1]),
+        ("sm_90a", 64, 68, 8192, [66, 2]),  # in two splits each, then two
+        ("sm_90a", 16, 136, 1024, [132, 4]),
+        ("sm_90a", 128, 128, 4096, [128]),  # nearly two waves
+        ("sm_90a", 16, 200, 1024, [200]),  # 68 load at the copy bandwidth for half of them
+        ("sm_121a", 16, 50, 8192, [48, 2]),
+        ("sm_120a", 16, 200, 8192, [170, 30]),
+    ],
+)
+def test_the_heuristic_cuts_a_call_where_that_is_faster(
+    arch: str, num_heads: int, batch: int, max_seq_len: int, batches: list[int]
+) -> None:
+    sizes = {"num_heads": num_heads, "batch": batch, "max_seq_len": max_seq_len, "max_pages": None}
+    problem = replace(PROBLEM, q_len=1, **sizes)
+    chosen, *others = config.tactics(problem)
+    parts = config.parts(problem, as_arch(arch), chosen)
+    assert [part.problem.batch for part in parts] == batches
+    named = [sizes_of(config.parts(problem, as_arch(arch), name)) for name in others]
+    assert sizes_of(parts) in named
 
 
 def test_more_tiles_of_a_request_than_sms_leave_no_tail() -> None:
@@ -204,7 +233,7 @@ def test_more_tiles_of_a_request_than_sms_leave_no_tail() -> None:
         (128, 200, 4096, 2, 2),  # a cluster stores no partial results, for which rows are too many
     ],
 )
-def test_splits_of_the_heuristic(
+def test_splits_of_a_call_that_is_not_cut(
     num_heads: int, batch: int, max_seq_len: int, num_splits: int, cluster_size: int
 ) -> None:
     sizes = {"num_heads": num_heads, "batch": batch, "max_seq_len": max_seq_len, "max_pages": None}
@@ -219,11 +248,11 @@ def test_splits_of_the_heuristic(
         ("sm_121a", 128, 64, 1, 1),  # 128 tiles on 48 SMs, whose memory the last 32 keep busy
         ("sm_121a", 16, 50, 4, 1),  # two tiles more than SMs
         ("sm_120a", 128, 64, 1, 1),
-        ("sm_120a", 128, 96, 3, 1),  # 192 tiles on 188 SMs
+        ("sm_120a", 128, 96, 3, 1),  # 192 tiles on 170 SMs
         ("sm_120a", 16, 200, 2, 2),
     ],
 )
-def test_splits_of_the_heuristic_on_sm120(
+def test_splits_of_a_call_that_is_not_cut_on_sm120(
     arch: str, num_heads: int, batch: int, num_splits: int, cluster_size: int
 ) -> None:
     problem = replace(PROBLEM, q_len=1, num_heads=num_heads, batch=batch)

@@ -28,7 +28,7 @@ DTYPE_UNITS = {
 }
 
 WHOLE = "-whole"  # end of the name of a tactic that does not split the keys of a request
-TAIL = "-tail"  # of one that splits only those of requests that are left after whole waves
+TAIL = "-tail"  # of one that divides requests that are left after whole waves as a call of their own
 CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their results in shared memory
 
 
@@ -193,32 +193,38 @@ class Part(NamedTuple):
 def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
     """The launches of a tactic, which follow each other.
 
-    With `-tail` as many requests as fill the GPU once or several times are not split, and those that are left
-    are divided as a call of their own; where there are not both, it is one call. A tile's name alone is the
-    one or the other, whichever `grid_cost` finds faster.
+    With `-tail` as many requests as fill the GPU once or several times come first, each whole or in the two
+    splits of a cluster, and those that are left are divided as a call of their own; where there are not both,
+    it is one call. A tile's name alone is the one or the other, whichever `grid_cost` finds faster.
     """
     name = tactic.removesuffix(TAIL)
     one = [Part(0, problem, Division.of(problem, arch, name))]
     if name == tactic and "-" in tactic:
         return one
-    tail = _tail_parts(problem, arch, name)
-    if tail is None:
-        return one
-    return tail if name != tactic else min(one, tail, key=partial(_cost_of_parts, arch=arch))
+    cuts = _cuts(problem, arch, name)
+    if name == tactic or not cuts:
+        cuts = [one, *cuts]
+    return min(cuts, key=partial(_cost_of_parts, arch=arch))
 
 
-def _tail_parts(problem: DecodeProblem, arch: Arch, tile: str) -> list[Part] | None:
-    """Requests that fill the GPU in whole waves, and those that are left; None where there are not both."""
+def _cuts(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Part]]:
+    """The requests that fill the GPU in whole waves without partial results, and those that are left."""
     tile_rows = int(tile.removeprefix("m"))
-    wave = arch.sm_count // -(-problem.rows // tile_rows)
-    left = problem.batch % wave if wave else 0
-    if left in (0, problem.batch):
-        return None
-    whole, rest = replace(problem, batch=problem.batch - left), replace(problem, batch=left)
-    return [
-        Part(0, whole, Division(tile_rows, _whole(whole, tile_rows), 1)),
-        Part(whole.batch, rest, Division.of(rest, arch, tile)),
-    ]
+    row_tiles = -(-problem.rows // tile_rows)
+    found = []
+    for num_splits in (1, 2) if problem.max_seq_len >= 2 * CLUSTER_KEYS else (1,):
+        wave = arch.sm_count // (row_tiles * num_splits)
+        left = problem.batch % wave if wave else 0
+        if left not in (0, problem.batch):
+            first, rest = replace(problem, batch=problem.batch - left), replace(problem, batch=left)
+            splits = replace(_whole(first, tile_rows), num_splits=num_splits)
+            found.append(
+                [
+                    Part(0, first, Division(tile_rows, splits, num_splits)),
+                    Part(first.batch, rest, Division.of(rest, arch, tile)),
+                ]
+            )
+    return found
 
 
 def _cost_of_parts(parts: Sequence[Part], arch: Arch) -> float:
