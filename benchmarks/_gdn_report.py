@@ -315,7 +315,7 @@ def plot(rows: Sequence[Row], environment: Mapping[str, str], date: str, path: P
                     _draw(axes, at, variant, style, colour)
             axes.set_xscale("log", base=2)
             axes.set_xticks(batches, [str(B) for B in batches])
-            axes.set_ylim(0, 1.1)  # calls that leave states unwritten exceed 1
+            axes.set_ylim(0, 1.3)  # calls that leave states unwritten exceed 1
             axes.grid(alpha=0.3)
             axes.set_title(f"{group[0]} heads, {group[1]} state, {mode}", fontsize=9)
             if axes.has_data():

@@ -4,10 +4,10 @@
 
 Batches that fill the SMs once, and batches that leave some idle or overflow them a little. Tiles have the
 rows that the heuristic prefers. Two splits are timed with and without a cluster that merges them, others
-without; "tail" splits only the requests that are left after whole waves, in a call of their own, and the
-heuristic may choose that or a number for all. Each number is compared with
-float64 first, for the first and the last request, every element; one that is wrong is not timed. A time
-is the median of replays of a CUDA graph with the L2 cache cold, numbers in turn. Writes results.json and
+without; "tail" is a call cut in two, requests that fill the SMs in whole waves and those that are left. The
+heuristic chooses that or a number for all. Each choice is compared with float64 first, for the first and the
+last request, every element; one that is wrong is not timed. A time is the median of replays of a CUDA graph
+with the L2 cache cold, choices in turn. Writes results.json and
 report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
 """
 

@@ -28,7 +28,7 @@ DOCUMENTS = (PACKAGE / "README.md", PACKAGE / "docs" / "speed.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-CALL_RECORDS = ("gdn_mtp-h100", "gdn_mtp-h100-tokens", "gdn_mtp-h100-kmajor")
+CALL_RECORDS = ("gdn_mtp-h100", "gdn_mtp-h100-tokens", "gdn_mtp-h100-kmajor", "gdn_mtp-h200")
 CALLS = {  # (tokens, mode): what heads its column
     (1, "update"): "T = 1",
     (4, "update"): "T = 4, state updated",

@@ -60,6 +60,9 @@ RAGGED = [
 ]
 
 
+CUT = tuple((300, 0, 1000, 1, 33)[request % 5] for request in range(ARCH.sm_count + 3))  # with 16 heads
+
+
 @pytest.fixture(autouse=True)
 def cold_memory() -> Iterator[None]:
     yield
@@ -237,6 +240,22 @@ def test_same_bits_however_splits_are_merged(dtype: str, tactic: str | None) -> 
         assert all(map(torch.equal, first, again))
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+def test_same_bits_of_a_call_that_is_cut(dtype: str) -> None:
+    inputs = Inputs(Case(CUT, dtype, 16), "cuda")
+    assert len(config.parts(DecodeProblem(**inputs.sizes), ARCH, "m16")) == 2
+    plan = plan_of(inputs)
+    workspace = torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device="cuda")
+    run(plan, inputs, workspace)
+    inputs.check(inputs.out, inputs.lse)
+    first = [tensor.view(torch.uint8).clone() for tensor in (inputs.out, inputs.lse)]
+    for _ in range(20):
+        poison_(inputs.out)
+        run(plan, inputs, workspace)
+        again = (inputs.out.view(torch.uint8), inputs.lse.view(torch.uint8))
+        assert all(map(torch.equal, first, again))
+
+
 @pytest.mark.parametrize(("cluster_size", "num_partials"), [(1, 3), (2, 1), (2, 4), (8, 2)])
 @pytest.mark.parametrize("tile", config.TILE_ROWS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
@@ -267,9 +286,13 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
         assert torch.equal(alone.lse[0], batch.lse[request])
 
 
-def test_graph_replays_with_changed_lengths_and_tables() -> None:
-    lengths = ((3000, 0, 67), (5, 2900, 64))
-    cases = [Case(given, num_heads=16, q_len=2, seed=seed) for seed, given in enumerate(lengths)]
+@pytest.mark.parametrize(
+    ("lengths", "q_len"), [(((3000, 0, 67), (5, 2900, 64)), 2), ((CUT, CUT[::-1]), 1)], ids=["one", "cut"]
+)
+def test_graph_replays_with_changed_lengths_and_tables(
+    lengths: tuple[tuple[int, ...], ...], q_len: int
+) -> None:
+    cases = [Case(given, num_heads=16, q_len=q_len, seed=seed) for seed, given in enumerate(lengths)]
     static, other = (Inputs(case, "cuda") for case in cases)
     plan = plan_of(static)
     workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
@@ -291,11 +314,9 @@ def test_graph_replays_with_changed_lengths_and_tables() -> None:
         inputs.check(static.out, static.lse)
 
 
-def test_two_streams_at_once() -> None:
-    pairs = [
-        (Inputs(Case((5000, 70, 900), num_heads=16, seed=seed), "cuda"), torch.cuda.Stream())
-        for seed in (1, 2)
-    ]
+@pytest.mark.parametrize("lengths", [(5000, 70, 900), CUT], ids=["one", "cut"])
+def test_two_streams_at_once(lengths: tuple[int, ...]) -> None:
+    pairs = [(Inputs(Case(lengths, num_heads=16, seed=seed), "cuda"), torch.cuda.Stream()) for seed in (1, 2)]
     plan = plan_of(pairs[0][0])
     torch.cuda.synchronize()
     rounds = []

@@ -61,6 +61,9 @@ class BlockCost(NamedTuple):
 BLOCK_COSTS = {16: BlockCost(0.6, 5.0), 32: BlockCost(0.7, 8.0), 64: BlockCost(0.9, 10.0)}
 SM120_KEY_TILE = 0.5  # of that: memory is slower there by a factor of two or more for each SM; not measured
 MERGE_COST = 4.0  # of a call whose partial results are combined
+LAUNCH_COST = (
+    1.5  # of a call that is cut; on an H100 a second part costs from 1.5 us on, and a unit is 1.6 us
+)
 MORE_PARTIALS = 8  # numbers of partial results considered, from what fills the GPU once
 MAX_PARTIAL_BYTES = 96 << 20  # of more than that; a workspace of 128 MiB, as FlashInfer advises, holds them
 
@@ -126,7 +129,7 @@ class Division:
 
     @staticmethod
     def of(problem: DecodeProblem, arch: Arch, tactic: str) -> Division:
-        """The division that a tactic names where it is one call, hence other than one of `-tail`."""
+        """How a tactic other than one of `-tail` divides a call, or a part of one."""
         tile, _, cluster = tactic.removesuffix(WHOLE).partition("-c")
         tile_rows = int(tile.removeprefix("m"))
         if tactic.endswith(WHOLE):
@@ -195,20 +198,23 @@ def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
 
     With `-tail` as many requests as fill the GPU once or several times come first, each whole or in the two
     splits of a cluster, and those that are left are divided as a call of their own; where there are not both,
-    it is one call. A tile's name alone is the one or the other, whichever `grid_cost` finds faster.
+    it is one call. A tile's name alone is the one or the other, whichever `grid_cost` expects to be faster.
     """
     name = tactic.removesuffix(TAIL)
-    one = [Part(0, problem, Division.of(problem, arch, name))]
+    one_call = [Part(0, problem, Division.of(problem, arch, name))]
     if name == tactic and "-" in tactic:
-        return one
-    cuts = _cuts(problem, arch, name)
-    if name == tactic or not cuts:
-        cuts = [one, *cuts]
-    return min(cuts, key=partial(_cost_of_parts, arch=arch))
+        return one_call
+    choices = _ways_to_cut(problem, arch, name)
+    if name == tactic or not choices:
+        choices = [one_call, *choices]
+    return min(choices, key=partial(_cost_of_parts, arch=arch))
 
 
-def _cuts(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Part]]:
-    """The requests that fill the GPU in whole waves without partial results, and those that are left."""
+def _ways_to_cut(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Part]]:
+    """One for each number of splits of the requests that come first, if any then fill the GPU in whole waves.
+
+    Those have no partial results: they are whole, or in the two splits of a cluster.
+    """
     tile_rows = int(tile.removeprefix("m"))
     row_tiles = -(-problem.rows // tile_rows)
     found = []
@@ -227,8 +233,9 @@ def _cuts(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Part]]:
     return found
 
 
-def _cost_of_parts(parts: Sequence[Part], arch: Arch) -> float:
-    return sum(part.division.cost(part.problem, arch) for part in parts)
+def _cost_of_parts(parts_of_one: Sequence[Part], arch: Arch) -> float:
+    launches = LAUNCH_COST * (len(parts_of_one) - 1)
+    return launches + sum(part.division.cost(part.problem, arch) for part in parts_of_one)
 
 
 def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:

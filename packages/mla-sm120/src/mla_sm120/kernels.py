@@ -25,7 +25,7 @@ class DecodeKernels:
         """The tile that fits the rows first.
 
         `-c2` has clusters of two blocks that merge their results; `-whole` does not split a request's keys,
-        `-tail` only those of requests that are left after whole waves.
+        `-tail` divides requests that are left after whole waves as a call of their own.
         """
         return tactics(problem)
 
@@ -42,9 +42,9 @@ class DecodeKernels:
         return launchers(parts(problem, arch, tactic), arch, device)
 
 
-def launchers(parts: Sequence[Part], arch: Arch, device: torch.device) -> Launcher | Launchers:
-    """What launches the parts of a call."""
-    one, *others = (launcher(part.problem, part.division, arch, device, part.first) for part in parts)
+def launchers(parts_of_one: Sequence[Part], arch: Arch, device: torch.device) -> Launcher | Launchers:
+    """What launches the parts of one call."""
+    one, *others = (launcher(part.problem, part.division, arch, device, part.first) for part in parts_of_one)
     return Launchers((one, *others)) if others else one
 
 

@@ -1,4 +1,4 @@
-"""Launches: parameters packed as `cuda/params.h` lays them out, and one or two calls of the driver.
+"""Launches: parameters packed as `cuda/params.h` lays them out, and calls of the driver, one or two a part.
 
 The driver is called through cuda-bindings. The parameters of calls are kept, as the layers of a model, which
 share a plan, make the same calls again at each step; so are the tensor maps of their caches.
