@@ -61,9 +61,7 @@ class BlockCost(NamedTuple):
 BLOCK_COSTS = {16: BlockCost(0.6, 5.0), 32: BlockCost(0.7, 8.0), 64: BlockCost(0.9, 10.0)}
 SM120_KEY_TILE = 0.5  # of that: memory is slower there by a factor of two or more for each SM; not measured
 MERGE_COST = 4.0  # of a call whose partial results are combined
-LAUNCH_COST = (
-    1.5  # of a call that is cut; on an H100 a second part costs from 1.5 us on, and a unit is 1.6 us
-)
+LAUNCH_COST = 1.5  # of a further part of a call: on an H100 1.5 us or more, where 32 keys take 1.6
 MORE_PARTIALS = 8  # numbers of partial results considered, from what fills the GPU once
 MAX_PARTIAL_BYTES = 96 << 20  # of more than that; a workspace of 128 MiB, as FlashInfer advises, holds them
 
@@ -202,11 +200,8 @@ def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
     """
     name = tactic.removesuffix(TAIL)
     one_call = [Part(0, problem, Division.of(problem, arch, name))]
-    if name == tactic and "-" in tactic:
-        return one_call
-    choices = _ways_to_cut(problem, arch, name)
-    if name == tactic or not choices:
-        choices = [one_call, *choices]
+    cuts = [] if "-" in name else _ways_to_cut(problem, arch, name)
+    choices = cuts if cuts and name != tactic else [one_call, *cuts]
     return min(choices, key=partial(_cost_of_parts, arch=arch))
 
 
