@@ -1,12 +1,12 @@
 """Ways to launch the kernel of an MLA decode call, for their host time.
 
 `Plan.run` calls the launcher, which reads the tensors and calls the driver; so it does with tensors of layers
-in turn, which share a plan. For mla-sm120 the driver is called by itself as well, with the configuration and
-the packed parameters of the launcher: through cuda-bindings, as the launcher does; through ctypes; and
-through the launcher of TVM-FFI. That is a C++ header: functions that use it are compiled here, one that only
-launches, and one that takes the tensors of the call first, as a launcher in C++ would. cuda.core takes no
-struct as a parameter, which these kernels have: it launches an empty kernel with a pointer, and cuda-bindings
-does so beside it.
+in turn, which share a plan. For mla-sm120 there is a call of two launches, too, and the driver is called by
+itself, with the configuration and the packed parameters of the launcher: through cuda-bindings, as the
+launcher does; through ctypes; and through the launcher of TVM-FFI. That is a C++ header: functions that use
+it are compiled here, one that only launches, and one that takes the tensors of the call first, as a launcher
+in C++ would. cuda.core takes no struct as a parameter, which these kernels have: it launches an empty kernel
+with a pointer, and cuda-bindings does so beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from _mla_ceilings import checked, compile_cubin, load_function
 from kernel_dispatch import as_arch
 from mla_core import plan
 
-CELL = Cell("bf16", 1, 16, 32)  # one launch, of which a queue holds many
+CELL = Cell("bf16", 1, 16, 32)  # one launch, of which a queue holds many; the tile has as many rows
 LAYERS = 61  # of DeepSeek-V3
 BLOCK_THREADS = 256  # of the empty kernel
 EMPTY_SOURCE = 'extern "C" __global__ void empty(float*) {}'
@@ -57,7 +58,7 @@ class Launches:
     """Launches on the stream that is current now. runs: by name; missing: why others are not among them."""
 
     def __init__(self, backend: str, device: torch.device) -> None:
-        self._device = device
+        self._backend, self._device = backend, device
         self._plan = plan(CELL.problem, device, backend)
         self._launcher: Any = self._plan._launch
         self._call = Call(CELL, device, self._plan.workspace_nbytes)
@@ -71,6 +72,7 @@ class Launches:
         ((self._config, self._function),) = state.configs
         self._parameters_address = next(iter(state.calls.values())).address
         for name, add in (
+            ("Plan.run, cut in two", self._cut),
             ("cuda-bindings", self._cuda_bindings),
             ("ctypes", self._ctypes),
             ("TVM-FFI", self._tvm_ffi),
@@ -92,6 +94,15 @@ class Launches:
         in_turn = itertools.cycle(layers)
         self.runs["Plan.run, layers in turn"] = lambda: next(in_turn)()
         self.runs["launcher"] = partial(self._launcher, *self._call.launch_arguments)
+
+    def _cut(self) -> None:
+        """A request more than there are SMs, which is launched on its own."""
+        cell = replace(CELL, batch=as_arch(self._device).sm_count + 1)
+        cut = plan(cell.problem, self._device, self._backend, f"m{CELL.num_heads}-tail")
+        positional, named = Call(cell, self._device, cut.workspace_nbytes).arguments
+        run = partial(cut.run, *positional, **named)
+        run()
+        self.runs["Plan.run, cut in two"] = run
 
     def _cuda_bindings(self) -> None:
         """The launcher's call."""

@@ -7,14 +7,15 @@ rows that the heuristic prefers. Two splits are timed with and without a cluster
 without; "tail" is a call cut in two, requests that fill the SMs in whole waves and those that are left. The
 heuristic chooses that or a number for all. Each choice is compared with float64 first, for the first and the
 last request, every element; one that is wrong is not timed. A time is the median of replays of a CUDA graph
-with the L2 cache cold, choices in turn. Writes results.json and report.txt; the exit status is 1 if a result
-is wrong or there is no such GPU.
+with the L2 cache cold, choices in turn. Beside it is the time that the heuristic expects. Writes results.json
+and report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from _mla_cases import Call, Cell
 from _results import results_folder
 from kernel_dispatch import as_arch
 from kernel_testing import calls_for_cold_l2, copy_bandwidth_gb_s, environment, time_cuda_us
-from mla_sm120.config import TAIL, Division, Part, parts, tactics
+from mla_sm120.config import TAIL, Division, Part, cost_us, parts, row_tiles_of, tactics
 from mla_sm120.kernels import launchers
 from tqdm import tqdm
 
@@ -58,7 +59,7 @@ def variants_of(cell: Cell, device: torch.device) -> dict[str, list[Part]]:
     one = Division.of(problem, arch, preferred)
     divisions = [one]
     for splits in SPLITS:
-        if cell.batch * -(-problem.rows // one.tile_rows) * splits <= MOST_WAVES * arch.sm_count:
+        if cell.batch * row_tiles_of(problem, one.tile_rows) * splits <= MOST_WAVES * arch.sm_count:
             plan = replace(one.splits, num_splits=splits)
             sizes = (1, 2) if splits == 2 else (1,)
             divisions += [Division(one.tile_rows, plan, cluster_size) for cluster_size in sizes]
@@ -72,9 +73,8 @@ def _name(choice: list[Part]) -> str:
     return "tail" if len(choice) > 1 else f"{division.num_splits}/{division.cluster_size}"
 
 
-def measure(cell: Cell, device: torch.device) -> dict[str, float]:
-    """Microseconds by the names of `variants_of`."""
-    found = variants_of(cell, device)
+def measure(found: dict[str, list[Part]], cell: Cell, device: torch.device) -> dict[str, float]:
+    """Microseconds by the names of `variants_of`, which found them."""
     workspace_nbytes = max(
         part.division.partials.workspace_bytes for parts_of_one in found.values() for part in parts_of_one
     )
@@ -110,13 +110,15 @@ def main() -> int:
         "command": " ".join(sys.argv),
         "copy_gb_s": copy_bandwidth_gb_s(device),
         "us": {},
+        "expected_us": {},
     }
     lines = [json.dumps(record["environment"]), f"copy {record['copy_gb_s']:.0f} GB/s"]
     lines.append("us by splits/blocks of a cluster, the heuristic's choice first; its time over the least")
     wrong = False
     for cell in tqdm(CELLS, unit="shape"):
+        found = variants_of(cell, device)
         try:
-            times = measure(cell, device)
+            times = measure(found, cell, device)
         except AssertionError as error:
             wrong = True
             lines.append(f"{cell!s:30} WRONG: {error}")
@@ -125,10 +127,18 @@ def main() -> int:
             lines.append(f"{cell!s:30} does not fit the GPU's memory")
             continue
         record["us"][str(cell)] = times
+        record["expected_us"][str(cell)] = {name: cost_us(found[name], as_arch(device)) for name in times}
         over_least = next(iter(times.values())) / min(times.values())
         listed = ", ".join(f"{name} {us:.1f}" for name, us in times.items())
         lines.append(f"{cell!s:30} {listed}; {over_least:.2f}")
         torch.cuda.empty_cache()
+    off = [
+        math.log(us / record["us"][cell][name])
+        for cell, expected in record["expected_us"].items()
+        for name, us in expected.items()
+    ]
+    off_rms = math.sqrt(sum(x * x for x in off) / max(len(off), 1))
+    lines.append(f"{len(off)} times, expected ones {off_rms:.1%} off in the root mean square")
     out = options.out or results_folder("mla_sm120-splits", torch.cuda.get_device_name())
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")

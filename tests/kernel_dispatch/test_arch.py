@@ -12,10 +12,22 @@ from kernel_dispatch import arch as arch_module
 
 KIB = 1024
 H100 = SimpleNamespace(
-    major=9, minor=0, multi_processor_count=114, shared_memory_per_block_optin=232448, L2_cache_size=52428800
+    major=9,
+    minor=0,
+    multi_processor_count=114,
+    shared_memory_per_block_optin=232448,
+    L2_cache_size=52428800,
+    memory_clock_rate=1593000,
+    memory_bus_width=5120,
+    is_integrated=0,
 )
 A100 = SimpleNamespace(
-    major=8, minor=0, multi_processor_count=108, shared_memory_per_block_optin=166912, L2_cache_size=41943040
+    major=8,
+    minor=0,
+    multi_processor_count=108,
+    shared_memory_per_block_optin=166912,
+    L2_cache_size=41943040,
+    is_integrated=0,
 )
 
 
@@ -61,6 +73,7 @@ def test_name(name: str, base: str, suffix: str, smem_optin_bytes: int) -> None:
     assert arch.supports_pdl == (arch.major >= 9)
     assert arch.sm_count > 0
     assert arch.l2_bytes > 0
+    assert arch.memory_gb_s > 0
     assert as_arch(name) == arch
     assert str(arch).startswith(f"{name} ({arch.sm_count} SMs, {smem_optin_bytes // KIB} KiB")
 
@@ -98,6 +111,18 @@ def test_devices_of_different_kinds(two_gpus: list[int]) -> None:
     assert (second.name, second.sm_count, second.smem_optin_bytes) == ("sm_80", 108, 166912)
     assert as_arch(torch.device("cuda", 0)) is first
     assert two_gpus == [0, 1], "the properties of a device are read once"
+
+
+def test_memory_bandwidth_of_a_device(two_gpus: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (as_arch(torch.device("cuda", index)) for index in (0, 1))
+    assert first.memory_gb_s == pytest.approx(2039, abs=1)  # H100 PCIe
+    assert second.memory_gb_s == Arch.from_name("sm_80").memory_gb_s  # not told by older PyTorch
+    arch_module._cuda_arch.cache_clear()
+    monkeypatch.setattr(H100, "is_integrated", 1)
+    assert as_arch(torch.device("cuda", 0)).memory_gb_s == Arch.from_name("sm_90").memory_gb_s
+    arch_module._cuda_arch.cache_clear()
+    monkeypatch.setattr(H100, "minor", 9)  # of which nothing nominal is known
+    assert as_arch(torch.device("cuda", 0)).memory_gb_s == 0
 
 
 def test_current_device(two_gpus: list[int]) -> None:

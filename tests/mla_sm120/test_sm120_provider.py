@@ -191,7 +191,7 @@ def test_a_tail_tactic_divides_what_is_left_after_whole_waves(
         ("sm_90a", 128, 128, 4096, [128]),  # nearly two waves
         ("sm_90a", 16, 200, 1024, [200]),  # 68 load at the copy bandwidth for half of them
         ("sm_90a", 16, 226, 32, [226]),  # nothing to gain that a launch does not cost
-        ("sm_90a", 32, 80, 8192, [80]),
+        ("sm_90a", 32, 80, 8192, [66, 14]),
         ("sm_121a", 16, 50, 8192, [48, 2]),
         ("sm_120a", 16, 180, 8192, [170, 10]),
     ],
@@ -229,7 +229,7 @@ def test_more_tiles_of_a_request_than_sms_leave_no_tail() -> None:
         (128, 96, 4096, 2, 2),
         (128, 40, 1024, 1, 1),  # too few keys to pay for what a block takes besides
         (16, 100, 8192, 1, 1),  # 100 SMs load at the copy bandwidth
-        (16, 136, 8192, 6, 1),
+        (16, 136, 8192, 8, 1),
         (16, 256, 8192, 1, 1),
         (16, 1024, 8192, 1, 1),
         (128, 200, 4096, 2, 2),  # a cluster stores no partial results, for which rows are too many
@@ -248,9 +248,9 @@ def test_splits_of_a_call_that_is_not_cut(
     ("arch", "num_heads", "batch", "num_splits", "cluster_size"),
     [
         ("sm_121a", 128, 64, 1, 1),  # 128 tiles on 48 SMs, whose memory the last 32 keep busy
-        ("sm_121a", 16, 50, 4, 1),  # two tiles more than SMs
-        ("sm_120a", 128, 64, 1, 1),
-        ("sm_120a", 128, 96, 3, 1),  # 192 tiles on 170 SMs
+        ("sm_121a", 16, 50, 2, 2),  # two tiles more than SMs
+        ("sm_120a", 128, 64, 5, 1),  # 128 tiles on 170 SMs, where arithmetic is the bound
+        ("sm_120a", 128, 96, 4, 1),  # 192 tiles
         ("sm_120a", 16, 200, 2, 2),
     ],
 )
@@ -271,12 +271,43 @@ def test_a_workspace_has_at_most_97_mib(arch: str) -> None:
             assert workspace_nbytes(problem, as_arch(arch)) <= 97 << 20
 
 
-def test_a_wave_takes_as_long_as_its_keys_at_the_copy_bandwidth_or_as_one_block_alone() -> None:
-    block = config.BlockCost(key_tile=0.6, rest=5.0)
-    assert config.grid_cost(100, 100, 10, block) == 10 + 5
-    assert config.grid_cost(90, 100, 10, block) == pytest.approx(9 + 5)
-    assert config.grid_cost(1, 100, 10, block) == pytest.approx(6 + 5)
-    assert config.grid_cost(101, 100, 10, block) == pytest.approx(10 + 6 + 2 * 5)
+def whole_us(batch: int, num_heads: int, arch: Arch, q_dtype: torch.dtype = torch.bfloat16) -> float:
+    """What 8,192 keys of every request are expected to take, one split each, by the preferred tile."""
+    sizes = {"num_heads": num_heads, "batch": batch, "max_seq_len": 8192, "max_pages": None}
+    problem = replace(PROBLEM, q_len=1, q_dtype=q_dtype, kv_dtype=None, **sizes)
+    tile_rows = config.preferred_tile(problem)
+    return Division.of(problem, arch, f"m{tile_rows}-whole").cost_us(problem, arch)
+
+
+KEY_TILES = 8192 // config.TILE_KEYS
+
+
+def test_one_block_alone_takes_its_own_time() -> None:
+    arch = as_arch("sm_90a")
+    assert whole_us(1, 16, arch) == pytest.approx(KEY_TILES * 0.75 + 4, rel=1e-3)
+    assert whole_us(1, 64, arch) == pytest.approx(KEY_TILES * 1.45 + 13, rel=1e-3)
+    assert whole_us(1, 64, arch, torch.float8_e4m3fn) == pytest.approx(KEY_TILES * 2.0 + 13, rel=1e-3)
+
+
+def test_a_wave_that_fills_the_gpu_takes_as_long_as_memory() -> None:
+    arch = replace(as_arch("sm_90a"), memory_gb_s=1000)
+    us = 132 * 8192 * 576 * 2 / (1000e3 * config.MEMORY_FRACTION)
+    assert us < whole_us(132, 16, arch) < us + 5
+    # Both row tiles of 128 heads read the keys of their request once.
+    assert us / 2 < whole_us(66, 128, arch) < us / 2 * 1.01 + 13
+
+
+def test_a_block_that_finds_no_sm_free_takes_a_wave_of_its_own() -> None:
+    arch = as_arch("sm_90a")
+    assert whole_us(133, 16, arch) == pytest.approx(whole_us(132, 16, arch) + whole_us(1, 16, arch))
+
+
+@pytest.mark.parametrize(("arch", "tflops_per_sm"), [("sm_120a", 209.5 / 170), ("sm_121a", 92 / 48)])
+def test_a_block_takes_no_less_than_its_arithmetic_on_sm120(arch: str, tflops_per_sm: float) -> None:
+    us = 2 * 64 * 8192 * (576 + 512) / tflops_per_sm / 1e6
+    assert whole_us(1, 64, as_arch(arch)) == pytest.approx(us + 13, rel=0.01)
+    half = max(us / 2, KEY_TILES * 1.45)
+    assert whole_us(1, 64, as_arch(arch), torch.float8_e4m3fn) == pytest.approx(half + 13, rel=0.01)
 
 
 @pytest.mark.parametrize("name", [f"-c{size}" for size in config.CLUSTER_SIZES])

@@ -505,18 +505,20 @@ def test_launches_of_mla_sm120_by_other_means(monkeypatch: pytest.MonkeyPatch) -
         launcher(*positional, None, softmax_scale, 1.0, outputs["out"], outputs["lse"], outputs["workspace"])
 
     plan = SimpleNamespace(run=run, workspace_nbytes=0, _launch=launcher)
-    monkeypatch.setattr(_mla_launches, "plan", lambda problem, device, backend: plan)
+    monkeypatch.setattr(_mla_launches, "plan", lambda problem, device, backend, tactic=None: plan)
     launches = _mla_launches.Launches("sm90", torch.device("cpu"))
     plans = ["Plan.run", "Plan.run, layers in turn"]
-    assert list(launches.runs) == [*plans, "launcher", "cuda-bindings"]
-    assert len(launcher._threads.own.calls) == _mla_launches.LAYERS
+    cut = "Plan.run, cut in two"
+    assert list(launches.runs) == [*plans, "launcher", cut, "cuda-bindings"]
+    assert len(launcher._threads.own.calls) == _mla_launches.LAYERS + 1
     assert set(launches.missing) == {"ctypes", "TVM-FFI", "cuda.core"}
     assert launches.missing["ctypes"] == "OSError: libcuda.so.1: cannot open shared object file"
     launched.clear()
     for launch_once in launches.runs.values():
         launch_once()
-    first = next(iter(launcher._threads.own.calls.values()))
-    assert launched == 4 * [ctypes.addressof(first.bytes)]
+    first, *_, of_the_cut = launcher._threads.own.calls.values()
+    of_one = ctypes.addressof(first.bytes)
+    assert launched == [of_one, of_one, of_one, ctypes.addressof(of_the_cut.bytes), of_one]
 
 
 def test_launches_of_other_providers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,22 +47,17 @@ CLUSTER_KEYS = 256
 CLUSTERS = ((CLUSTER_KEYS, 96, 4), (CLUSTER_KEYS, 16, 2), (0, 3, 1), (CLUSTER_KEYS, 2, 2), (0, 0, 1))
 
 
-class BlockCost(NamedTuple):
-    """Parts of a block's time, in units of a tile of keys where every SM loads at the copy bandwidth.
-
-    key_tile: what it takes however few blocks load beside it. rest: all but the keys.
-    """
-
-    key_tile: float
-    rest: float
-
-
-# By rows of a block. Fitted to bf16 times of an H100; benchmarks/results/mla_sm120-splits-h100 has times with
-# the numbers of splits that come of it.
-BLOCK_COSTS = {16: BlockCost(0.6, 5.0), 32: BlockCost(0.7, 8.0), 64: BlockCost(0.9, 10.0)}
-SM120_KEY_TILE = 0.5  # of that: memory is slower there by a factor of two or more for each SM; not measured
-MERGE_COST = 4.0  # of a call whose partial results are combined
-LAUNCH_COST = 1.5  # of a further part of a call: on an H100 1.5 us or more, where 32 keys take 1.6
+# What a call takes, in us (`Division.cost_us`, `parts`). Fitted to the 1,350 times of calls on an H100 and an
+# H200, bf16 and e4m3, in benchmarks/results/mla_sm120-splits-h100 and -h200. No SM120 GPU was measured.
+KEY_TILE_US = {16: 0.75, 32: 1.0, 64: 1.45}  # a block's for 32 keys, by its rows, where memory is no bound
+SM90_E4M3_KEY_TILE_US = {16: 0.75, 32: 1.2, 64: 2.0}  # with conversions; 32 rows were not measured
+REST_US = {16: 4.0, 32: 7.0, 64: 13.0}  # a block's, for all but its keys
+MERGE_US = 4.5  # of combining partial results, beside what memory takes for half of their bytes
+LAUNCH_US = 4.0  # of a further part of a call
+MEMORY_FRACTION = 0.9  # of the peak bandwidth that keys reach
+# FLOP per us of an SM with bf16; e4m3 has twice as many. GeForce RTX 5090, NVIDIA RTX Blackwell whitepaper:
+# 209.5 TFLOP/s, summed in fp32, of 170 SMs. GB10, huggingface/kernels#283: a matmul of 92 TFLOP/s, of 48 SMs.
+MMA_FLOP_PER_US = {"sm_120": 1.23e6, "sm_121": 1.92e6}
 MORE_PARTIALS = 8  # numbers of partial results considered, from what fills the GPU once
 MAX_PARTIAL_BYTES = 96 << 20  # of more than that; a workspace of 128 MiB, as FlashInfer advises, holds them
 
@@ -139,18 +135,16 @@ class Division:
         size = next(size for few, splits, size in CLUSTERS if keys >= few and alone.num_splits >= splits)
         if size > 1:
             return Division._of(problem, arch, tile_rows, size)
-        if alone.num_splits > 1 or keys < 2 * CLUSTER_KEYS:
-            return alone
-        # Rows may be too many for partial results, which two splits in a cluster do without.
-        pair = Division._of(problem, arch, tile_rows, 2)
-        return min(alone, pair, key=lambda division: division.cost(problem, arch))
+        # Two splits in a cluster do without partial results, for which rows may be too many.
+        choices = [alone, *_without_partials(problem, tile_rows)[1:]]
+        return min(choices, key=lambda division: division.cost_us(problem, arch))
 
     @staticmethod
     def _of(problem: DecodeProblem, arch: Arch, tile_rows: int, cluster_size: int) -> Division:
         """Clusters of a size, or smaller ones if keys are few.
 
         As many as are resident at a time, as far as there are keys for them; with the preferred tile the
-        number from there on that `grid_cost` finds the fastest. Of numbers with the same longest split the
+        number from there on that `cost_us` finds the fastest. Of numbers with the same longest split the
         smallest, which leaves less to combine.
         """
         whole = _whole(problem, tile_rows)
@@ -158,7 +152,7 @@ class Division:
         resident = resident_clusters(arch, cluster_size)
         while cluster_size > key_tiles:
             cluster_size //= 2
-        row_tiles = problem.batch * -(-problem.rows // tile_rows)
+        row_tiles = problem.batch * row_tiles_of(problem, tile_rows)
         filling = max(1, min(resident // row_tiles, key_tiles // cluster_size))
         affordable = MAX_PARTIAL_BYTES // (whole.rows * KV_LORA_RANK * FLOAT32_BYTES)
         more = MORE_PARTIALS if tile_rows == preferred_tile(problem) else 1
@@ -167,17 +161,36 @@ class Division:
         def divided(partials: int) -> Division:
             return Division(tile_rows, replace(whole, num_splits=partials * cluster_size), cluster_size)
 
-        partials = min(range(filling, most + 1), key=lambda count: divided(count).cost(problem, arch))
+        partials = min(range(filling, most + 1), key=lambda count: divided(count).cost_us(problem, arch))
         longest_split = -(-key_tiles // (partials * cluster_size))
         return divided(-(-key_tiles // (longest_split * cluster_size)))
 
-    def cost(self, problem: DecodeProblem, arch: Arch) -> float:
-        """What the call takes, by `grid_cost`."""
-        clusters = problem.batch * -(-problem.rows // self.tile_rows) * self.num_partials
-        resident = resident_clusters(arch, self.cluster_size)
+    def cost_us(self, problem: DecodeProblem, arch: Arch) -> float:
+        """What the call is expected to take, in us.
+
+        Blocks run in waves. One takes as long as memory takes for the keys of its blocks, or as long as a
+        block does that has its SM to itself, whichever is longer, and the rest of a block. Row tiles of a
+        request read its keys from memory once.
+        """
+        row_tiles = row_tiles_of(problem, self.tile_rows)
+        blocks = problem.batch * row_tiles * self.num_splits
+        resident = resident_clusters(arch, self.cluster_size) * self.cluster_size
         key_tiles = -(-self.splits.key_tiles // self.num_splits)
-        block = block_cost(arch, self.tile_rows)
-        return grid_cost(clusters, resident, key_tiles, block) + MERGE_COST * (self.num_partials > 1)
+        bytes_per_us = arch.memory_gb_s * 1e3 * MEMORY_FRACTION
+        tile_bytes = TILE_KEYS * (KV_LORA_RANK + QK_ROPE_HEAD_DIM) * problem.kv_dtype.itemsize
+        memory_us = tile_bytes / row_tiles / bytes_per_us
+        block_us = key_tile_us(problem, arch, self.tile_rows)
+
+        def wave_us(of: int) -> float:
+            # The longer of the two, or where they are alike a little more.
+            tile_us = math.pow(block_us**6 + (of * memory_us) ** 6, 1 / 6)
+            return key_tiles * tile_us + REST_US[self.tile_rows]
+
+        full_waves, left = divmod(blocks, resident)
+        us = full_waves * wave_us(resident) + (wave_us(left) if left else 0.0)
+        if self.num_partials > 1:
+            us += MERGE_US + self.partials.o_partial_bytes / 2 / bytes_per_us
+        return us
 
 
 class Part(NamedTuple):
@@ -196,41 +209,38 @@ def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
 
     With `-tail` as many requests as fill the GPU once or several times come first, each whole or in the two
     splits of a cluster, and those that are left are divided as a call of their own; where there are not both,
-    it is one call. A tile's name alone is the one or the other, whichever `grid_cost` expects to be faster.
+    it is one call. A tile's name alone is the one or the other, whichever is expected to be faster.
     """
     name = tactic.removesuffix(TAIL)
     one_call = [Part(0, problem, Division.of(problem, arch, name))]
     cuts = [] if "-" in name else _ways_to_cut(problem, arch, name)
     choices = cuts if cuts and name != tactic else [one_call, *cuts]
-    return min(choices, key=partial(_cost_of_parts, arch=arch))
+    return min(choices, key=partial(cost_us, arch=arch))
 
 
 def _ways_to_cut(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Part]]:
-    """One for each number of splits of the requests that come first, if any then fill the GPU in whole waves.
-
-    Those have no partial results: they are whole, or in the two splits of a cluster.
-    """
+    """One for each way to have no partial results, if the requests that come first then fill whole waves."""
     tile_rows = int(tile.removeprefix("m"))
-    row_tiles = -(-problem.rows // tile_rows)
     found = []
-    for num_splits in (1, 2) if problem.max_seq_len >= 2 * CLUSTER_KEYS else (1,):
-        wave = arch.sm_count // (row_tiles * num_splits)
+    for division in _without_partials(problem, tile_rows):
+        wave = arch.sm_count // (row_tiles_of(problem, tile_rows) * division.num_splits)
         left = problem.batch % wave if wave else 0
         if left not in (0, problem.batch):
             first, rest = replace(problem, batch=problem.batch - left), replace(problem, batch=left)
-            splits = replace(_whole(first, tile_rows), num_splits=num_splits)
+            splits = replace(_whole(first, tile_rows), num_splits=division.num_splits)
             found.append(
                 [
-                    Part(0, first, Division(tile_rows, splits, num_splits)),
+                    Part(0, first, replace(division, splits=splits)),
                     Part(first.batch, rest, Division.of(rest, arch, tile)),
                 ]
             )
     return found
 
 
-def _cost_of_parts(parts_of_one: Sequence[Part], arch: Arch) -> float:
-    launches = LAUNCH_COST * (len(parts_of_one) - 1)
-    return launches + sum(part.division.cost(part.problem, arch) for part in parts_of_one)
+def cost_us(parts_of_one: Sequence[Part], arch: Arch) -> float:
+    """What the launches of one call are expected to take, in us."""
+    launches = LAUNCH_US * (len(parts_of_one) - 1)
+    return launches + sum(part.division.cost_us(part.problem, arch) for part in parts_of_one)
 
 
 def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
@@ -238,21 +248,25 @@ def _whole(problem: DecodeProblem, tile_rows: int) -> SplitPlan:
     return plan_splits(problem, sm_count=1, tile_m=tile_rows, tile_n=TILE_KEYS)
 
 
-def block_cost(arch: Arch, tile_rows: int) -> BlockCost:
-    """The parts of a block's time on a GPU."""
-    cost = BLOCK_COSTS[tile_rows]
-    return cost if arch.base == "sm_90" else cost._replace(key_tile=cost.key_tile * SM120_KEY_TILE)
+def _without_partials(problem: DecodeProblem, tile_rows: int) -> list[Division]:
+    """Requests whole, and if keys are many enough in the two splits of a cluster."""
+    whole = _whole(problem, tile_rows)
+    sizes = (1, 2) if problem.max_seq_len >= 2 * CLUSTER_KEYS else (1,)
+    return [Division(tile_rows, replace(whole, num_splits=size), size) for size in sizes]
 
 
-def grid_cost(clusters: int, resident: int, key_tiles: int, block: BlockCost) -> float:
-    """What a grid takes whose clusters run in waves of `resident`, in the unit of `BlockCost`.
+def row_tiles_of(problem: DecodeProblem, tile_rows: int) -> int:
+    """Tiles that hold the rows of a request."""
+    return -(-problem.rows // tile_rows)
 
-    key_tiles: of a block. A wave takes as long as memory takes for the keys of its blocks, or longer if a
-    block does: the last one, which fills the GPU in part, has the bandwidth for fewer.
-    """
-    full_waves, left = divmod(clusters, resident)
-    last = max(block.key_tile, left / resident) if left else 0.0
-    return (full_waves + last) * key_tiles + (full_waves + (left > 0)) * block.rest
+
+def key_tile_us(problem: DecodeProblem, arch: Arch, tile_rows: int) -> float:
+    """What a block takes for 32 keys where memory is no bound."""
+    itemsize = problem.q_dtype.itemsize
+    if arch.base == "sm_90":
+        return (SM90_E4M3_KEY_TILE_US if itemsize == 1 else KEY_TILE_US)[tile_rows]
+    flop = 2 * tile_rows * TILE_KEYS * (KV_LORA_RANK + QK_ROPE_HEAD_DIM + KV_LORA_RANK)
+    return max(KEY_TILE_US[tile_rows], flop * itemsize / 2 / MMA_FLOP_PER_US[arch.base])
 
 
 def resident_clusters(arch: Arch, cluster_size: int) -> int:

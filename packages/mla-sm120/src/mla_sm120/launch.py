@@ -26,6 +26,7 @@ from .config import (
     SMEM_BYTES,
     Division,
     block_threads,
+    row_tiles_of,
 )
 
 COMBINE_WARPS = 16  # of a block of the combine kernel
@@ -246,8 +247,7 @@ class Launcher:
 
     def _make_configs(self) -> list[tuple[Any, Any]]:
         problem, division = self.problem, self.division
-        row_tiles = -(-problem.rows // division.tile_rows)
-        grid = (row_tiles, division.num_splits, problem.batch)
+        grid = (row_tiles_of(problem, division.tile_rows), division.num_splits, problem.batch)
         block = (block_threads(division.tile_rows), 1, 1)
         configs = [(self._config(grid, block, SMEM_BYTES, division.cluster_size), self._decode)]
         if division.num_partials > 1:

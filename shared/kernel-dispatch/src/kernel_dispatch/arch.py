@@ -24,18 +24,20 @@ _SMEM_8_0_BYTES = 163 * _KIB
 _SMEM_100_KIB_PARTS_BYTES = 99 * _KIB  # 8.6, 8.9 and 12.x
 _SMEM_228_KIB_PARTS_BYTES = 227 * _KIB  # 9.0, 10.x and 11.0
 
-# (major, minor) -> (SMs, opt-in shared memory bytes, L2 bytes) of one named product per architecture.
-_NOMINAL: dict[tuple[int, int], tuple[int, int, int]] = {
-    (8, 0): (108, _SMEM_8_0_BYTES, 40 * _MIB),  # A100 SXM4, NVIDIA A100 whitepaper
-    (8, 6): (82, _SMEM_100_KIB_PARTS_BYTES, 6 * _MIB),  # GeForce RTX 3090, NVIDIA GA102 whitepaper
-    (8, 9): (128, _SMEM_100_KIB_PARTS_BYTES, 72 * _MIB),  # GeForce RTX 4090, NVIDIA Ada whitepaper
-    (9, 0): (132, _SMEM_228_KIB_PARTS_BYTES, 50 * _MIB),  # H100 SXM5, NVIDIA H100 whitepaper
-    (10, 0): (148, _SMEM_228_KIB_PARTS_BYTES, 126 * _MIB),  # B200: NVIDIA Blackwell tuning guide (L2)
+# (major, minor) -> SMs, opt-in shared memory bytes, L2 bytes, memory GB/s of one product per architecture.
+_NOMINAL: dict[tuple[int, int], tuple[int, int, int, int]] = {
+    (8, 0): (108, _SMEM_8_0_BYTES, 40 * _MIB, 1555),  # A100 SXM4 40 GB, NVIDIA A100 whitepaper
+    (8, 6): (82, _SMEM_100_KIB_PARTS_BYTES, 6 * _MIB, 936),  # GeForce RTX 3090, NVIDIA GA102 whitepaper
+    (8, 9): (128, _SMEM_100_KIB_PARTS_BYTES, 72 * _MIB, 1008),  # GeForce RTX 4090, NVIDIA Ada whitepaper
+    (9, 0): (132, _SMEM_228_KIB_PARTS_BYTES, 50 * _MIB, 3352),  # H100 SXM5, NVIDIA H100 whitepaper
+    (10, 0): (148, _SMEM_228_KIB_PARTS_BYTES, 126 * _MIB, 8000),  # B200: NVIDIA Blackwell tuning guide (L2)
     # B300: only "up to 160 SMs" is published for the full chip; the figures of B200 stand in for the product.
-    (10, 3): (148, _SMEM_228_KIB_PARTS_BYTES, 126 * _MIB),
-    (11, 0): (20, _SMEM_228_KIB_PARTS_BYTES, 32 * _MIB),  # Jetson AGX Thor: driver query, NVIDIA forum 356355
-    (12, 0): (170, _SMEM_100_KIB_PARTS_BYTES, 96 * _MIB),  # GeForce RTX 5090, NVIDIA RTX Blackwell whitepaper
-    (12, 1): (48, _SMEM_100_KIB_PARTS_BYTES, 24 * _MIB),  # GB10 (DGX Spark), NVIDIA at Hot Chips 2025
+    (10, 3): (148, _SMEM_228_KIB_PARTS_BYTES, 126 * _MIB, 8000),
+    # Jetson AGX Thor: driver query, NVIDIA forum 356355
+    (11, 0): (20, _SMEM_228_KIB_PARTS_BYTES, 32 * _MIB, 273),
+    # GeForce RTX 5090, NVIDIA RTX Blackwell whitepaper
+    (12, 0): (170, _SMEM_100_KIB_PARTS_BYTES, 96 * _MIB, 1792),
+    (12, 1): (48, _SMEM_100_KIB_PARTS_BYTES, 24 * _MIB, 273),  # GB10 (DGX Spark), NVIDIA at Hot Chips 2025
 }
 
 _NAME = re.compile(r"sm_(?P<major>[1-9][0-9]?)(?P<minor>[0-9])(?P<suffix>[af]?)")
@@ -49,7 +51,8 @@ class Arch:
     name: "sm_90a", "sm_121a" or "cpu".
     suffix: "a" (architecture-specific features), "f" (family-specific) or "".
     smem_optin_bytes: the most shared memory that one thread block may ask for.
-    The CPU has major 0, no shared memory, no L2 figure, and counts as one SM.
+    memory_gb_s: peak bandwidth of its memory, 1e9 bytes per second.
+    The CPU has major 0, no shared memory, no figures of L2 and bandwidth, and counts as one SM.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Arch:
     sm_count: int
     smem_optin_bytes: int
     l2_bytes: int
+    memory_gb_s: float
 
     @property
     def base(self) -> str:
@@ -80,7 +84,7 @@ class Arch:
             return self.name
         return (
             f"{self.name} ({self.sm_count} SMs, {self.smem_optin_bytes // _KIB} KiB shared memory per block, "
-            f"{self.l2_bytes / _MIB:.3g} MiB L2)"
+            f"{self.l2_bytes / _MIB:.3g} MiB L2, {self.memory_gb_s:.0f} GB/s)"
         )
 
     @staticmethod
@@ -119,7 +123,7 @@ class Arch:
         return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
 
 
-_CPU = Arch("cpu", major=0, minor=0, suffix="", sm_count=1, smem_optin_bytes=0, l2_bytes=0)
+_CPU = Arch("cpu", major=0, minor=0, suffix="", sm_count=1, smem_optin_bytes=0, l2_bytes=0, memory_gb_s=0)
 
 
 def as_arch(arch: Arch | str | torch.device | None) -> Arch:
@@ -146,7 +150,20 @@ def _cuda_arch(index: int) -> Arch:
         sm_count=properties.multi_processor_count,
         smem_optin_bytes=properties.shared_memory_per_block_optin,
         l2_bytes=properties.L2_cache_size,
+        memory_gb_s=_memory_gb_s(properties),
     )
+
+
+def _memory_gb_s(properties: Any) -> float:
+    """Two transfers of the bus a clock; the nominal figure where PyTorch is too old to say that.
+
+    Nor does the driver say it of memory that the GPU shares with the CPU.
+    """
+    clock_khz, bus_bits = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    if clock_khz and bus_bits and not properties.is_integrated:
+        return float(2 * clock_khz * 1e3 * bus_bits / 8 / 1e9)
+    *_, nominal = _NOMINAL.get((properties.major, properties.minor), (0,))
+    return nominal
 
 
 def _device_name(major: int, minor: int) -> str:
