@@ -100,13 +100,6 @@ def test_fp8_builds_with_the_portable_transpose(tmp_path: Path) -> None:
     assert_nothing_on_a_stack(report)
 
 
-def test_the_main_loop_of_sm120_builds_for_other_gpus(tmp_path: Path) -> None:
-    assert NVCC is not None
-    options = ("-Xptxas", "-v", "-DMLA_SM120_LOOP")
-    report = sources.compile_unit(NVCC, "decode_bf16", "sm_90a", tmp_path / "loop.cubin", *options)
-    assert_nothing_on_a_stack(report)
-
-
 def assert_nothing_on_a_stack(report: str) -> None:
     """Of every kernel in the compiler's report of a unit."""
     found = REPORT.findall(report)

@@ -96,9 +96,9 @@ def test_a_cubin_that_the_driver_refuses_is_compiled(
     answers = {b"packaged": getattr(driver.CUresult, refusal), b"compiled": driver.CUresult.CUDA_SUCCESS}
     monkeypatch.setattr(driver, "cuLibraryLoadData", lambda image, *_: (answers[image], image))
     monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 1))
-    monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_SM120_LOOP")
+    monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_PORTABLE_TRANSPOSE")
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"compiled"
-    assert load.origins == {("combine", "sm_120a"): "NVRTC 13.1 -DMLA_SM120_LOOP"}
+    assert load.origins == {("combine", "sm_120a"): "NVRTC 13.1 -DMLA_PORTABLE_TRANSPOSE"}
     answers[b"packaged"] = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         load.load_library.__wrapped__("combine", "sm_120a")

@@ -37,14 +37,6 @@ constexpr bool kIsSm120 = true;
 constexpr bool kIsSm120 = false;
 #endif
 
-// Whether the main loop of two-byte elements is that of SM120; with MLA_SM120_LOOP everywhere, so that another GPU can
-// run it. The two turns of e4m3 (kTurns) follow the GPU in any case.
-#if defined(MLA_SM120_LOOP)
-constexpr bool kIsSm120Loop = true;
-#else
-constexpr bool kIsSm120Loop = kIsSm120;
-#endif
-
 constexpr int kKStepBytes = 32;  // reduced per mma: 16 elements of two bytes or 32 of one
 constexpr int kOctetRows = 8;    // rows of a half of an mma accumulator
 constexpr int kFragmentBytes = 32 * 16;  // 16 bytes of every lane: an accumulator of mma, or its first operand
@@ -118,13 +110,15 @@ struct Config {
   static constexpr int kColumnTiles = kWarpChunks * kChunkElements / 8;
   static constexpr int kColumnPairs = kColumnTiles / 2;  // what one load brings, and the unit that clusters share out
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
-  // Whether the last fragment of a warp's query is in shared memory, where 64 rows leave too few registers for keys to
-  // be loaded ahead of their products; for SM120 nobody has measured it.
-  static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2 && !kIsSm120Loop;
-  // Loads of keys or values that are under way while one is multiplied. More than one need more registers than SM120
-  // and e4m3 have. The registers that the compiler then chooses matter as much as the loads: "Loads ahead" in
-  // docs/speed.md has times of an H100.
-  static constexpr int kAhead = kBytes == 1 || kIsSm120Loop ? 1 : kStoresQuery ? 2 : kMerges ? 3 : 1;
+  // Whether a fragment of a warp's query is in shared memory, where 64 rows leave too few registers for keys to be
+  // loaded ahead of their products.
+  static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2;
+  // Whether it is loaded before keys are waited for; where clusters merge, that was slower.
+  static constexpr bool kLoadsQueryAhead = kStoresQuery && !kMerges;
+  // Loads of keys or values that are under way while one is multiplied. More than one need more registers than e4m3
+  // has. The registers that the compiler then chooses matter as much as the loads: "Loads ahead" in docs/speed.md has
+  // times of an H100.
+  static constexpr int kAhead = kBytes == 1 ? 1 : kStoresQuery ? 2 : kMerges ? 3 : 1;
 
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
   // each of them has a part in what the later one needs.

@@ -90,14 +90,15 @@ struct Warp {
   Ring<C> behind;  // where the values of the next O are
   uint32 lane_;
   uint32 key;      // what the lane adds to the address of a box
+  uint32 grown;    // of the step whose weights have been waited for, see Softmax
   uint32 query[kChunks][C::kMTiles][4];
   Outputs<C> out;
 
   __device__ __forceinline__ Warp(uint32 smem, int warp, int lane)
-      : role(warp), ahead(smem), behind(smem), lane_(lane), key(key_offset(role, lane)), out{} {}
+      : role(warp), ahead(smem), behind(smem), lane_(kept(lane)), key(key_offset(role, lane)), out{} {}
 
   // Keeps what depends on it from being held in registers, which are scarce.
-  __device__ __forceinline__ uint32 lane() const { return recomputed(lane_) % 32; }
+  __device__ __forceinline__ uint32 lane() const { return recomputed(lane_); }
 
   __device__ __forceinline__ uint32 stored_query() const {
     return ahead.smem + C::kQueryOffset + role.warp() * kFragmentBytes + lane() * 16;
@@ -105,14 +106,14 @@ struct Warp {
 
   __device__ __forceinline__ void store_query() const {
     if constexpr (C::kStoresQuery) {
-      const uint32 (&last)[4] = query[kChunks - 1][C::kMTiles - 1];
-      st_shared(stored_query(), make_uint4(last[0], last[1], last[2], last[3]));
+      const uint32 (&a)[4] = query[0][C::kMTiles - 1];
+      st_shared(stored_query(), make_uint4(a[0], a[1], a[2], a[3]));
     }
   }
 
   // A chunk of sixteen rows of the query, as an operand.
   __device__ __forceinline__ void load_query_fragment(int chunk, int m, uint32 (&a)[4]) const {
-    if (C::kStoresQuery && chunk == kChunks - 1 && m == C::kMTiles - 1) {
+    if (C::kStoresQuery && chunk == 0 && m == C::kMTiles - 1) {
       const uint4 fragment = ld_shared_fragment(stored_query());
       a[0] = fragment.x, a[1] = fragment.y, a[2] = fragment.z, a[3] = fragment.w;
     } else {
@@ -126,6 +127,8 @@ struct Warp {
   __device__ __forceinline__ void logits(float (&s)[C::kTurnTiles][2][4]) {
     const Ring<C> at = ahead.after(role.step_box());
     const uint32 keys = at.box() + key;
+    uint32 first[4];  // of the query, with the first keys and the last rows
+    if constexpr (C::kLoadsQueryAhead) load_query_fragment(0, C::kMTiles - 1, first);
     uint32 b[C::kAhead + 1][4];
     if constexpr (kTurn == 0) mbar_wait(at.full(), at.phase);
 #pragma unroll
@@ -138,9 +141,11 @@ struct Warp {
 #pragma unroll
       for (int m = 0; m < C::kTurnTiles; ++m) {
         uint32 a[4];
-        load_query_fragment(chunk, kTurn * C::kTurnTiles + m, a);
-        mma(typename C::Element{}, s[m][0], a, now[0], now[1]);
-        mma(typename C::Element{}, s[m][1], a, now[2], now[3]);
+        const bool is_first = C::kLoadsQueryAhead && chunk == 0 && m == C::kMTiles - 1;
+        if (!is_first) load_query_fragment(chunk, kTurn * C::kTurnTiles + m, a);
+        const uint32 (&q)[4] = is_first ? first : a;
+        mma(typename C::Element{}, s[m][0], q, now[0], now[1]);
+        mma(typename C::Element{}, s[m][1], q, now[2], now[3]);
       }
     }
     if constexpr (kTurn == C::kTurns - 1) ahead = ahead.after(C::kStepBoxes);
@@ -163,14 +168,14 @@ struct Warp {
   }
 
   // After this the weights of a step are there, and the memory of its logits is free.
-  __device__ __forceinline__ void wait_for_weights(int index) const {
+  __device__ __forceinline__ void wait_for_weights(int index) {
     mbar_wait(ahead.smem + C::kWeightsOffset + role.row_group * 8, index & 1);
+    grown = ld_shared(Softmax<C>::grown(ahead.smem, role.row_group, index));
   }
 
   // O += P V of a step, with what its softmax made of the sums so far.
   __device__ __forceinline__ void weigh(int index) {
     const uint32 smem = behind.smem;
-    const uint32 grown = ld_shared(Softmax<C>::grown(smem, role.row_group, index));
     uint32 a[C::kMTiles][4];
     load_weights<C>(smem, role, index, lane(), a);
     const Values<C> values(behind, role, lane());

@@ -218,6 +218,10 @@ __device__ __forceinline__ uint32 recomputed(uint32 value) {
   return value;
 }
 
+// A value that the compiler cannot compute anew, as it otherwise does with what it has of the thread's index, which it
+// reads again and again. All lanes of a warp call it.
+__device__ __forceinline__ uint32 kept(uint32 value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }
+
 // ---- arithmetic
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
