@@ -90,7 +90,7 @@ struct Warp {
   Ring<C> behind;  // where the values of the next O are
   uint32 lane_;
   uint32 key;      // what the lane adds to the address of a box
-  uint32 grown;    // of the step whose weights have been waited for, see Softmax
+  uint32 grown;    // of the step whose values are next, see Softmax
   uint32 query[kChunks][C::kMTiles][4];
   Outputs<C> out;
 
@@ -170,12 +170,17 @@ struct Warp {
   // After this the weights of a step are there, and the memory of its logits is free.
   __device__ __forceinline__ void wait_for_weights(int index) {
     mbar_wait(ahead.smem + C::kWeightsOffset + role.row_group * 8, index & 1);
-    grown = ld_shared(Softmax<C>::grown(ahead.smem, role.row_group, index));
+    if constexpr (C::kTurns == 1) read_grown(index);
+  }
+
+  __device__ __forceinline__ void read_grown(int index) {
+    grown = ld_shared(Softmax<C>::grown(behind.smem, role.row_group, index));
   }
 
   // O += P V of a step, with what its softmax made of the sums so far.
   __device__ __forceinline__ void weigh(int index) {
     const uint32 smem = behind.smem;
+    if constexpr (C::kTurns > 1) read_grown(index);  // so that no register has it during the second turn
     uint32 a[C::kMTiles][4];
     load_weights<C>(smem, role, index, lane(), a);
     const Values<C> values(behind, role, lane());
