@@ -120,6 +120,9 @@ struct Config {
   // times of an H100.
   static constexpr int kAhead = kBytes == 1 ? 1 : kStoresQuery ? 2 : kMerges ? 3 : 1;
 
+  // Whether partial results pass through shared memory, to be stored as whole lines; with fewer rows no faster.
+  static constexpr bool kGathersPartials = kTileM == 64 && !kMerges;
+
   // How memory changes hands. No phase of an mbarrier can end before all who wait for the phase before have seen that:
   // each of them has a part in what the later one needs.
   //   box: copied -> compute, by full; back by empty, of every compute warp, after O of the step. With two boxes a step
@@ -132,6 +135,7 @@ struct Config {
   //   scales, and lse where a cluster merges: softmax -> compute, by weights of the last step. What merging does with
   //     the memory before the state is said in merge.cuh.
   //   stored query: a lane's own, written before its first step.
+  //   gathered partial results: a warp's own, over the boxes, after a barrier of the compute warps, who have read them.
   // Shared memory: ring of boxes | partial logits | weights | stored query | unused | state, at the end. Partial logits
   // are fragments [row group][warp][16 rows][8 keys], weights fragments [parity of the step][row group][16 rows].
   static constexpr int kPartBytes = 2 * kMTiles * kFragmentBytes;  // of a warp

@@ -60,6 +60,51 @@ __device__ __forceinline__ void store_outputs(const DecodeParams& p, const Block
   });
 }
 
+// The same to the partial results, of sixteen rows of a warp at a time, which it gathers over the keys.
+template <class C>
+__device__ __forceinline__ void gather_partials(const DecodeParams& p, const Block& block, uint32 smem,
+                                                const Outputs<C>& out, const Role<C>& role, int lane) {
+  constexpr int kRows = 16;
+  constexpr int kColumns = C::kWarpChunks * kChunkElements;
+  constexpr int kRowBytes = (kColumns + 8) * 4;  // eight more, for rows that are written at once begin in other banks
+  static_assert(C::kComputeWarps * kRows * kRowBytes <= C::kPartialOffset, "sixteen rows of every warp fit");
+  static_assert(kColumns == 32 * 4, "four columns a lane");
+  const uint32 gathered = smem + role.warp() * kRows * kRowBytes;
+  named_barrier(kComputeBarrier, C::kComputeThreads);
+#pragma unroll
+  for (int m = 0; m < C::kMTiles; ++m) {
+    const int tile_row = role.row_group * C::kGroupRows + m * kRows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = half * kOctetRows + lane / 4;
+      const float scale = ld_shared_float(smem + C::kScaleOffset + (tile_row + row) * 4);
+#pragma unroll
+      for (int pair = 0; pair < C::kColumnPairs; ++pair) {
+        const float (&o0)[4] = out.o[m][2 * pair];
+        const float (&o1)[4] = out.o[m][2 * pair + 1];
+        const float2 a = make_float2(o0[2 * half] * scale, o0[2 * half + 1] * scale);
+        const float2 b = make_float2(o1[2 * half] * scale, o1[2 * half + 1] * scale);
+        const uint32 to = gathered + row * kRowBytes + pair * 64;
+        if constexpr (C::kBytes == 1 && !kNativeByteTranspose) {
+          st_shared(to + lane % 4 * 16, make_float4(a.x, b.x, a.y, b.y));
+        } else {
+          st_shared(to + lane % 4 * 8, a);
+          st_shared(to + lane % 4 * 8 + 32, b);
+        }
+      }
+    }
+    __syncwarp();
+    const int first_row = block.first_row + tile_row;
+    const int num_rows = min(kRows, block.num_rows - first_row);
+    const int column = role.member * kColumns + lane * 4;
+    float* to = p.o_partial + partial_row<C>(p, block.request, first_row) * kLatentDim + column;
+#pragma unroll 1
+    for (int row = 0; row < num_rows; ++row)
+      *reinterpret_cast<float4*>(to + row * kLatentDim) = ld_shared_four(gathered + row * kRowBytes + lane * 16);
+    __syncwarp();
+  }
+}
+
 // Brings to the L2 cache what the block begins with, as far as it can tell before the grid before it has ended and
 // before it has read the length of its request, which it takes to be the longest there may be.
 template <class C>
@@ -224,6 +269,8 @@ struct Warp {
   __device__ __forceinline__ void store(const DecodeParams& p, const Block& block) {
     if constexpr (C::kMerges) {
       merge_results<C>(p, block, behind.smem, role, out, lane());
+    } else if (C::kGathersPartials && p.num_partials > 1) {
+      gather_partials<C>(p, block, behind.smem, out, role, lane());
     } else {
       store_outputs<C>(p, block, behind.smem + C::kScaleOffset, out, role, lane());
     }

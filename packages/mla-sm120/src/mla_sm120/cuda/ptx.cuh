@@ -157,6 +157,10 @@ __device__ __forceinline__ void st_shared(uint32 address, float4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ void st_shared(uint32 address, float2 value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
+}
+
 __device__ __forceinline__ void st_shared_byte(uint32 address, uint32 value) {
   asm volatile("st.shared.b8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

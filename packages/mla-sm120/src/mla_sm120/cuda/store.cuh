@@ -50,7 +50,7 @@ __device__ __forceinline__ int64 partial_row(const DecodeParams& p, int request,
   return (partial * static_cast<int64>(p.batch) + request) * rows_per_request + row;
 }
 
-// Calls `store` with the function that gives a row's place in what this block writes.
+// Calls `store` with the function that gives a row's place in what this block writes, but for gathered partial results.
 template <class C, class Store>
 __device__ __forceinline__ void for_output(const DecodeParams& p, const Block& block, const Store& store) {
   const bool ragged = p.cum_seq_lens_q != nullptr;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void for_output(const DecodeParams& p, const Block& b
     return block.offset(row, p.num_heads, p.out_stride[0], p.out_stride[1], p.out_stride[2], ragged);
   };
   unsigned char* out = static_cast<unsigned char*>(p.out);
-  if (p.num_partials > 1) {
+  if (!C::kGathersPartials && p.num_partials > 1) {
     store([&](int row) { return p.o_partial + partial_row<C>(p, block.request, row) * kLatentDim; });
   } else if (p.out_type == kOutBf16) {
     store([&](int row) { return OutRow<Bf16>{out + offset(row) * 2}; });
