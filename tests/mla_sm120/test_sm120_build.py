@@ -22,6 +22,7 @@ KERNELS_PER_UNIT = 6  # of a dtype: three tiles, merged or not
 HMMA, QMMA = 0x23C, 0x27A  # opcodes, the low twelve bits of an instruction
 HMMA_16816 = 1 << 75  # of an HMMA: it reduces sixteen elements, not eight
 HMMA_BF16 = 1 << 82  # they are bf16, not fp16
+S2R, TID_X = 0x919, 0x21  # the opcode that reads a special register, and the one of the thread's index
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,18 @@ def test_no_spills_and_no_stack(built: dict[tuple[str, str], tuple[Path, str]]) 
     assert seen == 20 * len({arch for _, arch in built})
 
 
+def code_words(cubin: bytes) -> list[list[int]]:
+    """The instructions of each kernel of a cubin, in order."""
+    return [
+        [int.from_bytes(code[at : at + 16], "little") for at in range(0, len(code), 16)]
+        for name, code in sections(cubin)
+        if name.startswith(".text.")
+    ]
+
+
 def tensor_instructions(cubin: bytes) -> list[set[str]]:
-    """The names of the matrix instructions in each code section of a cubin."""
-    found = []
-    for name, code in sections(cubin):
-        if name.startswith(".text."):
-            words = {int.from_bytes(code[at : at + 16], "little") for at in range(0, len(code), 16)}
-            found.append({instruction for instruction in map(tensor_instruction, words) if instruction})
-    return found
+    """The names of the matrix instructions of each kernel of a cubin."""
+    return [{name for name in map(tensor_instruction, words) if name} for words in code_words(cubin)]
 
 
 def tensor_instruction(word: int) -> str | None:
@@ -88,6 +93,22 @@ def test_products_are_matrix_instructions(
         pytest.skip(f"this nvcc does not compile for {arch}")
     found = tensor_instructions(built[unit, arch][0].read_bytes())
     assert found == [{instruction}] * KERNELS_PER_UNIT
+
+
+def test_the_index_of_the_thread_is_not_read_again_among_products(
+    built: dict[tuple[str, str], tuple[Path, str]],
+) -> None:
+    """In the main loop every such read costs 2.5 %: "What the compiler reads again" in docs/speed.md."""
+    seen = 0
+    for (unit, arch), (path, _) in built.items():
+        for words in code_words(path.read_bytes()):
+            products = [at for at, word in enumerate(words) if tensor_instruction(word)]
+            reads = [at for at, word in enumerate(words) if (word & 0xFFF, word >> 72 & 0xFF) == (S2R, TID_X)]
+            assert reads, f"{unit} for {arch}"
+            if products:
+                seen += 1
+                assert not [at for at in reads if products[0] < at < products[-1]], f"{unit} for {arch}"
+    assert seen == 3 * KERNELS_PER_UNIT * len({arch for _, arch in built})
 
 
 def test_fp8_builds_with_the_portable_transpose(tmp_path: Path) -> None:
