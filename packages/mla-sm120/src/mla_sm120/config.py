@@ -47,8 +47,9 @@ CLUSTER_KEYS = 256
 CLUSTERS = ((CLUSTER_KEYS, 96, 4), (CLUSTER_KEYS, 16, 2), (0, 3, 1), (CLUSTER_KEYS, 2, 2), (0, 0, 1))
 
 
-# What a call takes, in us (`Division.cost_us`, `parts`). Fitted to the 1,350 times of calls on an H100 and an
-# H200, bf16 and e4m3, in benchmarks/results/mla_sm120-splits-h100 and -h200. No SM120 GPU was measured.
+# What a call takes, in us (`Division.cost_us`, `parts`). Fitted to 1,350 times of calls on an H100 and an
+# H200, bf16 and e4m3; benchmarks/results/mla_sm120-splits-h100 and -h200 have later ones, and what is
+# expected of them. No SM120 GPU was measured.
 KEY_TILE_US = {16: 0.75, 32: 1.0, 64: 1.45}  # a block's for 32 keys, by its rows, where memory is no bound
 SM90_E4M3_KEY_TILE_US = {16: 0.75, 32: 1.2, 64: 2.0}  # with conversions; 32 rows were not measured
 REST_US = {16: 4.0, 32: 7.0, 64: 13.0}  # a block's, for all but its keys

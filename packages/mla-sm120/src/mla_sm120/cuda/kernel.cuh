@@ -4,8 +4,8 @@
 // groups that go through the keys on their own, each with four warps that multiply, and one for every sixteen rows that
 // takes the softmax. Each of the four reduces its part of the head dimension of S and has 128 columns of O. They
 // compute S of a step, in one turn or two, before O of the step before it, so that its softmax is taken meanwhile.
-// Splits are blocks, whose results are merged in clusters, see merge.cuh, or stored from registers, and merged by the
-// combine kernel. Not supported: other head dimensions; pages that are no multiple of 16 keys.
+// Splits are blocks, whose results are merged in clusters, see merge.cuh, or stored, and merged by the combine kernel.
+// Not supported: other head dimensions; pages that are no multiple of 16 keys.
 #pragma once
 
 #include "kernel.h"
