@@ -7,8 +7,8 @@ rows that the heuristic prefers. Two splits are timed with and without a cluster
 without; "tail" is a call cut in two, requests that fill the SMs in whole waves and those that are left. The
 heuristic chooses that or a number for all. Each choice is compared with float64 first, for the first and the
 last request, every element; one that is wrong is not timed. A time is the median of replays of a CUDA graph
-with the L2 cache cold, choices in turn. Beside it is the time that the heuristic expects. Writes results.json
-and report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
+with the L2 cache cold, choices in turn. Writes results.json, with the time that the heuristic expects of each
+beside it, and report.txt; the exit status is 1 if a result is wrong or there is no such GPU.
 """
 
 from __future__ import annotations

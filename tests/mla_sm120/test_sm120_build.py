@@ -98,7 +98,10 @@ def test_products_are_matrix_instructions(
 def test_the_index_of_the_thread_is_not_read_again_among_products(
     built: dict[tuple[str, str], tuple[Path, str]],
 ) -> None:
-    """In the main loop every such read costs 2.5 %: "What the compiler reads again" in docs/speed.md."""
+    """In the main loop every such read costs 2.5 %: "What the compiler reads again" in docs/speed.md.
+
+    Products are looked for in the order of the code, where the main loop lies among them.
+    """
     seen = 0
     for (unit, arch), (path, _) in built.items():
         for words in code_words(path.read_bytes()):

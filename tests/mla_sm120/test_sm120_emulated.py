@@ -155,6 +155,16 @@ def test_hand_overs_under_every_schedule(dtype: str, tile: int, schedule: str) -
     inputs.check(inputs.out, inputs.lse)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a"])
+def test_gathered_partials_under_every_schedule(arch: str, dtype: str, schedule: str) -> None:
+    inputs = Inputs(hand_over_case(dtype, 64))
+    splits = replace(splits_of(inputs, 64, sm_count=1), num_splits=2)
+    launches(inputs, arch, 64, splits).run(ptx_emulator.Options(schedule=schedule))
+    inputs.check(inputs.out, inputs.lse)
+
+
 @pytest.mark.parametrize(("dtype", "tile"), HAND_OVERS)
 def test_every_lane_may_arrive(dtype: str, tile: int) -> None:
     inputs = Inputs(hand_over_case(dtype, tile))

@@ -110,8 +110,8 @@ struct Config {
   static constexpr int kColumnTiles = kWarpChunks * kChunkElements / 8;
   static constexpr int kColumnPairs = kColumnTiles / 2;  // what one load brings, and the unit that clusters share out
   static_assert(kStepKeys * kBytes == kKStepBytes, "a step is one k step of P V");
-  // Whether a fragment of a warp's query is in shared memory, where 64 rows leave too few registers for keys to be
-  // loaded ahead of their products.
+  // Whether a fragment of a warp's query, the first chunk of its last sixteen rows, is in shared memory: 64 rows leave
+  // too few registers for keys to be loaded ahead of their products.
   static constexpr bool kStoresQuery = kTileM == 64 && kBytes == 2;
   // Whether it is loaded before keys are waited for; where clusters merge, that was slower.
   static constexpr bool kLoadsQueryAhead = kStoresQuery && !kMerges;

@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_outputs(const DecodeParams& p, const Block
   });
 }
 
-// The same to the partial results, of sixteen rows of a warp at a time, which it gathers over the keys.
+// The same to the partial results: a warp gathers sixteen rows at a time over the keys, and stores whole lines.
 template <class C>
 __device__ __forceinline__ void gather_partials(const DecodeParams& p, const Block& block, uint32 smem,
                                                 const Outputs<C>& out, const Role<C>& role, int lane) {
@@ -172,7 +172,7 @@ struct Warp {
   __device__ __forceinline__ void logits(float (&s)[C::kTurnTiles][2][4]) {
     const Ring<C> at = ahead.after(role.step_box());
     const uint32 keys = at.box() + key;
-    uint32 first[4];  // of the query, with the first keys and the last rows
+    uint32 first[4];  // the query's first chunk of the last sixteen rows
     if constexpr (C::kLoadsQueryAhead) load_query_fragment(0, C::kMTiles - 1, first);
     uint32 b[C::kAhead + 1][4];
     if constexpr (kTurn == 0) mbar_wait(at.full(), at.phase);
