@@ -51,11 +51,7 @@ CLUSTERS = ((CLUSTER_KEYS, 96, 4), (CLUSTER_KEYS, 16, 2), (0, 3, 1), (CLUSTER_KE
 # H200, bf16 and e4m3; benchmarks/results/mla_sm120-splits-h100 and -h200 have later ones, and what is
 # expected of them. No SM120 GPU was measured.
 KEY_TILE_US = {16: 0.75, 32: 1.0, 64: 1.45}  # a block's for 32 keys, by its rows, where memory is no bound
-SM90_E4M3_KEY_TILE_US = {
-    16: 0.75,
-    32: 1.2,
-    64: 2.0,
-}  # with conversions; that of 32 rows is a guess
+SM90_E4M3_KEY_TILE_US = {16: 0.75, 32: 1.2, 64: 2.0}  # with conversions; that of 32 rows is a guess
 REST_US = {16: 4.0, 32: 7.0, 64: 13.0}  # a block's, for all but its keys
 MERGE_US = 4.5  # of combining partial results, beside what memory takes for half of their bytes
 LAUNCH_US = 4.0  # of a further part of a call
