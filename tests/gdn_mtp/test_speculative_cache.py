@@ -57,6 +57,7 @@ def test_memory_at_8_tokens_is_a_part_of_intermediate_states(HV, part, state):
         ("HV", 3),
         ("K", 0),
         ("V", 1.5),
+        ("HV", 2**24),  # 2^31 elements of values and more in a slot
         ("max_tokens", 0),
         ("max_tokens", 17),
         ("max_tokens", True),

@@ -151,8 +151,6 @@ class Verify(RingTiles):
         shared = allocate(cfg)
         block_row = v_block * cfg.tactic.rows
         row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
-        self.init_ring_barrier(shared, tid)
-        self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             if in_first_wave(cfg):
                 here = Place(request, hv, None, row, warp, lane)
@@ -164,6 +162,8 @@ class Verify(RingTiles):
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = self.read_slot(state_indices, request, state.shape[0])
+        self.init_ring_barrier(shared, tid)  # while the slot is on its way
+        self.init_barriers(shared, warp, lane)
         place = Place(request, hv, slot, row, warp, lane)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
@@ -200,14 +200,14 @@ class Verify(RingTiles):
             cute.arch.sync_threads()
             window = self.wrapped(pending.start + pending.length)
             fold = pending.length > fold_above
-            reader = Int32(0)
-            if (warp == cfg.tactic.warps - 1) & (lane == 0):
-                reader = self.count_reader(cache, slot)
             if v_block == 0:
                 if (warp == cfg.tactic.warps - 1) & (lane < count):
                     cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
                 if member == 0:
                     self.record_keys(tokens, cache, pending, window, count, shared, place)
+            reader = Int32(0)
+            if (warp == cfg.tactic.warps - 1) & (lane == 0):
+                reader = self.count_reader(cache, slot)
             self.make_matrices(pending, count, shared, place)
             if warp == 0:
                 self.stage_weights(pending_gate, pending_scale, pending, shared, lane)

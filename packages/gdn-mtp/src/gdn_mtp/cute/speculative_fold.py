@@ -50,12 +50,12 @@ class Fold(RingTiles):
         shared = allocate(cfg)
         block_row = v_block * cfg.tactic.rows
         row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
-        self.init_ring_barrier(shared, tid)
-        self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
         slot = self.read_slot(state_indices, request, state.shape[0])
+        self.init_ring_barrier(shared, tid)  # while the slot is on its way
+        self.init_barriers(shared, warp, lane)
         place = Place(request, hv, slot, row, warp, lane)
         if (slot < 0) | (slot >= state.shape[0]):
             if cutlass.const_expr(cfg.mode == "materialize"):

@@ -89,12 +89,12 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
     tensors = (
         rows(state, (pool, HV, V, K), vector),
         make_fake_tensor(NUMERIC[config.index_dtype], (B,), (cute.sym_int64(),)),
-        rows(io, (pool, R, H, K), 8 * VECTOR_BYTES // io.width),
-        rows(Float32, (pool, R, HV, V), VECTOR_BYTES // 4),
-        rows(Float32, (pool, R, HV)),
-        rows(Float32, (pool, R, H)),
-        rows(Int32, (pool, 4), 4),
-        rows(Int32, (pool,)),
+        slots(io, (pool, R, H, K), 8 * VECTOR_BYTES // io.width),
+        slots(Float32, (pool, R, HV, V), VECTOR_BYTES // 4),
+        slots(Float32, (pool, R, HV)),
+        slots(Float32, (pool, R, H)),
+        slots(Int32, (pool, 4), 4),
+        slots(Int32, (pool,)),
         rows(Int32, (B,)) if config.accept == "counts" else None,
         rows(Int32, (B, cute.sym_int32())) if config.accept == "nodes" else None,
     )
@@ -122,3 +122,20 @@ def rows(dtype: Any, shape: tuple[Any, ...], divisibility: int = 1) -> Any:
     strides = tuple(cute.sym_int64(divisibility=divisibility) for _ in shape[:-1])
     align = divisibility * dtype.width // 8
     return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=align)
+
+
+def slots(dtype: Any, shape: tuple[Any, ...], aligned_elements: int = 1) -> Any:
+    """A tensor of a cache: contiguous, with fewer than 2^31 elements a slot.
+
+    Offsets into a slot are 32-bit and known sizes are in the code, which takes fewer instructions.
+    """
+    strides: list[Any] = [1]
+    factor = 1  # the product of the known sizes so far
+    for dim in reversed(range(1, len(shape))):
+        size = shape[dim]
+        known = isinstance(size, int) and isinstance(strides[0], int)
+        factor *= size if isinstance(size, int) else 1
+        symbol = cute.sym_int64 if dim == 1 else cute.sym_int32
+        strides.insert(0, factor if known else symbol(divisibility=factor))
+    align = aligned_elements * dtype.width // 8
+    return make_fake_tensor(dtype, shape, tuple(strides), assumed_align=align)

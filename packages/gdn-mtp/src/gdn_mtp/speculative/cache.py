@@ -138,6 +138,10 @@ class SpeculativeCache:
         if not 2 * max_tokens <= capacity <= MAX_CAPACITY:
             expected = f"2 * max_tokens = {2 * max_tokens} to {MAX_CAPACITY}"
             raise ArgumentError("capacity", f"{capacity}, expected {expected}")
+        for name, heads, width in (("H", H, K), ("HV", HV, V)):
+            if capacity * heads * width >= 2**31:
+                expected = f"less than 2^31 elements of a slot, {capacity} x {name} x {width}"
+                raise ArgumentError(name, f"{heads}, expected {expected}")
         if io_dtype not in INPUT_DTYPES:
             raise ArgumentTypeError("io_dtype", f"{io_dtype}, expected one of {INPUT_DTYPES}")
         self.pool_size, self.H, self.HV, self.K, self.V = pool_size, H, HV, K, V

@@ -36,7 +36,7 @@ struct Softmax {
     const uint32 parts = smem + C::kPartialOffset + row_group() * C::kGroupBytes +
                          index % C::kMTiles * 2 * kFragmentBytes + lane * 16;
     // Not kept from one step to the next where registers are scarcest.
-    const int limit = C::kBytes == 1 ? static_cast<int>(recomputed(key_limit[0])) : key_limit[0];
+    const int limit = C::kBytes == 1 || kIsSm120 ? static_cast<int>(recomputed(key_limit[0])) : key_limit[0];
     const int lower_limit = C::kBytes == 1 && C::kMerges ? static_cast<int>(recomputed(key_limit[1])) : key_limit[1];
     bool all_seen = true;
 #pragma unroll
@@ -80,19 +80,25 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < 8; ++i) most[i % 4 / 2] = fmaxf(most[i % 4 / 2], s[box][i / 4][i % 4]);
     }
+    const auto over_row = [&] {
 #pragma unroll
-    for (int lanes = 1; lanes <= 2; lanes *= 2) {
-      most[0] = fmaxf(most[0], __shfl_xor_sync(0xffffffffu, most[0], lanes));
-      most[1] = fmaxf(most[1], __shfl_xor_sync(0xffffffffu, most[1], lanes));
-    }
-    const bool grows[2] = {most[0] > max[0] + C::Element::kMaxLag, most[1] > max[1] + C::Element::kMaxLag};
-    const bool any_grows = __any_sync(0xffffffffu, grows[0] || grows[1]);
+      for (int lanes = 1; lanes <= 2; lanes *= 2) {
+        most[0] = fmaxf(most[0], __shfl_xor_sync(0xffffffffu, most[0], lanes));
+        most[1] = fmaxf(most[1], __shfl_xor_sync(0xffffffffu, most[1], lanes));
+      }
+    };
+    // What the four lanes of a row have together is needed only where one of them exceeds the maximum so far. With
+    // e4m3 there is no register for that.
+    if constexpr (C::kBytes == 1) over_row();
+    const auto grows = [&](int r) { return most[r] > max[r] + C::Element::kMaxLag; };
+    const bool any_grows = __any_sync(0xffffffffu, grows(0) || grows(1));
     if (any_grows) {
+      if constexpr (C::kBytes == 2) over_row();
       const uint32 decays = smem + C::kDecayOffset + ((step & 1) * C::kTileM + row(0)) * 4;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float decay = grows[r] ? exp2_approx(max[r] - most[r]) : 1.0f;
-        max[r] = grows[r] ? most[r] : max[r];
+        const float decay = grows(r) ? exp2_approx(max[r] - most[r]) : 1.0f;
+        max[r] = grows(r) ? most[r] : max[r];
         sum[r] *= decay;
         if (lane % 4 == 0) st_shared(decays + r * 32, decay);
       }
