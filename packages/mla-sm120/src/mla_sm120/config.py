@@ -37,12 +37,12 @@ CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their resul
 # With few keys the barriers of a cluster cost more than partial results; two splits in a cluster need no
 # combine kernel. us on an H100, bf16, by blocks of a cluster 1 / 2 / 4, in
 # benchmarks/results/mla_sm120-h100-tactics:
-#   128 heads, B = 32, 4,096 keys, 2 splits: 120.8 / 111.7; B = 1, 65,536 keys, 64 splits: 70.1 / 66.1 / 69.2
-#   128 heads, B = 4, 8,192 keys, 16 splits: 43.3 / 42.0 / 48.6
-#   64 heads, B = 32, 8,192 keys, 4 splits: 129.6 / 131.4
-#   B = 1, 65,536 keys, 128 splits, 64 heads: 51.5 / 50.0 / 48.9; 32: 40.2 / 40.4 / 39.6
-#   B = 1, 65,536 keys, 128 splits, 16 heads: 36.5 / 36.8 / 36.5
-#   B = 1, 8,192 keys, 128 splits, 16 heads: 12.9 / 13.7 / 12.8
+#   128 heads, B = 32, 4,096 keys, 2 splits: 118.7 / 111.4; B = 1, 65,536 keys, 64 splits: 69.4 / 66.5 / 69.6
+#   128 heads, B = 4, 8,192 keys, 16 splits: 42.9 / 41.8 / 48.2
+#   64 heads, B = 32, 8,192 keys, 4 splits: 128.9 / 131.2
+#   B = 1, 65,536 keys, 128 splits, 64 heads: 51.2 / 50.2 / 48.7; 32: 40.7 / 40.4 / 39.6
+#   B = 1, 65,536 keys, 128 splits, 16 heads: 36.3 / 37.0 / 36.3
+#   B = 1, 8,192 keys, 128 splits, 16 heads: 12.9 / 13.6 / 12.6
 CLUSTER_KEYS = 256
 CLUSTERS = ((CLUSTER_KEYS, 96, 4), (CLUSTER_KEYS, 16, 2), (0, 3, 1), (CLUSTER_KEYS, 2, 2), (0, 0, 1))
 
