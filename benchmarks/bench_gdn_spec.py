@@ -468,7 +468,7 @@ class Goal:
         if not cells:
             return "not measured"
         met = sum(value >= self.least for value, _ in values)
-        parts = [f"{'met' if met == cells else 'MISSED'}: in {met} of {cells} cells"]
+        parts = [f"{'met' if met == cells else 'MISSED: met'} in {met} of {cells} cells"]
         if values:
             lowest, row = min(values, key=lambda pair: pair[0])
             parts.append(f"lowest {lowest:.3f} at {row.cell}")

@@ -57,7 +57,7 @@ def test_memory_at_8_tokens_is_a_part_of_intermediate_states(HV, part, state):
         ("HV", 3),
         ("K", 0),
         ("V", 1.5),
-        ("HV", 2**24),  # 2^31 elements of values and more in a slot
+        ("HV", 2**24),  # 2^31 elements of updates in a slot
         ("max_tokens", 0),
         ("max_tokens", 17),
         ("max_tokens", True),
@@ -72,6 +72,12 @@ def test_impossible_sizes_name_the_argument(name, value):
     with pytest.raises(ArgumentError) as raised:
         make(**{name: value})
     assert raised.value.argument == name
+
+
+def test_a_slot_of_too_many_keys_names_their_heads():
+    with pytest.raises(ArgumentError, match="less than 2\\^31") as raised:
+        make(H=2**24, HV=2**24)
+    assert raised.value.argument == "H"
 
 
 def test_reset_forgets_tokens_and_keeps_the_pool():

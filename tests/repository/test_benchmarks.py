@@ -432,19 +432,19 @@ def test_goals_of_speculative_steps_are_counted(monkeypatch: pytest.MonkeyPatch)
     ]
     found = verdicts(rows)
     assert found.pop("T = 8, B >= 16: x FlashInfer's speed, at least 5") == (
-        "MISSED: in 1 of 3 cells, lowest 4.000 at 16/16/32 B64-T8-R24 auto bf16, 1 with wrong results, "
+        "MISSED: met in 1 of 3 cells, lowest 4.000 at 16/16/32 B64-T8-R24 auto bf16, 1 with wrong results, "
         "1 more not measured"
     )
     assert found.pop("T = 4, B <= 4: x FlashInfer's speed, at least 1.3") == "not measured"
-    assert found.pop(MEMORY_GOAL).startswith("MISSED: in 3 of 4 cells, lowest 16.")
+    assert found.pop(MEMORY_GOAL).startswith("MISSED: met in 3 of 4 cells, lowest 16.")
     copied = found.pop("B >= 32: of the copy bandwidth, at least 0.85")
-    assert copied.startswith("MISSED: in 0 of 3 cells")
+    assert copied.startswith("MISSED: met in 0 of 3 cells")
     assert not found
     assert rows[2].record()["ratio"] == {"flashinfer": None}  # what gdn_tables.py shows
     assert rows[2].record()["failed"] == {"flashinfer": "state: wrong"}
     assert "us, WRONG" in rows[2].line()
-    assert verdicts([row(16), row(64)])[MEMORY_GOAL].startswith("met: in 2 of 2 cells")
-    assert verdicts([row(16, HV=16)])[MEMORY_GOAL].startswith("MISSED: in 0 of 1 cells, lowest 14.")
+    assert verdicts([row(16), row(64)])[MEMORY_GOAL].startswith("met in 2 of 2 cells")
+    assert verdicts([row(16, HV=16)])[MEMORY_GOAL].startswith("MISSED: met in 0 of 1 cells, lowest 14.")
 
 
 def test_a_copy_that_was_not_made_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ class Verify(RingTiles):
                     cache.gates[slot, self.wrapped(window + lane), hv] = log_decay
                 if member == 0:
                     self.record_keys(tokens, cache, pending, window, count, shared, place)
-            reader = Int32(0)
+            reader = Int32(0)  # counted no earlier: the compiler waits for it where it waits for gates
             if (warp == cfg.tactic.warps - 1) & (lane == 0):
                 reader = self.count_reader(cache, slot)
             self.make_matrices(pending, count, shared, place)

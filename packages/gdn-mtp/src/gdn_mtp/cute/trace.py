@@ -1,4 +1,8 @@
-"""Traces and compiles a kernel for fake tensors: every stride and every size but T, K and V is dynamic."""
+"""Traces and compiles a kernel for fake tensors.
+
+Sizes but T, K, V and a cache's capacity are dynamic, and so are strides, but for those of a cache that
+follow from known sizes.
+"""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ struct Softmax {
   __device__ __forceinline__ void logits(const Ring<C>& ring, int first_key, float (&s)[C::kStepBoxes][2][4]) const {
     const uint32 parts = smem + C::kPartialOffset + row_group() * C::kGroupBytes +
                          index % C::kMTiles * 2 * kFragmentBytes + lane * 16;
-    // Not kept from one step to the next where registers are scarcest.
-    const int limit = C::kBytes == 1 || kIsSm120 ? static_cast<int>(recomputed(key_limit[0])) : key_limit[0];
+    // Not kept from one step to the next where registers are scarcest; those of SM121 are scarcer than those of SM90.
+    const int limit = (C::kBytes == 1 || kIsSm120) ? static_cast<int>(recomputed(key_limit[0])) : key_limit[0];
     const int lower_limit = C::kBytes == 1 && C::kMerges ? static_cast<int>(recomputed(key_limit[1])) : key_limit[1];
     bool all_seen = true;
 #pragma unroll
@@ -87,8 +87,8 @@ struct Softmax {
         most[1] = fmaxf(most[1], __shfl_xor_sync(0xffffffffu, most[1], lanes));
       }
     };
-    // What the four lanes of a row have together is needed only where one of them exceeds the maximum so far. With
-    // e4m3 there is no register for that.
+    // What the four lanes of a row have together is needed only where one of them exceeds the maximum so far by more
+    // than the lag. With e4m3 registers do not suffice for that, and it is found in every step.
     if constexpr (C::kBytes == 1) over_row();
     const auto grows = [&](int r) { return most[r] > max[r] + C::Element::kMaxLag; };
     const bool any_grows = __any_sync(0xffffffffu, grows(0) || grows(1));
