@@ -66,6 +66,7 @@ def test_buckets():
         ("B", 0),
         ("T", 9),
         ("H", 3),
+        ("HV", 2**24),  # 2^31 elements of updates in a slot and more
         ("capacity", 33),
         ("mode", "peek"),
         ("accept", "all"),

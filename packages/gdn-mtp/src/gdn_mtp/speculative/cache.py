@@ -25,7 +25,7 @@ from kernel_dispatch.devices import as_device
 from torch import Tensor
 
 from gdn_mtp.problem import INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES, check_size
-from gdn_mtp.speculative.problem import MAX_CAPACITY
+from gdn_mtp.speculative.problem import MAX_CAPACITY, check_slot
 from gdn_mtp.speculative.values import cursor_fault, named_slots, values_are_readable
 from gdn_mtp.torch_kernel import store_slots
 
@@ -138,10 +138,7 @@ class SpeculativeCache:
         if not 2 * max_tokens <= capacity <= MAX_CAPACITY:
             expected = f"2 * max_tokens = {2 * max_tokens} to {MAX_CAPACITY}"
             raise ArgumentError("capacity", f"{capacity}, expected {expected}")
-        for name, heads, width in (("H", H, K), ("HV", HV, V)):
-            if capacity * heads * width >= 2**31:
-                expected = f"less than 2^31 elements of a slot, {capacity} x {name} x {width}"
-                raise ArgumentError(name, f"{heads}, expected {expected}")
+        check_slot(capacity, H, HV, K, V)
         if io_dtype not in INPUT_DTYPES:
             raise ArgumentTypeError("io_dtype", f"{io_dtype}, expected one of {INPUT_DTYPES}")
         self.pool_size, self.H, self.HV, self.K, self.V = pool_size, H, HV, K, V

@@ -75,6 +75,7 @@ class SpeculativeProblem:
         )
         if self.capacity > MAX_CAPACITY:
             raise ArgumentError("capacity", f"{self.capacity}, expected at most {MAX_CAPACITY}")
+        check_slot(self.capacity, self.H, self.HV, self.K, self.V)
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -123,3 +124,11 @@ class SpeculativeProblem:
         if self.state_rows != "contiguous":
             parts.append(f"rows.{self.state_rows}")
         return "-".join(parts)
+
+
+def check_slot(capacity: int, H: int, HV: int, K: int, V: int) -> None:
+    """Raise ArgumentError naming H or HV where a slot has 2^31 elements of keys or updates, or more."""
+    for name, heads, width in (("H", H, K), ("HV", HV, V)):
+        if capacity * heads * width >= 2**31:
+            expected = f"less than 2^31 elements of a slot, {capacity} x {name} x {width}"
+            raise ArgumentError(name, f"{heads}, expected {expected}")
