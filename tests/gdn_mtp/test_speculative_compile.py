@@ -12,7 +12,7 @@ from gdn_support import BF16, FP16, FP32, check_every_row_is_chosen, check_resou
 from kernel_dispatch import Arch
 
 ARCHS = ("sm_90a", "sm_100a", "sm_120a")
-SMALL, LARGE = 1, 128  # batches whose tactics differ
+SMALL, MEDIUM, LARGE = 1, 32, 128  # batches whose tactics differ
 
 
 def problem(**fields) -> SpeculativeProblem:
@@ -24,12 +24,22 @@ PROBLEMS = {
     "T4": problem(),
     "T4-bf16state": problem(state_dtype=BF16),
     "T4-bf16state-small": problem(state_dtype=BF16, B=SMALL),
+    "T4-bf16state-medium": problem(state_dtype=BF16, B=MEDIUM),
     "T4-bf16state-tree": problem(state_dtype=BF16, tree=True, accept="nodes"),
     "T8-bf16state-tree-small": problem(
         T=8, capacity=24, state_dtype=BF16, B=SMALL, tree=True, accept="nodes"
     ),
     "T8-bf16state-variable-small": problem(
         T=8, capacity=24, state_dtype=BF16, B=SMALL, variable_tokens=True, tensor_scale=True
+    ),
+    "T8-bf16state-tree-medium": problem(
+        T=8, capacity=24, state_dtype=BF16, B=MEDIUM, tree=True, accept="nodes"
+    ),
+    "T8-bf16state-variable-medium": problem(
+        T=8, capacity=24, state_dtype=BF16, B=MEDIUM, variable_tokens=True, tensor_scale=True
+    ),
+    "T1-bf16state-int64-medium": problem(
+        T=1, capacity=8, state_dtype=BF16, B=MEDIUM, index_dtype=torch.int64
     ),
     "T6-tree-fp16": problem(T=6, capacity=24, tree=True, accept="nodes", io_dtype=FP16, gate_dtype=FP16),
     "T8": problem(T=8, capacity=24),
@@ -81,5 +91,5 @@ def test_the_heuristic_reaches_every_row_of_its_table() -> None:
     assert {regime(one) for one in asked} == set(HEURISTIC)
     for one in asked:
         rows = HEURISTIC[regime(one)]
-        check_every_row_is_chosen(KERNELS, rows, [replace(one, B=b) for b in (SMALL, LARGE)], hopper)
+        check_every_row_is_chosen(KERNELS, rows, [replace(one, B=b) for b in (SMALL, MEDIUM, LARGE)], hopper)
         assert set(rows.values()) <= set(TACTICS)

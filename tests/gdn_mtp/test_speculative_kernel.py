@@ -22,6 +22,8 @@ SETUPS = (
     Setup(max_tokens=8, capacity=32, H=2, HV=6, D=128, tactic=TACTICS["w4t2"]),
     Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64, tactic=TACTICS["w2t1s"]),
     Setup(max_tokens=6, capacity=24, D=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
+    Setup(max_tokens=8, capacity=24, D=128, state=BF16, variable=False, tactic=TACTICS["w4t1s"]),
+    Setup(max_tokens=4, capacity=16, D=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"]),
     Setup(max_tokens=16, capacity=32, H=2, HV=4, D=128, tree=True, tactic=TACTICS["w4t1s"]),
     Setup(max_tokens=16, capacity=32, D=128, tactic=TACTICS["w4t2s"]),
     Setup(max_tokens=11, capacity=32, D=128, tree=True, io=FP16, state=BF16, variable=False),

@@ -86,16 +86,15 @@ class TokenChunks(TileCopies):
         for i in cfg.token_groups[group]:
             t = cutlass.min(place.warp + i * cfg.tactic.warps, cfg.T - 1)
             columns = [place.lane + WARP_LANES * j for j in range(cfg.K // WARP_LANES)]
-            tokens.append(
-                tuple([x[place.request, t, head, c] for c in columns] for x in (tensors.k, tensors.q))
-            )
+            row = (place.request, Int64(t), Int64(head))
+            tokens.append(tuple([x[(*row, c)] for c in columns] for x in (tensors.k, tensors.q)))
         return tokens
 
     def load_v(self, tensors, place, row, c):
         """v of chunk c, as given: (row g, token 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)."""
         tokens = self.lane_tokens(place, c)
         rows = [row + place.row_in_tile(half) for half in range(2)]
-        return [tensors.v[place.request, t, place.hv, r] for r in rows for t in tokens]
+        return [tensors.v[place.request, Int64(t), Int64(place.hv), r] for r in rows for t in tokens]
 
     def load_values(self, tensors, place, tile):
         """`load_v` of the early chunks for a tile of this warp."""
@@ -109,12 +108,12 @@ class TokenChunks(TileCopies):
         first = 2 * place.t
         if cutlass.const_expr(self.packed(c)):
             first = select(place.t < 2, Int32(n), 2 * place.t - 4)
-        output = tensors.output[place.request, None, place.hv, None]
+        output = tensors.output[place.request, None, Int64(place.hv), None]
         for e in cutlass.range_constexpr(2):
             if first + e < n:
                 for half in cutlass.range_constexpr(2):
                     value = o[2 * half + e].to(output.element_type)
-                    output[t0 + first + e, row + place.row_in_tile(half)] = value
+                    output[Int64(t0 + first + e), row + place.row_in_tile(half)] = value
 
     @cute.jit
     def zero_output(self, tensors, place):
@@ -125,7 +124,7 @@ class TokenChunks(TileCopies):
             e = place.lane + WARP_LANES * i
             if e < cfg.T * rows:
                 zero = tensors.output.element_type(0.0)
-                tensors.output[place.request, e // rows, place.hv, place.row + e % rows] = zero
+                tensors.output[place.request, Int64(e // rows), Int64(place.hv), place.row + e % rows] = zero
 
     # Shared memory
 
@@ -186,12 +185,16 @@ class TokenChunks(TileCopies):
 
     # Chunks of tokens
 
-    def quads(self, t):
-        """(column, index in s[half]) of each run of four columns that lane position t has."""
+    def quads(self, t, columns=None):
+        """(column, index in s[half]) of each run of four columns that lane position t has, or of `columns`.
+
+        columns: as `TileCopies.columns` gives them, where s has no others.
+        """
         vec = self.config.vector_elements
+        columns = columns or self.columns()
         return [
-            ((4 * i + t) * vec + 4 * quad, vec * i + 4 * quad)
-            for i in range(self.config.K // (4 * vec))
+            ((4 * i + t) * vec + 4 * quad, vec * (i - columns[0]) + 4 * quad)
+            for i in columns
             for quad in range(vec // 4)
         ]
 

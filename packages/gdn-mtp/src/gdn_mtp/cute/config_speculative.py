@@ -57,7 +57,6 @@ class SpeculativeConfig(TokenTiles):
     def __post_init__(self) -> None:
         assert self.ring_rows > 0, "a ring has room for a window beside the new one"
         assert self.tactic.ahead is None, "is of calls alone"
-        assert self.tactic.max_blocks_per_sm is None, "is of calls alone"
 
     @property
     def pending_chunks(self) -> int:
@@ -138,12 +137,29 @@ class SpeculativeConfig(TokenTiles):
         return len(self.chunks) > 1 and self.state_dtype == "float32"
 
     @property
+    def fold_parts(self) -> int:
+        """Parts of a tile's columns that are folded one after the other: more take fewer registers."""
+        return 2 if self.warps_per_sm > 20 else 1
+
+    @property
+    def is_twin(self) -> bool:
+        cap = self.tactic.max_blocks_per_sm
+        return cap is not None and self.most_warps_per_sm <= cap * self.warps
+
+    @property
     def warps_per_sm(self) -> int:
-        """96, 128, 168 or 255 registers per thread, enough for the compiler to spill none."""
+        cap = self.tactic.max_blocks_per_sm
+        return self.most_warps_per_sm if cap is None else min(self.most_warps_per_sm, cap * self.warps)
+
+    @property
+    def most_warps_per_sm(self) -> int:
+        """80, 128, 168 or 255 registers per thread, so that the compiler spills none; without a limit."""
         if len(self.chunks) > 1:
             warps = 16 if self.bf16_products else 8
         elif self.tactic.tiles_per_warp > 1:
             warps = 12 if self.tree else 16
         else:
-            warps = 20 if self.bf16_products and self.mode == "verify" else 16
+            warps = 16
+            if self.bf16_products and self.mode == "verify":
+                warps = 20 if self.tactic.row_copies else 24
         return warps - 4 if self.tactic.row_copies and warps > 8 else warps

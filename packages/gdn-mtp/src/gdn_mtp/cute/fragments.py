@@ -125,6 +125,17 @@ def read_l2(pointer, dtype):
     return dtype(cute.arch.load(pointer, dtype, sem="relaxed", scope="gpu"))
 
 
+def read_l2_words(pointer) -> list:
+    """`read_l2` of the four int32 at `pointer`, which is a multiple of 16 bytes, each read on its own."""
+    return list(
+        cute.arch.inline_ptx(
+            "ld.relaxed.gpu.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+            write_only_types=[Int32] * 4,
+            read_only_args=[pointer],
+        )
+    )
+
+
 def write_l2(pointer, value) -> None:
     """Write a value that other blocks read by `read_l2`."""
     cute.arch.store(pointer, value, sem="relaxed", scope="gpu")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from .config import CHUNK_TOKENS, GATE_COLUMNS
 from .fragments import select
@@ -30,7 +30,7 @@ class GateInputs(NamedTuple):
 
 def load_gates(a, b, A_log, dt_bias, request, hv, t) -> GateInputs:
     """a, b [B, T, HV] of token t; A_log, dt_bias [HV]."""
-    return GateInputs(a[request, t, hv], b[request, t, hv], A_log[hv], dt_bias[hv])
+    return GateInputs(a[request, Int64(t), hv], b[request, Int64(t), hv], A_log[hv], dt_bias[hv])
 
 
 @cute.jit

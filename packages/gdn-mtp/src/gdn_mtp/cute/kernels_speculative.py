@@ -26,6 +26,7 @@ TACTICS = {
         Tactic(2, 1, trigger="start"),
         Tactic(2, 2, trigger="start"),
         Tactic(4, 1, trigger="start"),
+        Tactic(4, 1, trigger="start", max_blocks_per_sm=5),
         Tactic(4, 2, trigger="start"),
     )
 }
@@ -34,7 +35,7 @@ TACTICS = {
 # gdn_spec-h100-tactics
 HEURISTIC: dict[str, Rows] = {
     "one chunk": {NO_LIMIT: "w4t1s"},
-    "bf16 state": {100: "w4t1s", NO_LIMIT: "w4t2s"},
+    "bf16 state": {40: "w4t1sb5", 100: "w4t1s", NO_LIMIT: "w4t2s"},
     "many chunks": {8: "w4t1s", NO_LIMIT: "w4t2s"},
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
 from .config import L2_LINE_BYTES
 
@@ -65,10 +65,10 @@ def prefetch_tokens(cfg, qk, v, token_gates, head_gates, place, head):
         for x in reversed(qk):
             for line in cutlass.range_constexpr(-(-cfg.K * x.element_type.width // (8 * L2_LINE_BYTES))):
                 column = line * L2_LINE_BYTES * 8 // x.element_type.width
-                prefetch_l2(x[place.request, place.lane, head, None].iterator + column)
-        prefetch_l2(v[place.request, place.lane, place.hv, None].iterator + place.row)
+                prefetch_l2(x[place.request, Int64(place.lane), Int64(head), None].iterator + column)
+        prefetch_l2(v[place.request, Int64(place.lane), Int64(place.hv), None].iterator + place.row)
         for x in token_gates:
-            prefetch_l2(x[place.request, place.lane, None].iterator + place.hv)
+            prefetch_l2(x[place.request, Int64(place.lane), None].iterator + place.hv)
     if place.lane == 0:
         for x in head_gates:
             prefetch_l2(x.iterator + place.hv)

@@ -27,6 +27,7 @@ from .fragments import (
     parts,
     read_index,
     read_l2,
+    read_l2_words,
     select,
     write_l2,
 )
@@ -69,8 +70,7 @@ class RingTiles(TokenChunks):
 
     def load_window(self, cache, slot):
         """Start and length of a slot's pending tokens, and the length of its last window."""
-        cursor = cache.cursor[slot, None].iterator
-        return tuple(read_l2(cursor + i, Int32) for i in range(3))
+        return read_l2_words(cache.cursor[slot, None].iterator)[:3]
 
     @cute.jit
     def load_cursor(self, cache, num_accepted, accepted_nodes, slot, place):
@@ -269,17 +269,17 @@ class RingTiles(TokenChunks):
         return values
 
     @cute.jit
-    def advanced(self, s, pending, shared, place, tile):
-        """The tile s of the state after all pending tokens."""
-        columns, decay = len(s[0]), self.pending_decay(shared)
-        state = cute.make_rmem_tensor((2 * columns,), Float32)
+    def advanced(self, s, columns, pending, shared, place, tile):
+        """`columns` of a tile of the state, which s holds, after all pending tokens."""
+        count, decay = len(s[0]), self.pending_decay(shared)
+        state = cute.make_rmem_tensor((2 * count,), Float32)
         for half in cutlass.range_constexpr(2):
-            for x in cutlass.range_constexpr(columns):
-                state[half * columns + x] = decay * s[half][x]
+            for x in cutlass.range_constexpr(count):
+                state[half * count + x] = decay * s[half][x]
         chunks = (pending.count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
         for p in cutlass.range(chunks, unroll=1):
             self.advance_by_chunk(state, columns, pending, shared, place, tile, p)
-        return [[state[half * columns + x] for x in range(columns)] for half in range(2)]
+        return [[state[half * count + x] for x in range(count)] for half in range(2)]
 
     def advance_by_chunk(self, state, columns, pending, shared, place, tile, p):
         """state <- state + sum_j w_j u_j k_j^T over pending chunk p; state holds rows g, then rows g + 8.
@@ -289,18 +289,30 @@ class RingTiles(TokenChunks):
         u = self.load_updates(pending, shared, place, tile, p)
         a_parts = parts(as_operand(u), False)
         keys = [self.key_pointer(pending, shared, p, 2 * place.t + e) for e in range(2)]
-        for column, at in self.quads(place.g // 2):
+        count = len(columns) * self.config.vector_elements
+        for column, at in self.quads(place.g // 2, columns):
             offset = cute.assume(column + 2 * (place.g % 2), divby=2)
             k = [load_values(key + offset, shared.ring_keys.element_type, 2) for key in keys]
             for h in range(2):
-                places = [half * columns + at + h + 2 * e for half in range(2) for e in range(2)]
+                places = [half * count + at + h + 2 * e for half in range(2) for e in range(2)]
                 acc = mma_split([state[x] for x in places], a_parts, parts([k[0][h], k[1][h]], self.exact_io))
                 for x, value in zip(places, acc, strict=True):
                     state[x] = value
 
-    def store_advanced(self, s, matrix, pending, shared, place, tile):
-        """Start storing the tile s of the state, after all pending tokens, to `matrix` [V, K]."""
-        self.stage_tile(self.advanced(s, pending, shared, place, tile), shared, place, tile, None)
+    @cute.jit
+    def store_advanced(self, matrix, pending, shared, place, tile):
+        """Start storing a tile of the state, which is in its buffer, after all pending tokens, to `matrix`.
+
+        matrix: [V, K].
+        """
+        count = self.config.fold_parts
+        for part in cutlass.range_constexpr(count):
+            columns = self.columns(part, count)
+            s = self.load_tile(shared, place, tile, columns)
+            advanced = self.advanced(s, columns, pending, shared, place, tile)
+            self.write_tile(advanced, shared, place, tile, columns)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
         self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
         cute.arch.cp_async_bulk_commit_group()
 

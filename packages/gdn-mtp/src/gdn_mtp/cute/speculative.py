@@ -368,9 +368,8 @@ class Verify(RingTiles):
             self.record_updates(u, cache, pending, window, count, place, row, c)
         if fold:  # read again, so that no registers are held for it where it is not due
             cute.arch.sync_warp()
-            s = self.load_tile(shared, place, tile)
             matrix = tensors.state[pending.slot, place.hv, None, None]
-            self.store_advanced(s, matrix, pending, shared, place, tile)
+            self.store_advanced(matrix, pending, shared, place, tile)
 
     @cute.jit
     def pending_corrections(self, corrections, pending, shared, place, tile):

@@ -89,8 +89,7 @@ class Fold(RingTiles):
         cfg = self.config
         for tile in cutlass.range_constexpr(cfg.tactic.tiles_per_warp):
             cute.arch.mbarrier_wait(shared.mbars + place.warp * cfg.tactic.tiles_per_warp + tile, 0)
-            s = self.load_tile(shared, place, tile)
-            self.store_advanced(s, target, pending, shared, place, tile)
+            self.store_advanced(target, pending, shared, place, tile)
 
     @cute.jit
     def store_zeros(self, states, shared, place):

@@ -134,20 +134,24 @@ class TileCopies:
                     source = self.row_pointer(shared, place, buffer, part)
                     bulk_store(matrix[row + part, None].iterator, source, PART_ROWS * cfg.row_bytes, to_evict)
 
-    def vectors(self):
-        """(row half, vector index) of each 16-byte vector of a lane."""
-        cfg = self.config
-        return [(half, i) for i in range(cfg.K // (4 * cfg.vector_elements)) for half in range(2)]
+    def columns(self, part=0, of=1):
+        """Indices of the 16-byte vectors that a lane has of a row: of `of` equal parts number `part`."""
+        count = self.config.K // (4 * self.config.vector_elements) // of
+        return range(part * count, (part + 1) * count)
+
+    def vectors(self, columns=None):
+        """(row half, vector index) of each 16-byte vector of a lane, or of those in `columns`."""
+        return [(half, i) for i in columns or self.columns() for half in range(2)]
 
     def vector_pointer(self, shared, place, buffer, half, i):
         vec = self.config.vector_elements
         row = self.row_pointer(shared, place, buffer, place.row_in_tile(half))
         return row + cute.assume((4 * i + place.t) * vec, divby=vec)
 
-    def load_tile(self, shared, place, buffer):
-        """s[half][column of the lane] as float32: rows g and g + 8 of a tile."""
+    def load_tile(self, shared, place, buffer, columns=None):
+        """s[half][column of the lane] as float32: rows g and g + 8 of a tile, or `columns` of them."""
         s = [[], []]
-        for half, i in self.vectors():
+        for half, i in self.vectors(columns):
             pointer = self.vector_pointer(shared, place, buffer, half, i)
             s[half] += load_vector(pointer, shared.tiles.element_type)
         return s
@@ -159,18 +163,23 @@ class TileCopies:
             words[half] += load_words(self.vector_pointer(shared, place, buffer, half, i))
         return words
 
+    def write_tile(self, s, shared, place, buffer, columns):
+        """Write `columns` of a tile, which s holds, to where `load_tile` reads them."""
+        vec = self.config.vector_elements
+        for half, i in self.vectors(columns):
+            first = vec * (i - columns[0])
+            pointer = self.vector_pointer(shared, place, buffer, half, i)
+            store_vector(pointer, s[half][first : first + vec], shared.tiles.element_type)
+
     @cute.jit
     def stage_tile(self, s, shared, place, buffer, pending):
         """Write s to a tile buffer for bulk stores.
 
         First waits until at most `pending` earlier groups of stores still read their buffers (None: no wait).
         """
-        vec = self.config.vector_elements
         if cutlass.const_expr(pending is not None):
             cute.arch.cp_async_bulk_wait_group(pending, read=True)
         cute.arch.sync_warp()
-        for half, i in self.vectors():
-            pointer = self.vector_pointer(shared, place, buffer, half, i)
-            store_vector(pointer, s[half][vec * i : vec * (i + 1)], shared.tiles.element_type)
+        self.write_tile(s, shared, place, buffer, self.columns())
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()

@@ -91,7 +91,7 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
     io, gate, state = (NUMERIC[x] for x in (config.io_dtype, config.gate_dtype, config.state_dtype))
     vector = VECTOR_BYTES // config.state_bytes
     tensors = (
-        rows(state, (pool, HV, V, K), vector),
+        states(config, state, pool, HV, vector),
         make_fake_tensor(NUMERIC[config.index_dtype], (B,), (cute.sym_int64(),)),
         slots(io, (pool, R, H, K), 8 * VECTOR_BYTES // io.width),
         slots(Float32, (pool, R, HV, V), VECTOR_BYTES // 4),
@@ -103,13 +103,13 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
         rows(Int32, (B, cute.sym_int32())) if config.accept == "nodes" else None,
     )
     if config.mode != "verify":
-        return (*tensors, rows(state, (B, HV, V, K), vector) if config.mode == "materialize" else None)
+        return (*tensors, states(config, state, B, HV, vector) if config.mode == "materialize" else None)
     return (
-        rows(io, (B, T, H, K)),
-        rows(io, (B, T, H, K)),
-        rows(io, (B, T, HV, V)),
-        rows(gate, (B, T, HV)),
-        rows(gate, (B, T, HV)),
+        tokens(io, (B, T, H, K)),
+        tokens(io, (B, T, H, K)),
+        tokens(io, (B, T, HV, V)),
+        tokens(gate, (B, T, HV)),
+        tokens(gate, (B, T, HV)),
         rows(Float32, (HV,)),
         rows(NUMERIC[config.dt_bias_dtype], (HV,)),
         rows(Float32, (1,)) if config.tensor_scale else Float32(1.0),
@@ -117,7 +117,7 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
         rows(Int32, (B,)) if config.variable_tokens else None,
         rows(Int32, (B, T)) if config.tree else None,
         Int32(0),
-        rows(NUMERIC[config.out_dtype], (B, T, HV, V)),
+        tokens(NUMERIC[config.out_dtype], (B, T, HV, V)),
     )
 
 
@@ -126,6 +126,23 @@ def rows(dtype: Any, shape: tuple[Any, ...], divisibility: int = 1) -> Any:
     strides = tuple(cute.sym_int64(divisibility=divisibility) for _ in shape[:-1])
     align = divisibility * dtype.width // 8
     return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=align)
+
+
+def tokens(dtype: Any, shape: tuple[Any, ...]) -> Any:
+    """A tensor of tokens [B, T, ...]: as `rows`, but inside a request with strides below 2^31.
+
+    Such strides take fewer registers. Offsets are 64-bit all the same, as their products are.
+    """
+    strides = (cute.sym_int64(), *(cute.sym_int32() for _ in shape[1:-1]), 1)
+    return make_fake_tensor(dtype, shape, strides, assumed_align=dtype.width // 8)
+
+
+def states(config: SpeculativeConfig, dtype: Any, count: Any, heads: Any, vector: int) -> Any:
+    """States [count, heads, V, K]; contiguous ones unless each row is copied on its own."""
+    pool, head = (cute.sym_int64(divisibility=vector) for _ in range(2))
+    row = cute.sym_int64(divisibility=vector) if config.tactic.row_copies else config.K
+    shape = (count, heads, config.V, config.K)
+    return make_fake_tensor(dtype, shape, (pool, head, row, 1), assumed_align=vector * dtype.width // 8)
 
 
 def slots(dtype: Any, shape: tuple[Any, ...], aligned_elements: int = 1) -> Any:
