@@ -87,7 +87,8 @@ def check_compiled(arch: str, asked: SpeculativeProblem) -> None:
 
 def test_the_heuristic_reaches_every_row_of_its_table() -> None:
     hopper = Arch.from_name("sm_90a")
-    asked = [problem(T=t, capacity=32, state_dtype=dtype) for t in (4, 16) for dtype in (torch.float32, BF16)]
+    tokens = ((4, 16), (16, 32))  # and the capacity
+    asked = [problem(T=t, capacity=r, state_dtype=x) for t, r in tokens for x in (torch.float32, BF16)]
     assert {regime(one) for one in asked} == set(HEURISTIC)
     for one in asked:
         rows = HEURISTIC[regime(one)]

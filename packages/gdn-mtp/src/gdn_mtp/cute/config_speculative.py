@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gdn_mtp.speculative.problem import Accept, Mode
 
@@ -139,12 +139,13 @@ class SpeculativeConfig(TokenTiles):
     @property
     def fold_parts(self) -> int:
         """Parts of a tile's columns that are folded one after the other: more take fewer registers."""
-        return 2 if self.warps_per_sm > 20 else 1
+        return 2 if self.blocks_per_sm * self.warps > 20 else 1
 
     @property
     def is_twin(self) -> bool:
         cap = self.tactic.max_blocks_per_sm
-        return cap is not None and self.most_warps_per_sm <= cap * self.warps
+        unlimited = replace(self, tactic=replace(self.tactic, max_blocks_per_sm=None))
+        return cap is not None and unlimited.blocks_per_sm <= cap
 
     @property
     def warps_per_sm(self) -> int:

@@ -35,16 +35,17 @@ TACTICS = {
 # gdn_spec-h100-tactics
 HEURISTIC: dict[str, Rows] = {
     "one chunk": {NO_LIMIT: "w4t1s"},
-    "bf16 state": {40: "w4t1sb5", 100: "w4t1s", NO_LIMIT: "w4t2s"},
+    "one chunk, bf16 state": {40: "w4t1sb5", 100: "w4t1s", NO_LIMIT: "w4t2s"},
     "many chunks": {8: "w4t1s", NO_LIMIT: "w4t2s"},
+    "many chunks, bf16 state": {100: "w4t1s", NO_LIMIT: "w4t2s"},
 }
 
 
 def regime(problem: SpeculativeProblem) -> str:
-    """The key of a problem in `HEURISTIC`: verifies of bf16 states, others of many tokens, the rest."""
-    if problem.mode == "verify" and problem.state_dtype == torch.bfloat16:
-        return "bf16 state"
-    return "many chunks" if problem.T > CHUNK_TOKENS else "one chunk"
+    """The key of a problem in `HEURISTIC`, by its tokens and, for a verify, by the dtype of its states."""
+    chunks = "many chunks" if problem.T > CHUNK_TOKENS else "one chunk"
+    bf16 = problem.mode == "verify" and problem.state_dtype == torch.bfloat16
+    return f"{chunks}, bf16 state" if bf16 else chunks
 
 
 class SpeculativeKernels:
