@@ -91,7 +91,7 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
     io, gate, state = (NUMERIC[x] for x in (config.io_dtype, config.gate_dtype, config.state_dtype))
     vector = VECTOR_BYTES // config.state_bytes
     tensors = (
-        states(config, state, pool, HV, vector),
+        rows(state, (pool, HV, V, K), vector),
         make_fake_tensor(NUMERIC[config.index_dtype], (B,), (cute.sym_int64(),)),
         slots(io, (pool, R, H, K), 8 * VECTOR_BYTES // io.width),
         slots(Float32, (pool, R, HV, V), VECTOR_BYTES // 4),
@@ -103,7 +103,7 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
         rows(Int32, (B, cute.sym_int32())) if config.accept == "nodes" else None,
     )
     if config.mode != "verify":
-        return (*tensors, states(config, state, B, HV, vector) if config.mode == "materialize" else None)
+        return (*tensors, rows(state, (B, HV, V, K), vector) if config.mode == "materialize" else None)
     return (
         tokens(io, (B, T, H, K)),
         tokens(io, (B, T, H, K)),
@@ -135,14 +135,6 @@ def tokens(dtype: Any, shape: tuple[Any, ...]) -> Any:
     """
     strides = (cute.sym_int64(), *(cute.sym_int32() for _ in shape[1:-1]), 1)
     return make_fake_tensor(dtype, shape, strides, assumed_align=dtype.width // 8)
-
-
-def states(config: SpeculativeConfig, dtype: Any, count: Any, heads: Any, vector: int) -> Any:
-    """States [count, heads, V, K]; contiguous ones unless each row is copied on its own."""
-    pool, head = (cute.sym_int64(divisibility=vector) for _ in range(2))
-    row = cute.sym_int64(divisibility=vector) if config.tactic.row_copies else config.K
-    shape = (count, heads, config.V, config.K)
-    return make_fake_tensor(dtype, shape, (pool, head, row, 1), assumed_align=vector * dtype.width // 8)
 
 
 def slots(dtype: Any, shape: tuple[Any, ...], aligned_elements: int = 1) -> Any:
