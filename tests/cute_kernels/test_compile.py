@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tvm_ffi
 from cute_kernels import CuteFunction
+from cute_kernels.compile import COMPILER_DISTRIBUTIONS, _toolchain
 from kernel_dispatch import CompilationForbiddenError, forbid_compilation, record_lookups
 from kernel_testing import cubin_resources
 from two_kernels import FUNCTION, TRACED, Config, trace
@@ -73,6 +75,28 @@ def test_the_key_holds_what_changes_code(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for variable in ("CUTE_DSL_KEEP_PTX", "CUTE_DSL_LOG_LEVEL", "CUTE_DSL_ARCH", "CUTE_DSL_NO_CACHE"):
         monkeypatch.setenv(variable, "1")
     assert digest() in digests
+
+
+@pytest.fixture
+def toolchain_read_anew() -> Iterator[None]:
+    _toolchain.cache_clear()
+    yield
+    _toolchain.cache_clear()
+
+
+@pytest.mark.usefixtures("toolchain_read_anew")
+def test_the_key_holds_the_compilers_of_the_dsl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = FUNCTION.key(Config(), "sm_100a")
+    assert any(name.startswith("nvidia-cutlass-dsl-libs-cu") for name in before.toolchain)
+    for name in COMPILER_DISTRIBUTIONS:
+        metadata = tmp_path / f"{name.replace('-', '_')}-0.1.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    _toolchain.cache_clear()
+    after = FUNCTION.key(Config(), "sm_100a")
+    assert {after.toolchain[name] for name in COMPILER_DISTRIBUTIONS} == {"0.1"}
+    assert after.digest != before.digest
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")

@@ -9,6 +9,7 @@ devices and alignment they check, and launch on PyTorch's current stream of the 
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from .load import load_library
 
 LINKED_SOURCES = tuple(Path(__file__).with_name(name) for name in ("call.c", "launch.c"))
 DISTRIBUTIONS = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
+# Compilers of the DSL, one for each CUDA; there may be several, of which it takes one.
+COMPILER_DISTRIBUTIONS = ("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13")
 
 VARIABLE_PREFIX = "CUTE_DSL_"  # of the variables that the DSL reads
 # Those that change no code: what is printed, kept or cached, and the architecture, which is always an option.
@@ -154,7 +157,11 @@ def _link(compiler: str, compiled: Compiled) -> None:
 
 @cache
 def _toolchain() -> dict[str, str]:
-    return toolchain_versions(*DISTRIBUTIONS)
+    return toolchain_versions(*DISTRIBUTIONS, *filter(_is_installed, COMPILER_DISTRIBUTIONS))
+
+
+def _is_installed(distribution: str) -> bool:
+    return any(importlib.metadata.distributions(name=distribution))
 
 
 @cache
