@@ -133,6 +133,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     assert torch.equal(bits(actual), bits(expected)), f"{what} differs in its bits"
 
 
+def rows_apart(states: Tensor) -> Tensor:
+    """NaN-filled states of the same sizes whose rows lie 16 bytes apart."""
+    gap = 16 // states.element_size()
+    return states.new_full((*states.shape[:-1], states.shape[-1] + gap), NAN)[..., : states.shape[-1]]
+
+
 def slots_tensor(*slots: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(slots, dtype=dtype, device=DEVICE)
 

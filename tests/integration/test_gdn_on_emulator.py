@@ -12,7 +12,7 @@ from gdn_mtp.cute.kernel_kmajor import GatedDeltaRuleKMajor
 from gdn_mtp.cute.kernels import KERNELS
 from gdn_mtp.cute.trace import fake_arguments
 from gdn_mtp.problem import GatedDeltaRuleProblem, short_dtype
-from gdn_support import BF16, FP32, NAN, Case, assert_result, assert_same_bits
+from gdn_support import BF16, FP32, NAN, Case, assert_result, assert_same_bits, rows_apart
 from kernel_dispatch import Arch
 from ptx_emulator import Emulated, compile_cute, emulate, explore
 from torch import Tensor
@@ -145,6 +145,21 @@ def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
     assert_same_bits(pool[1:3], before[1:3], "slots nobody names")
     if buffer is not None:
         assert bool(buffer[~valid].isnan().all())
+
+
+def test_rows_that_lie_apart_are_refused_where_rows_are_copied_together() -> None:
+    case = Case(B=1, T=2, H=1, HV=1, K=64, V=64)
+    function = emulated(problem_of(case, intermediate="buffer"), "sm_90a", "w4t1s")
+    inputs, state = on_cpu(case), case.states(1).cpu()
+    buffer = torch.full((case.B, case.T, *state.shape[1:]), NAN, dtype=state.dtype)
+    tensors = {"state": state, "intermediate_states_buffer": buffer}
+    indices, output = torch.zeros(1, dtype=torch.int32), torch.full_like(inputs["v"], NAN)
+    for i, name in enumerate(tensors):
+        given = {**tensors, name: rows_apart(tensors[name])}
+        with pytest.raises(ValueError, match=rf"{name}\.strides\[{2 + i}\]"):
+            run(function, inputs, given["state"], output, indices, given["intermediate_states_buffer"])
+    assert not function.launches
+    assert bool(output.isnan().all())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from emulator_recording import TYPES
 from gdn_mtp.cute.config import Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.trace import ASSERTIONS, arguments, kernel
-from gdn_support import BF16, FP16, FP32, assert_same_bits
+from gdn_support import BF16, FP16, FP32, assert_same_bits, rows_apart
 from ptx_emulator import Emulated, Launches, ScheduleError, compile_cute, emulate, explore
 from ptx_emulator.host.cute import Call, ptx_of
 from speculative_history import MISUSES, USES, History, Setup
@@ -131,14 +131,18 @@ def test_verifies_may_start_before_the_one_before_has_ended() -> None:
         assert_same_bits(x, value, "a chain of verifies")
 
 
-def test_tokens_whose_strides_need_more_than_32_bits_are_refused() -> None:
+def test_strides_that_the_kernel_does_not_take_are_refused() -> None:
+    """Tokens whose strides inside a request need more than 32 bits, and a pool whose rows lie apart."""
     setup = Setup(max_tokens=2, capacity=8, H=1, HV=1, tactic=Tactic(4, 1), variable=False)
     launches: list[tuple[SpeculativeConfig, tuple[Any, ...]]] = []
     history = History(setup, lambda *call: launches.append(call), pool_size=2, device=torch.device("cpu"))
     with pytest.raises(AssertionError):  # nothing was written
         history.verify([1], setup.max_tokens, 2)
     (config, args), emulator = launches[0], Emulator("sm_90a")
-    q = args[0].as_strided(args[0].shape, (*args[0].stride()[:2], 2**31, 1))  # of one head any stride will do
-    with pytest.raises(ValueError, match=r"q\.strides\[2\]"):
-        emulator(config, (q, *args[1:]))
+    q, pool = args[0], args[8]
+    far = q.as_strided(q.shape, (*q.stride()[:2], 2**31, 1))  # one head, so that it may have any stride
+    wrong = ((0, far, r"q\.strides\[2\]"), (8, rows_apart(pool), r"state_pool\.strides\[2\]"))
+    for place, tensor, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            emulator(config, (*args[:place], tensor, *args[place + 1 :]))
     emulator(config, args)

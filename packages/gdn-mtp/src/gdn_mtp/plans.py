@@ -76,7 +76,8 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
 
         Arguments are those of `gdn_mtp.gated_delta_rule_mtp`; `state` is the pool, or one state per request,
         in the problem's layout. On a GPU nothing is allocated, waited for, or checked but what the launcher
-        checks itself, so the call can be captured in a CUDA graph; on the CPU and in debug mode the arguments
+        checks itself (dtypes, sizes, alignment and the strides that the kernel relies on; ValueError or
+        TypeError), so the call can be captured in a CUDA graph; on the CPU and in debug mode the arguments
         are checked as a functional call's are.
         """
         reads, writes = initial_state_indices, output_state_indices

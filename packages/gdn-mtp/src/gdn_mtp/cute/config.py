@@ -92,6 +92,11 @@ class Footprint:
         return VECTOR_BYTES // self.state_bytes
 
     @property
+    def rows_may_lie_apart(self) -> bool:
+        """Whether the rows of a state need not be contiguous."""
+        raise NotImplementedError
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory that a block asks for."""
         raise NotImplementedError
@@ -140,6 +145,10 @@ class TokenTiles(Footprint):
     @property
     def warps(self) -> int:
         return self.tactic.warps
+
+    @property
+    def rows_may_lie_apart(self) -> bool:
+        return self.tactic.row_copies
 
     @property
     def blocks_per_head(self) -> int:

@@ -59,6 +59,10 @@ class KMajorConfig(Config):
         return self.threads // WARP_LANES
 
     @property
+    def rows_may_lie_apart(self) -> bool:
+        return True
+
+    @property
     def shuffle_steps(self) -> tuple[int, ...]:
         """Distances between lanes of a warp that share columns, each with other rows."""
         doublings = (WARP_LANES // self.row_threads).bit_length() - 1

@@ -59,7 +59,7 @@ from .gates import (
     stage_gates,
 )
 from .prefetch import out_of_the_way, prefetch_tokens
-from .tiles import Place, Shared, allocate_tokens
+from .tiles import Place, Shared, allocate_tokens, with_dynamic_rows
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ class GatedDeltaRule(TokenChunks):
 
     @cute.jit
     def __call__(
-        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
-        intermediate_states, ssm_state_indices, output, stream,
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, initial_state_indices, output_state_indices,
+        intermediate_states_buffer, ssm_state_indices, output, stream,
     ):  # fmt: skip
         """Launch the kernel on `stream`.
 
         a, b: [B, T, HV]; A_log, dt_bias: [HV] float32, or dt_bias in its own dtype; scale: a float32, or [1];
-        state_indices, write_indices: [B] or None; others as in `Tensors`.
+        initial_state_indices, output_state_indices: [B] or None; others as in `Tensors`.
         """
         cfg = self.config
         self.kernel(
-            q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
-            intermediate_states, ssm_state_indices, output,
+            q, k, v, a, b, A_log, dt_bias, scale, with_dynamic_rows(state), initial_state_indices,
+            output_state_indices, with_dynamic_rows(intermediate_states_buffer), ssm_state_indices, output,
         ).launch(
             grid=self.grid(v.shape[2], q.shape[2], v.shape[0]),
             block=(cfg.tactic.threads, 1, 1),

@@ -48,7 +48,7 @@ from .fragments import (
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
 from .prefetch import in_first_wave, prefetch_tokens
 from .ring import Cache, RingTiles
-from .tiles import Place, allocate_tokens
+from .tiles import Place, allocate_tokens, with_dynamic_rows
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ class Verify(RingTiles):
 
     @cute.jit
     def __call__(
-        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale,
+        self, q, k, v, a, b, A_log, dt_bias, scale, state_pool, state_indices, keys, updates, gates, k_scale,
         cursor, live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output, stream,
     ):  # fmt: skip
         cfg = self.config
+        state = with_dynamic_rows(state_pool)
         self.kernel(
             q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale, cursor,
             live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output,

@@ -13,7 +13,7 @@ from cutlass import Float32, Int32
 from .config import MMA_ROWS, WARP_LANES
 from .ring import Cache, RingTiles
 from .speculative import allocate
-from .tiles import Place
+from .tiles import Place, with_dynamic_rows
 
 
 class Fold(RingTiles):
@@ -21,10 +21,11 @@ class Fold(RingTiles):
 
     @cute.jit
     def __call__(
-        self, state, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted, accepted_nodes,
-        states, stream,
+        self, state_pool, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted,
+        accepted_nodes, states, stream,
     ):  # fmt: skip
         cfg = self.config
+        state, states = with_dynamic_rows(state_pool), with_dynamic_rows(states)
         self.kernel(
             state, state_indices, keys, updates, gates, k_scale, cursor, live, num_accepted, accepted_nodes,
             states,

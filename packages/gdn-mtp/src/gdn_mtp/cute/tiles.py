@@ -7,8 +7,9 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
+from cutlass import Int64
 
-from .config import MMA_ROWS, PART_ROWS, TokenTiles
+from .config import MMA_ROWS, PART_ROWS, VECTOR_BYTES, TokenTiles
 from .fragments import NUMERIC, bulk_load, bulk_store, load_vector, load_words, store_vector
 
 
@@ -46,6 +47,19 @@ class Place:
     def row_in_tile(self, half):
         """The row of a tile that stands in row g + 8 * half of a product."""
         return PART_ROWS * (self.g % 2) + self.g // 2 + PART_ROWS // 2 * half
+
+
+def with_dynamic_rows(states):
+    """`states` [..., V, K], or None, with a row stride that the compiler does not know.
+
+    Of contiguous rows the launcher demands a stride of K. With that in its code the kernel would take longer
+    with few requests: loads come in another order.
+    """
+    if states is None:
+        return None
+    divisor = VECTOR_BYTES * 8 // states.element_type.width
+    stride = (*states.stride[:-2], cute.assume(Int64(states.stride[-2]), divby=divisor), 1)
+    return cute.make_tensor(states.iterator, cute.make_layout(states.shape, stride=stride))
 
 
 def allocate_tokens(cfg, smem):

@@ -58,7 +58,6 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
     T, K, V = config.T, config.K, config.V
     io, gate, state = (NUMERIC[x] for x in (config.io_dtype, config.gate_dtype, config.state_dtype))
     matrix = (V, K) if config.state_layout == "vk" else (K, V)
-    vector = VECTOR_BYTES // config.state_bytes
 
     def indices(*shape: Any) -> Any:
         assert config.index_dtype is not None
@@ -73,10 +72,10 @@ def fake_arguments(config: Config) -> tuple[Any, ...]:
         rows(Float32, (HV,)),
         rows(NUMERIC[config.dt_bias_dtype], (HV,)),
         rows(Float32, (1,)) if config.tensor_scale else Float32(1.0),
-        rows(state, (pool, HV, *matrix), vector),
+        states(config, state, (pool, HV, *matrix)),
         indices(B) if config.index_dtype is not None else None,
         indices(B) if config.separate_write_indices else None,
-        rows(state, (cute.sym_int32(), cute.sym_int32(), HV, *matrix), vector)
+        states(config, state, (cute.sym_int32(), cute.sym_int32(), HV, *matrix))
         if config.intermediate == "buffer"
         else None,
         indices(B, T) if config.intermediate == "scatter" else None,
@@ -89,9 +88,8 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
     B, H, HV, pool = (cute.sym_int32() for _ in range(4))
     T, K, V, R = config.T, config.K, config.V, config.capacity
     io, gate, state = (NUMERIC[x] for x in (config.io_dtype, config.gate_dtype, config.state_dtype))
-    vector = VECTOR_BYTES // config.state_bytes
     tensors = (
-        rows(state, (pool, HV, V, K), vector),
+        states(config, state, (pool, HV, V, K)),
         make_fake_tensor(NUMERIC[config.index_dtype], (B,), (cute.sym_int64(),)),
         slots(io, (pool, R, H, K), 8 * VECTOR_BYTES // io.width),
         slots(Float32, (pool, R, HV, V), VECTOR_BYTES // 4),
@@ -103,7 +101,7 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
         rows(Int32, (B, cute.sym_int32())) if config.accept == "nodes" else None,
     )
     if config.mode != "verify":
-        return (*tensors, rows(state, (B, HV, V, K), vector) if config.mode == "materialize" else None)
+        return (*tensors, states(config, state, (B, HV, V, K)) if config.mode == "materialize" else None)
     return (
         tokens(io, (B, T, H, K)),
         tokens(io, (B, T, H, K)),
@@ -121,11 +119,19 @@ def fake_speculative_arguments(config: SpeculativeConfig) -> tuple[Any, ...]:
     )
 
 
-def rows(dtype: Any, shape: tuple[Any, ...], divisibility: int = 1) -> Any:
-    """A tensor with stride 1 in its last dimension; the others are multiples of `divisibility` elements."""
-    strides = tuple(cute.sym_int64(divisibility=divisibility) for _ in shape[:-1])
-    align = divisibility * dtype.width // 8
-    return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=align)
+def rows(dtype: Any, shape: tuple[Any, ...]) -> Any:
+    """A tensor with stride 1 in its last dimension."""
+    strides = tuple(cute.sym_int64() for _ in shape[:-1])
+    return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=dtype.width // 8)
+
+
+def states(config: Config | SpeculativeConfig, dtype: Any, shape: tuple[Any, ...]) -> Any:
+    """States [..., V, K] or [..., K, V]: `rows`, 16-byte aligned and contiguous unless they may lie apart."""
+    vector = VECTOR_BYTES * 8 // dtype.width
+    strides = [cute.sym_int64(divisibility=vector) for _ in shape[:-1]]
+    if not config.rows_may_lie_apart:
+        strides[-1] = shape[-1]
+    return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=VECTOR_BYTES)
 
 
 def tokens(dtype: Any, shape: tuple[Any, ...]) -> Any:
