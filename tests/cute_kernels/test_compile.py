@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import tvm_ffi
 from cute_kernels import CuteFunction
-from cute_kernels.compile import COMPILER_DISTRIBUTIONS, _toolchain
+from cute_kernels.compile import _toolchain
+from cute_kernels.load import newest_supported
 from kernel_dispatch import CompilationForbiddenError, forbid_compilation, record_lookups
 from kernel_testing import cubin_resources
 from two_kernels import FUNCTION, TRACED, Config, trace
@@ -85,18 +87,48 @@ def toolchain_read_anew() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("toolchain_read_anew")
-def test_the_key_holds_the_compilers_of_the_dsl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = FUNCTION.key(Config(), "sm_100a")
-    assert any(name.startswith("nvidia-cutlass-dsl-libs-cu") for name in before.toolchain)
-    for name in COMPILER_DISTRIBUTIONS:
+def test_the_key_holds_the_compiler_of_the_dsl_and_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digests = {FUNCTION.key(Config(), "sm_100a").digest}
+    for cuda in (98, 99):
+        name = f"nvidia-cutlass-dsl-libs-cu{cuda}"
         metadata = tmp_path / f"{name.replace('-', '_')}-0.1.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    _toolchain.cache_clear()
-    after = FUNCTION.key(Config(), "sm_100a")
-    assert {after.toolchain[name] for name in COMPILER_DISTRIBUTIONS} == {"0.1"}
-    assert after.digest != before.digest
+    for cuda, machine in ((98, "x86_64"), (99, "x86_64"), (99, "aarch64")):
+        monkeypatch.setattr("cute_kernels.compile.cuda_of_dsl", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        _toolchain.cache_clear()
+        digests.add(FUNCTION.key(Config(), "sm_100a").digest)
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("installed", "of_driver", "chosen"),
+    [([12, 13], 13, 13), ([12, 13], 12, 12), ([12], 13, 12), ([12, 13], None, 13)],
+)
+def test_the_dsl_compiles_with_the_newest_cuda_of_the_driver(
+    installed: list[int], of_driver: int | None, chosen: int
+) -> None:
+    assert newest_supported(installed, of_driver) == chosen
+
+
+@pytest.mark.parametrize("installed", [[13], []])
+def test_a_dsl_that_the_driver_does_not_take_is_named(installed: list[int]) -> None:
+    with pytest.raises(RuntimeError, match=r"for CUDA (13|none), the driver supports up to 12"):
+        newest_supported(installed, 12)
+
+
+def test_that_cuda_is_the_one_that_the_dsl_loads() -> None:
+    program = (
+        "import sys, cutlass\n"
+        "from cute_kernels.load import cuda_of_dsl\n"
+        "loaded = sys.modules['cutlass._mlir._mlir_libs._cutlass_ir'].__file__\n"
+        "assert f'_cutlass_ir.cu{cuda_of_dsl()}.' in loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.kernels import KERNELS
 from gdn_mtp.problem import GatedDeltaRuleProblem
 from gdn_problems import (
@@ -106,6 +110,16 @@ def test_a_tactic_that_is_named_keeps_everything_in_registers_too(asked, tactic)
     """Those that need most: for 256 columns of the state in two chunks, and for all tokens in one warp."""
     assert tactic in KERNELS.tactics(asked, HOPPER)
     check_compiled(asked, HOPPER.name, tactic)
+
+
+def test_what_is_traced_is_in_the_key():
+    """The kernels import nothing of the package that the compile cache does not look at."""
+    for source in FUNCTION.sources[0].glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("gdn_mtp."):
+                assert inspect.getsourcefile(importlib.import_module(node.module)) in map(
+                    str, FUNCTION.sources
+                )
 
 
 def check_compiled(asked, arch, tactic):

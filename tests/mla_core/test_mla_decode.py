@@ -240,7 +240,7 @@ def test_enable_pdl_is_refused_by_a_provider_that_cannot() -> None:
 def test_backend_is_strict() -> None:
     decode_and_check(Case((5,)), backend="torch")
     with pytest.raises(kernel_dispatch.NoKernelError, match="no provider of that name"):
-        decode_and_check(Case((5,)), backend="trtllm-gen")
+        decode_and_check(Case((5,)), backend="nobody")
 
 
 @pytest.mark.parametrize("workspace", [None, torch.empty(16, dtype=torch.uint8)], ids=["none", "given"])

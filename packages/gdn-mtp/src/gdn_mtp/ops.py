@@ -1,11 +1,19 @@
 """The functional call as a `torch.library` operation, seen through by `torch.compile` and `torch.export`."""
 
 import torch
-from kernel_dispatch import ArgumentTypeError, register_op
+from kernel_dispatch import register_op, split_scale
 from torch import Tensor
 
 from gdn_mtp.plans import run_known, run_new
-from gdn_mtp.specs import FORMS, CallFlags, CallForm, CallTensors, check_flags
+from gdn_mtp.specs import (
+    FORMS,
+    CallFlags,
+    CallForm,
+    CallTensors,
+    check_flags,
+    check_traced,
+    tensor_specs,
+)
 
 
 def gated_delta_rule(
@@ -63,13 +71,9 @@ def trace_call(
 ) -> Tensor:
     """Record the call with whoever traces; shapes and values are checked when it runs. Returns the output."""
     check_flags(tensors, flags)
-    for name, tensor in tensors.named(form).items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ArgumentTypeError(name, f"{type(tensor).__name__}, expected a tensor")
+    check_traced(tensor_specs(form, not flags.disable_state_update), tensors.named(form))
     output = torch.empty_like(tensors.v, memory_format=torch.contiguous_format)
     if tensors.output is not None:
         output = tensors.output
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    number = None if scale is None or isinstance(scale, Tensor) else float(scale)
-    _OP(form.name, *tensors._replace(output=output), number, scale_tensor, *flags)
+    _OP(form.name, *tensors._replace(output=output), *split_scale("scale", scale), *flags)
     return output

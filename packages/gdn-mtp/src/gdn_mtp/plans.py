@@ -11,12 +11,13 @@ from kernel_dispatch import (
     PlanCache,
     Selection,
     as_arch,
+    as_device,
+    check_backend,
     check_scale,
     debug_mode,
     dtype_name,
     resolve,
 )
-from kernel_dispatch.devices import as_device
 from torch import Tensor
 
 from gdn_mtp.planning import PreparedKernel, check_planned, given, saved_slots, select
@@ -27,7 +28,6 @@ from gdn_mtp.specs import (
     CallTensors,
     FlagTuple,
     TensorTuple,
-    check_backend,
     check_call,
     misalignment,
     written_slots,
@@ -96,10 +96,8 @@ class Plan(PreparedKernel[GatedDeltaRuleProblem]):
         Index tensors, which may differ in dtype there, reach the launcher with that of the first.
         """
         q, k, v, A_log, a, dt_bias, b, state, reads, writes, buffer, scatter, _ = tensors
-        if writes is not None and reads is not None:
-            writes = writes.to(reads.dtype)
-        if scatter is not None and reads is not None:
-            scatter = scatter.to(reads.dtype)
+        if reads is not None:
+            writes, scatter = _narrowed(writes, reads.dtype), _narrowed(scatter, reads.dtype)
         scale = self._default_scale if scale is None else self._launch_scale(scale)
         self._launcher(q, k, v, a, b, A_log, dt_bias, scale, state, reads, writes, buffer, scatter, output)
 
@@ -176,6 +174,15 @@ def plan(
     if isinstance(problem, SpeculativeProblem):
         return make_plan(problem, device, selection)
     return Plan(problem, device, selection)
+
+
+def _narrowed(indices: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Slots in `dtype`; those that do not fit it stay padding, or beyond any pool."""
+    if indices is None or indices.dtype == dtype:
+        return indices
+    if dtype.itemsize < indices.dtype.itemsize:
+        indices = indices.clamp(-1, torch.iinfo(dtype).max)
+    return indices.to(dtype)
 
 
 _PLANS: PlanCache[Plan] = PlanCache()

@@ -1,5 +1,6 @@
 """What the public functions accept: tensor specs, rules between arguments, and the use of pool slots."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,11 +10,13 @@ from kernel_dispatch import (
     ArgumentTypeError,
     TensorSpec,
     bind,
+    check_backend,
     check_index_range,
     check_no_overlap,
+    check_registered,
     check_scale,
-    debug_mode,
     dtype_name,
+    values_are_readable,
 )
 from torch import Tensor
 
@@ -138,12 +141,6 @@ def check_flags(tensors: CallTensors, flags: CallFlags) -> None:
         raise ArgumentError("ssm_state_indices", "excludes output_state_indices, give one of the two")
 
 
-def check_backend(backend: str) -> None:
-    """Raises unless `backend` is a str; whether a provider has that name is for `resolve` to say."""
-    if not isinstance(backend, str):
-        raise ArgumentTypeError("backend", f"{backend!r}, expected the name of a provider or 'auto'")
-
-
 def check_call(
     form: CallForm,
     tensors: CallTensors,
@@ -173,7 +170,10 @@ def check_call(
         named["scale"] = scale
     check_no_overlap(outputs, named)
     _check_slots(tensors, writes_pool)
-    return None if dims["B"] == 0 else problem_of(form, tensors, scale, flags)
+    if dims["B"] == 0:
+        check_registered(GatedDeltaRuleProblem.entry_point_group, flags.backend)
+        return None
+    return problem_of(form, tensors, scale, flags)
 
 
 def problem_of(
@@ -207,6 +207,15 @@ def problem_of(
         tensor_scale=isinstance(scale, Tensor),
         state_rows=state_rows(tensors.state, tensors.intermediate_states_buffer),
     )
+
+
+def check_traced(specs: Sequence[TensorSpec], tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises ArgumentTypeError, naming it, for what is no tensor; all else is checked when the call runs."""
+    for spec in specs:
+        tensor = tensors[spec.name]
+        if not isinstance(tensor, Tensor) and (tensor is not None or not spec.optional):
+            came = "None" if tensor is None else type(tensor).__name__
+            raise ArgumentTypeError(spec.name, f"{came}, expected a tensor {spec.signature}")
 
 
 def misalignment(tensor: Tensor | None) -> int:
@@ -282,7 +291,7 @@ def _check_slots(tensors: CallTensors, writes_pool: bool) -> None:
     Only where values may be read: on the CPU, and in debug mode outside graph capture.
     """
     reads = tensors.initial_state_indices
-    if reads is None or not (reads.device.type == "cpu" or (debug_mode() and not is_capturing(reads))):
+    if reads is None or not values_are_readable(reads):
         return
     pool_size = tensors.state.shape[0]
     check_index_range("initial_state_indices", reads, pool_size)
@@ -305,8 +314,3 @@ def _check_slots(tensors: CallTensors, writes_pool: bool) -> None:
         writer = writer_of.get(slot, request)
         if slot >= 0 and writer != request:
             raise ArgumentError(name, f"request {writer} writes slot {slot}, which request {request} reads")
-
-
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, so that values cannot be read."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

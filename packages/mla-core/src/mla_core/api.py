@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from kernel_dispatch import ArgumentError, ArgumentTypeError, needs_op
 
-from .call import Options, execute
+from .call import Options, execute, remember, results, run_known, with_outputs
 from .ops import decode_through_op
-from .problem import OUT_DTYPES, check_bool, check_dtype, default_out_dtype
+from .problem import OUT_DTYPES, check_bool, check_dtype
 from .specs import DecodeTensors, Scale
 
 
@@ -70,16 +70,7 @@ def decode(
     provider's reason.
     """
     options = Options(kv_lora_rank, qk_rope_head_dim, max_seq_len, max_q_len, is_var_seq, enable_pdl, backend)
-    check_bool("return_lse", return_lse)
-    if lse is not None and not return_lse:
-        raise ArgumentError("lse", "given without return_lse=True")
-    if not isinstance(query, torch.Tensor):
-        raise ArgumentTypeError("query", f"{type(query).__name__}, expected a tensor")
-    caller_owns_outputs = out is not None or lse is not None or workspace is not None
-    out = _out_or_new(out, out_dtype, query, kv_lora_rank)
-    if return_lse and lse is None:
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    tensors = DecodeTensors(
+    given = DecodeTensors(
         query,
         kv_cache,
         block_tables,
@@ -91,25 +82,25 @@ def decode(
         lse,
         workspace,
     )
+    known = run_known(given, options, out_dtype, return_lse)
+    if known is not None:
+        return known
+    options.check()
+    check_bool("return_lse", return_lse)
+    if lse is not None and not return_lse:
+        raise ArgumentError("lse", "given without return_lse=True")
+    if not isinstance(query, torch.Tensor):
+        raise ArgumentTypeError("query", f"{type(query).__name__}, expected a tensor")
+    if out_dtype is not None:
+        check_dtype("out_dtype", out_dtype, OUT_DTYPES)
+        if isinstance(out, torch.Tensor):
+            check_dtype("out", out.dtype, (out_dtype,))
+    tensors = with_outputs(given, kv_lora_rank, out_dtype, return_lse)
     tensors.check_types()
     if needs_op(*tensors.all_tensors()):
         decode_through_op(tensors, options)
     else:
-        if caller_owns_outputs:
-            tensors.check_memory()
-        execute(tensors, options)
-    return out if lse is None else (out, lse)
-
-
-def _out_or_new(
-    out: torch.Tensor | None, out_dtype: torch.dtype | None, query: torch.Tensor, kv_lora_rank: int
-) -> torch.Tensor:
-    """`out` if its dtype is out_dtype, or a new output."""
-    if out_dtype is not None:
-        check_dtype("out_dtype", out_dtype, OUT_DTYPES)
-    if out is None:
-        dtype = out_dtype or default_out_dtype(query.dtype)
-        return query.new_empty((*query.shape[:-1], kv_lora_rank), dtype=dtype)
-    if isinstance(out, torch.Tensor) and out_dtype is not None:
-        check_dtype("out", out.dtype, (out_dtype,))
-    return out
+        plan = execute(tensors, options)
+        if plan is not None:
+            remember(plan, given, options, out_dtype, return_lse)
+    return results(tensors)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 from kernel_dispatch import (
@@ -11,21 +11,22 @@ from kernel_dispatch import (
     PlanCache,
     Selection,
     as_arch,
+    check_backend,
+    check_registered,
     check_workspace,
     choose,
+    is_watched,
     resolve,
-    tensor_key,
 )
 
 from .plan import Plan, cached_plan, plan_selection
-from .problem import DecodeProblem, check_backend, check_bool, check_positive
-from .specs import DecodeTensors, bind_tensors, check_values
+from .problem import DecodeProblem, check_bool, check_positive, default_out_dtype
+from .specs import DecodeTensors, bind_tensors, check_scales, check_values
 
 _plans: PlanCache[Plan] = PlanCache()
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The arguments of a call that are neither tensors nor scales; see `mla_core.decode`."""
 
     kv_lora_rank: int
@@ -36,7 +37,8 @@ class Options:
     enable_pdl: bool | None
     backend: str
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ArgumentError or ArgumentTypeError, naming the argument, for what no call takes."""
         check_positive("kv_lora_rank", self.kv_lora_rank)
         check_positive("qk_rope_head_dim", self.qk_rope_head_dim)
         if self.max_seq_len is not None:
@@ -48,14 +50,81 @@ class Options:
         check_backend(self.backend)
 
 
-def execute(tensors: DecodeTensors, options: Options) -> None:
-    """Check what the plan cache does not cover, and launch. `out` is given; lse is wanted if it is given."""
+Results = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def run_known(
+    given: DecodeTensors, options: Options, out_dtype: torch.dtype | None, return_lse: bool
+) -> Results | None:
+    """Run a call that looks like an earlier one by the plan of that one; return its results, None if new.
+
+    Nothing has been checked yet; what `remember` was told has been, for tensors that look the same.
+    """
+    if is_watched():
+        return None
+    try:
+        plan = _plans.get(_key(given, options, out_dtype, return_lse), given.all_tensors())
+    except TypeError:  # an option that cannot be hashed; `Options.check` says which
+        return None
+    if plan is None:
+        return None
+    tensors = with_outputs(given, options.kv_lora_rank, out_dtype, return_lse)
+    _run(plan, given, tensors)
+    return results(tensors)
+
+
+def execute(tensors: DecodeTensors, options: Options) -> Plan | None:
+    """Check a call in full, make its plan and run it. `out` is given; lse is wanted if it is given.
+
+    Returns the plan; None if there is nothing to do.
+    """
     if tensors.query.is_meta:
         raise ArgumentError("query", "on meta, expected a tensor with data")
-    if tensors.query.dim() and not tensors.query.shape[0]:  # no requests, or no tokens
-        bind_call(tensors, options)
-        return
-    plan = _plan_for(tensors, options)
+    sizes = bind_call(tensors, options)
+    if not tensors.query.shape[0]:  # no requests, or no tokens
+        check_registered(DecodeProblem.entry_point_group, options.backend)
+        check_scales(tensors)
+        check_workspace(tensors.workspace, 0, tensors.query.device)
+        return None
+    tensors.check_memory()
+    problem = _problem_of(tensors, options, sizes)
+    device, backend = tensors.query.device, options.backend
+    plan = cached_plan(problem, device, backend, None, lambda: _select(problem, tensors, backend))
+    _run(plan, tensors, tensors)
+    return plan
+
+
+def remember(
+    plan: Plan, given: DecodeTensors, options: Options, out_dtype: torch.dtype | None, return_lse: bool
+) -> None:
+    """Keep the plan of a call that went well for `run_known`."""
+    _plans.put(_key(given, options, out_dtype, return_lse), plan, given.all_tensors())
+
+
+def with_outputs(
+    given: DecodeTensors, kv_lora_rank: int, out_dtype: torch.dtype | None, return_lse: bool
+) -> DecodeTensors:
+    """The tensors of a call with new outputs where the caller gave none."""
+    query, out, lse = given.query, given.out, given.lse
+    if out is None:
+        out = query.new_empty(
+            (*query.shape[:-1], kv_lora_rank), dtype=out_dtype or default_out_dtype(query.dtype)
+        )
+    if return_lse and lse is None:
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return given._replace(out=out, lse=lse)
+
+
+def results(tensors: DecodeTensors) -> Results:
+    """What a call returns."""
+    assert tensors.out is not None
+    return tensors.out if tensors.lse is None else (tensors.out, tensors.lse)
+
+
+def _run(plan: Plan, given: DecodeTensors, tensors: DecodeTensors) -> None:
+    """Check what differs from call to call, and launch. given: of `tensors`, what the caller owns."""
+    if given.out is not None or given.lse is not None or given.workspace is not None:
+        given.check_memory()
     check_values(tensors, plan.problem)
     device = tensors.query.device
     if tensors.workspace is not None or not plan.workspace_nbytes:
@@ -64,6 +133,14 @@ def execute(tensors: DecodeTensors, options: Options) -> None:
         workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device=device)
         tensors = tensors._replace(workspace=workspace)
     plan.launch(tensors)
+
+
+def _key(given: DecodeTensors, options: Options, out_dtype: torch.dtype | None, return_lse: bool) -> Hashable:
+    """What the plan of a call depends on, short of what the cache compares itself: how its tensors look."""
+    optional = (given.cum_seq_lens_q, given.softmax_scale, given.output_scale, given.out, given.lse)
+    which = tuple(isinstance(x, torch.Tensor) for x in optional)
+    types = tuple(map(type, options))  # 512.0 equals 512, but is refused
+    return options, types, out_dtype, return_lse, which, torch.is_grad_enabled()
 
 
 def bind_call(tensors: DecodeTensors, options: Options) -> dict[str, int]:
@@ -76,32 +153,7 @@ def bind_call(tensors: DecodeTensors, options: Options) -> dict[str, int]:
     return bind_tensors(tensors, kv_lora_rank=options.kv_lora_rank, head_dim=head_dim, out_dtype=None)
 
 
-def _plan_for(tensors: DecodeTensors, options: Options) -> Plan:
-    scales = (tensors.softmax_scale, tensors.output_scale)
-    scales_are_tensors = tuple(isinstance(scale, torch.Tensor) for scale in scales)
-    optional = (tensors.cum_seq_lens_q, tensors.out, tensors.lse)
-    key = (
-        options,
-        scales_are_tensors,
-        tensor_key(tensors.query),
-        tensor_key(tensors.kv_cache),
-        tensor_key(tensors.block_tables),
-        tensor_key(tensors.seq_lens),
-        *(None if tensor is None else tensor_key(tensor) for tensor in optional),
-    )
-    plan = _plans.get(key)
-    if plan is None:
-        problem = _problem_of(tensors, options, bind_call(tensors, options), scales_are_tensors)
-        backend = options.backend
-        device = tensors.query.device
-        plan = cached_plan(problem, device, backend, None, lambda: _select(problem, tensors, backend))
-        _plans.put(key, plan)
-    return plan
-
-
-def _problem_of(
-    tensors: DecodeTensors, options: Options, sizes: dict[str, int], scales_are_tensors: tuple[bool, ...]
-) -> DecodeProblem:
+def _problem_of(tensors: DecodeTensors, options: Options, sizes: dict[str, int]) -> DecodeProblem:
     assert tensors.out is not None
     capacity = sizes["max_pages"] * sizes["page_size"]
     return DecodeProblem(
@@ -120,8 +172,8 @@ def _problem_of(
         ragged=tensors.ragged,
         return_lse=tensors.lse is not None,
         enable_pdl=options.enable_pdl,
-        softmax_scale_is_tensor=scales_are_tensors[0],
-        output_scale_is_tensor=scales_are_tensors[1],
+        softmax_scale_is_tensor=isinstance(tensors.softmax_scale, torch.Tensor),
+        output_scale_is_tensor=isinstance(tensors.output_scale, torch.Tensor),
     )
 
 

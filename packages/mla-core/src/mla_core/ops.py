@@ -1,7 +1,7 @@
 """The custom op `mla_core::decode`: how torch.compile, torch.export and fake tensors see a decode call.
 
-It writes `out`, `lse` and `workspace` and returns nothing. A scale comes as a float and an optional tensor
-that takes its place, since a schema has no union of the two.
+It writes `out`, `lse` and `workspace` and returns nothing. A scale comes as two arguments, a float or else a
+tensor.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kernel_dispatch import register_op
+from kernel_dispatch import register_op, split_scale
 
-from .call import Options, bind_call, execute
-from .specs import DecodeTensors, Scale
+from .call import Options, bind_call, execute, remember, run_known
+from .specs import DecodeTensors
 
 
 def decode_through_op(tensors: DecodeTensors, options: Options) -> None:
@@ -23,8 +23,8 @@ def decode_through_op(tensors: DecodeTensors, options: Options) -> None:
         tensors.block_tables,
         tensors.seq_lens,
         tensors.cum_seq_lens_q,
-        *_split_scale(tensors.softmax_scale),
-        *_split_scale(tensors.output_scale),
+        *split_scale("softmax_scale", tensors.softmax_scale),
+        *split_scale("output_scale", tensors.output_scale),
         tensors.out,
         tensors.lse,
         tensors.workspace,
@@ -44,9 +44,9 @@ def _decode(
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     cum_seq_lens_q: torch.Tensor | None,
-    softmax_scale: float,
+    softmax_scale: float | None,
     softmax_scale_tensor: torch.Tensor | None,
-    output_scale: float,
+    output_scale: float | None,
     output_scale_tensor: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -80,12 +80,18 @@ def _decode(
         enable_pdl,
         backend,
     )
-    tensors.check_memory()
-    execute(tensors, options)
+    return_lse = tensors.lse is not None
+    if run_known(tensors, options, None, return_lse) is None:
+        options.check()
+        plan = execute(tensors, options)
+        if plan is not None:
+            remember(plan, tensors, options, None, return_lse)
 
 
 def _decode_fake(*arguments: Any) -> None:
-    bind_call(*_packed(*arguments))
+    tensors, options = _packed(*arguments)
+    options.check()
+    bind_call(tensors, options)
 
 
 def _packed(*arguments: Any) -> tuple[DecodeTensors, Options]:
@@ -106,10 +112,6 @@ def _packed(*arguments: Any) -> tuple[DecodeTensors, Options]:
         workspace,
     )
     return tensors, Options(*options)
-
-
-def _split_scale(scale: Scale) -> tuple[float, torch.Tensor | None]:
-    return (1.0, scale) if isinstance(scale, torch.Tensor) else (float(scale), None)
 
 
 _decode_op = register_op(

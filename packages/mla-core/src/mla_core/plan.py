@@ -13,14 +13,15 @@ from kernel_dispatch import (
     PlanCache,
     Selection,
     as_arch,
+    as_device,
+    check_backend,
     check_workspace,
     debug_mode,
     launch_workspace,
     resolve,
 )
-from kernel_dispatch.devices import as_device
 
-from .problem import DecodeProblem, check_backend, check_problem
+from .problem import DecodeProblem, check_problem
 from .specs import DecodeTensors, Scale, bind_tensors, check_values
 
 _plans: PlanCache[Plan] = PlanCache()
@@ -66,7 +67,8 @@ class Plan:
 
         Arguments are those of `mla_core.decode`, with the sizes and dtypes of the problem. Nothing is
         allocated, synchronised or compiled, so a run can be captured in a CUDA graph. Arguments are checked
-        on the CPU and in debug mode; otherwise tensors that do not fit the problem are undefined behaviour.
+        on the CPU and in debug mode; elsewhere only the size of the workspace is, and other tensors that do
+        not fit the problem are undefined behaviour.
         """
         tensors = DecodeTensors(
             query,
@@ -82,6 +84,8 @@ class Plan:
         )
         if self.always_checked or debug_mode():
             self._check(tensors)
+        elif self.workspace_nbytes and (workspace is None or workspace.nbytes < self.workspace_nbytes):
+            check_workspace(workspace, self.workspace_nbytes, self.device)
         self.launch(tensors)
 
     def launch(self, tensors: DecodeTensors) -> None:
@@ -182,7 +186,8 @@ def workspace_nbytes(
 ) -> int:
     """Bytes of workspace that a launch of `problem` needs on `arch`, with the provider `backend` resolves to.
 
-    arch: a name such as "sm_90a" will do, so a workspace can be sized on a machine without that GPU.
+    arch: a name such as "sm_90a" will do on a machine without that GPU. It stands for one number of SMs: a
+    GPU with another may need more, or less, so where the device is at hand it is what to pass.
     """
     check_problem(problem)
     check_backend(backend)

@@ -149,12 +149,6 @@ def check_problem(problem: DecodeProblem) -> None:
         raise ArgumentTypeError("problem", f"{type(problem).__name__}, expected a DecodeProblem")
 
 
-def check_backend(backend: str) -> None:
-    """Raise unless `backend` is a str; whether a provider has that name is for `resolve` to say."""
-    if not isinstance(backend, str):
-        raise ArgumentTypeError("backend", f"{backend!r}, expected the name of a provider or 'auto'")
-
-
 def check_positive(name: str, value: int) -> None:
     """Raise unless `value` is an int (under a tracer, possibly a symbolic one) of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -9,11 +9,12 @@ from kernel_dispatch import (
     ArgumentError,
     ArgumentTypeError,
     TensorSpec,
+    are_disjoint,
     bind,
     check_index_range,
     check_no_overlap,
     check_scale,
-    debug_mode,
+    values_are_readable,
 )
 
 from .problem import INPUT_DTYPES, MAX_NUM_HEADS, OUT_DTYPES, DecodeProblem
@@ -63,6 +64,10 @@ class DecodeTensors(NamedTuple):
 
     def check_memory(self) -> None:
         """Raise ArgumentError if an output or the workspace shares memory with another argument."""
+        inputs = (self.query, self.kv_cache, self.block_tables, self.seq_lens, self.cum_seq_lens_q)
+        read = [x for x in (*inputs, self.softmax_scale, self.output_scale) if isinstance(x, torch.Tensor)]
+        if are_disjoint([x for x in (self.out, self.lse, self.workspace) if x is not None], read):
+            return
         tensors = self._by_name()
         outputs = {name: tensors.pop(name) for name in _WRITTEN}
         scales = {name: getattr(self, name) for name in _SCALES}
@@ -161,21 +166,26 @@ def _check_sizes(sizes: dict[str, int]) -> None:
         raise ArgumentError("cum_seq_lens_q", f"{offsets} entries, expected batch + 1 = {sizes['batch'] + 1}")
 
 
+def check_scales(tensors: DecodeTensors) -> None:
+    """Check both scales; the value of a tensor where it may be read."""
+    device = tensors.query.device
+    check_scale("softmax_scale", tensors.softmax_scale, device)
+    check_scale("output_scale", tensors.output_scale, device)
+
+
 def check_values(tensors: DecodeTensors, problem: DecodeProblem) -> None:
     """Check scales, lengths, offsets and the table entries in use, where they may be read.
 
     That is on the CPU and in debug mode; a float scale is checked always.
     """
-    device = tensors.query.device
-    check_scale("softmax_scale", tensors.softmax_scale, device)
-    check_scale("output_scale", tensors.output_scale, device)
-    if device.type != "cpu" and not (debug_mode() and not torch.cuda.is_current_stream_capturing()):
+    check_scales(tensors)
+    if not values_are_readable(tensors.query):
         return
     seq_lens = tensors.seq_lens
     check_index_range("seq_lens", seq_lens, upper=problem.max_seq_len + 1, lower=0)
     if not problem.is_var_seq and bool((seq_lens != seq_lens[0]).any()):
         raise ArgumentError("seq_lens", "lengths differ, expected equal ones with is_var_seq=False")
-    first_key = torch.arange(problem.max_pages, device=device) * problem.page_size
+    first_key = torch.arange(problem.max_pages, device=seq_lens.device) * problem.page_size
     in_use = tensors.block_tables.masked_fill(first_key >= seq_lens.unsqueeze(1), -1)
     check_index_range("block_tables", in_use, upper=tensors.kv_cache.shape[0])
     if tensors.cum_seq_lens_q is not None:

@@ -9,8 +9,9 @@ devices and alignment they check, and launch on PyTorch's current stream of the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -23,12 +24,10 @@ from typing import Any
 
 from kernel_dispatch import CompileCache, CompileKey, source_hash, toolchain_versions
 
-from .load import load_library
+from .load import cuda_of_dsl, load_library
 
 LINKED_SOURCES = tuple(Path(__file__).with_name(name) for name in ("call.c", "launch.c"))
 DISTRIBUTIONS = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
-# Compilers of the DSL, one for each CUDA; there may be several, of which it takes one.
-COMPILER_DISTRIBUTIONS = ("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13")
 
 VARIABLE_PREFIX = "CUTE_DSL_"  # of the variables that the DSL reads
 # Those that change no code: what is printed, kept or cached, and the architecture, which is always an option.
@@ -118,7 +117,12 @@ class CuteFunction:
         """Compile into `directory`: object file, PTX, cubin, and the library where it can be linked."""
         compiled = Compiled(self.name, directory)
         with _compile_lock, tempfile.TemporaryDirectory() as scratch:
-            options = (*self._options(arch), "--keep-ptx", "--keep-cubin", f"--dump-dir {scratch}")
+            options = (
+                *self._options(arch),
+                "--keep-ptx",
+                "--keep-cubin",
+                f"--dump-dir {shlex.quote(scratch)}",
+            )
             function = self.trace(config, " ".join(options))
             function.export_to_c(str(compiled.object_file), function_name=self.name)
             for target in (compiled.ptx, compiled.cubin):  # the compiler names its files after the arguments
@@ -152,16 +156,16 @@ def _link(compiler: str, compiled: Compiled) -> None:
     flags = ("-O2", "-fPIC", "-shared", "-nodefaultlibs", "-Wl,-Bsymbolic")
     options = (*flags, *named, *(f"-I{folder}" for folder in includes))
     command = [compiler, *options, "-o", str(compiled.library), *parts]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    linked = subprocess.run(command, check=False, capture_output=True, text=True)
+    if linked.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with {linked.returncode}\n{linked.stderr}")
 
 
 @cache
 def _toolchain() -> dict[str, str]:
-    return toolchain_versions(*DISTRIBUTIONS, *filter(_is_installed, COMPILER_DISTRIBUTIONS))
-
-
-def _is_installed(distribution: str) -> bool:
-    return any(importlib.metadata.distributions(name=distribution))
+    """What compiles: the DSL, its compiler of one CUDA, and the machine that the host code is for."""
+    compiler = f"nvidia-cutlass-dsl-libs-cu{cuda_of_dsl()}"
+    return {**toolchain_versions(*DISTRIBUTIONS, compiler), "machine": platform.machine()}
 
 
 @cache

@@ -34,12 +34,44 @@ def load_library(library: Path, function: str) -> Callable[..., None]:
 
 
 @cache
+def cuda_of_dsl() -> int:
+    """The major version of the CUDA that the DSL compiles with here: it chooses by the driver."""
+    return newest_supported(sorted(_runtime_libraries()), _cuda_of_driver())
+
+
+def newest_supported(installed: list[int], of_driver: int | None) -> int:
+    """The newest of the CUDAs `installed` that the driver supports, as the DSL chooses; None: no driver.
+
+    Raises RuntimeError where there is none.
+    """
+    supported = [cuda for cuda in installed if of_driver is None or cuda <= of_driver]
+    if not supported:
+        found = ", ".join(map(str, installed)) or "none"
+        raise RuntimeError(
+            f"nvidia-cutlass-dsl is installed for CUDA {found}, the driver supports up to {of_driver}"
+        )
+    return max(supported)
+
+
+@cache
 def _load_runtime() -> None:
     """Load the DSL's runtime library, which compiled functions link to."""
+    ctypes.CDLL(str(_runtime_libraries()[cuda_of_dsl()]), ctypes.RTLD_GLOBAL)
+
+
+def _runtime_libraries() -> dict[int, Path]:
+    """The runtime libraries of the installed DSL, by the major version of their CUDA."""
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     roots = list(spec.submodule_search_locations or []) if spec is not None else []
-    for root in roots:
-        for library in sorted(Path(root).glob("cu*/lib/libcute_dsl_runtime.so"), reverse=True):
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-            return
-    raise RuntimeError("libcute_dsl_runtime.so is not in the installed nvidia-cutlass-dsl")
+    found = [library for root in roots for library in Path(root).glob("cu*/lib/libcute_dsl_runtime.so")]
+    return {int(library.parent.parent.name.removeprefix("cu")): library for library in found}
+
+
+def _cuda_of_driver() -> int | None:
+    """The newest major version of CUDA that the driver supports, None without a driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000

@@ -4,7 +4,7 @@ Importing this package neither touches CUDA nor imports a kernel language.
 """
 
 from .__about__ import __version__
-from ._tensors import dtype_name
+from ._tensors import dtype_name, has_data, values_are_readable
 from .arch import Arch, as_arch
 from .autotune import Tuner, autotune, choose
 from .canonical import canonical_json
@@ -19,6 +19,7 @@ from .compile_cache import (
     toolchain_versions,
 )
 from .debug import debug, debug_mode
+from .devices import as_device
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -33,12 +34,23 @@ from .providers import (
     Problem,
     Provider,
     Registered,
+    check_backend,
+    check_registered,
     providers,
     registered,
     reload_providers,
 )
 from .resolution import Explanation, ExplanationRow, Selection, candidates, explain, resolve
-from .specs import Layout, TensorSpec, bind, check_index_range, check_no_overlap, check_scale
+from .specs import (
+    Layout,
+    TensorSpec,
+    are_disjoint,
+    bind,
+    check_index_range,
+    check_no_overlap,
+    check_scale,
+    split_scale,
+)
 from .tuning import bucket_batch, clear_tuning, generation, load_tuning, tuned_choice
 from .warmup import WarmupError, WarmupReport, WarmupRow, load_problems, warmup
 from .workspace import GuardedWorkspace, check_workspace, guard_workspace, launch_workspace
@@ -69,14 +81,18 @@ __all__ = [
     "WarmupReport",
     "WarmupRow",
     "__version__",
+    "are_disjoint",
     "as_arch",
+    "as_device",
     "autotune",
     "bind",
     "bucket_batch",
     "candidates",
     "canonical_json",
+    "check_backend",
     "check_index_range",
     "check_no_overlap",
+    "check_registered",
     "check_scale",
     "check_workspace",
     "choose",
@@ -90,6 +106,7 @@ __all__ = [
     "forbid_compilation",
     "generation",
     "guard_workspace",
+    "has_data",
     "is_watched",
     "launch_workspace",
     "load_problems",
@@ -102,8 +119,10 @@ __all__ = [
     "reload_providers",
     "resolve",
     "source_hash",
+    "split_scale",
     "tensor_key",
     "toolchain_versions",
     "tuned_choice",
+    "values_are_readable",
     "warmup",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .debug import debug_mode
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """ "bfloat16" rather than "torch.bfloat16"."""
@@ -21,10 +23,10 @@ def has_data(tensor: torch.Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def values_are_readable(tensor: torch.Tensor, debug: bool) -> bool:
+def values_are_readable(tensor: torch.Tensor) -> bool:
     """Whether a check may read values: on the CPU always, on a GPU in debug mode outside graph capture."""
     if not has_data(tensor):
         return False
     if tensor.device.type == "cpu":
         return True
-    return debug and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return debug_mode() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,8 +1,8 @@
 """Debug mode: checks that cost a device synchronisation or extra memory, off by default.
 
-`KERNEL_DISPATCH_DEBUG=1` in the environment (read once, at import) turns it on for the process, `debug()` for
-a block of code. It adds range checks on index tensors and scale values that live on a GPU, and canaries
-around the workspaces of launches (`launch_workspace`).
+`KERNEL_DISPATCH_DEBUG=1` in the environment, read once, at import, turns it on for the process ("0", "false",
+"no" and "off" do not), `debug()` for a block of code. It adds range checks on index tensors and scale values
+that live on a GPU, and canaries around the workspaces of launches (`launch_workspace`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_PROCESS_WIDE = os.environ.get("KERNEL_DISPATCH_DEBUG", "0") not in ("", "0")
+_PROCESS_WIDE = os.environ.get("KERNEL_DISPATCH_DEBUG", "").lower() not in ("", "0", "false", "no", "off")
 _active: ContextVar[bool] = ContextVar("kernel_dispatch_debug", default=False)
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from .arch import Arch
-from .errors import ArgumentError, ArgumentTypeError, ProviderError
+from .errors import ArgumentError, ArgumentTypeError, NoKernelError, ProviderError
 
 AUTO = "auto"  # what `backend=` says for any provider
 ANY_ARCH = "any"
@@ -162,6 +162,21 @@ def providers(group: str) -> tuple[Registered, ...]:
     with _lock:
         entries = _discovered.setdefault(group, discovered) + _added.get(group, ())
     return tuple(sorted(entries, key=_rank))
+
+
+def check_backend(backend: str) -> None:
+    """Raises ArgumentTypeError unless `backend` is a str; `resolve` says whether it runs a problem."""
+    if not isinstance(backend, str):
+        raise ArgumentTypeError("backend", f"{backend!r}, expected the name of a provider or {AUTO!r}")
+
+
+def check_registered(group: str, backend: str) -> None:
+    """Raises NoKernelError unless `backend` is "auto" or names a provider of the group.
+
+    For calls that pose no problem, which `resolve` would take: those without requests.
+    """
+    if backend != AUTO and all(entry.name != backend for entry in providers(group)):
+        raise NoKernelError(f"backend={backend!r}: no provider of that name in {group}")
 
 
 def reload_providers() -> None:

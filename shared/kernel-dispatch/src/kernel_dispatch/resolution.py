@@ -130,8 +130,12 @@ def resolve(
             offered = f"expected one of {', '.join(tactics)}, which provider {provider.name!r} has here"
             raise ArgumentError("tactic", f"{tactic!r}, {offered}")
         return Selection(provider, kernel, tactic, f"{explanation.reason}; tactic named")
-    is_tuned = tuned is not None and tuned[0] == provider.name and tuned[1] in tactics
-    return Selection(provider, kernel, tuned[1] if tuned and is_tuned else tactics[0], explanation.reason)
+    if tuned is None or tuned[0] != provider.name:
+        return Selection(provider, kernel, tactics[0], explanation.reason)
+    if tuned[1] not in tactics:
+        reason = f"{explanation.reason}; tactic {tuned[1]!r}, fastest when tuned, is not offered any more"
+        return Selection(provider, kernel, tactics[0], reason)
+    return Selection(provider, kernel, tuned[1], explanation.reason)
 
 
 def candidates(problem: Problem, arch: Arch | str | torch.device | None = None) -> tuple[Selection, ...]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ._tensors import dtype_name, has_data, same_device, values_are_readable
-from .debug import debug_mode
 from .errors import ArgumentError, ArgumentTypeError
 
 Layout = Literal["any", "inner", "contiguous"]
@@ -147,6 +146,22 @@ def check_no_overlap(outputs: Mapping[str, Tensor | None], inputs: Mapping[str, 
             raise ArgumentError(output.name, f"shares memory with {other.name}, expected memory of its own")
 
 
+def are_disjoint(written: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether no byte range of `written` meets another of them, or one of `others`; quick, for every launch.
+
+    False says nothing yet: `check_no_overlap` knows of tensors that interleave, of devices, and of fake ones.
+    """
+    ranges = []
+    for tensor in (*written, *others):
+        start = tensor.data_ptr()
+        ranges.append((start, start + _extent_bytes(tensor)))
+    for place, (start, end) in enumerate(ranges[: len(written)], start=1):
+        for other_start, other_end in ranges[place:]:
+            if start < other_end and other_start < end:
+                return False
+    return True
+
+
 class _Memory(NamedTuple):
     """The bytes [start, end) that a tensor's elements lie in."""
 
@@ -199,7 +214,7 @@ def check_index_range(name: str, indices: Tensor, upper: int, lower: int = -1) -
     indices: an integer tensor of any shape. Its values are read on the CPU and in debug mode; otherwise, and
     for fake tensors and during graph capture, nothing is checked.
     """
-    if indices.numel() == 0 or not values_are_readable(indices, debug_mode()):
+    if indices.numel() == 0 or not values_are_readable(indices):
         return
     smallest, largest = (int(bound) for bound in torch.aminmax(indices))
     too_small = lower >= 0 and smallest < lower
@@ -229,12 +244,10 @@ def check_scale(
             raise ArgumentError(name, f"shape {list(value.shape)}, expected one element")
         if device is not None and not same_device(value.device, device):
             raise ArgumentError(name, f"on {value.device}, expected {device}")
-        if values_are_readable(value, debug_mode()):
+        if values_are_readable(value):
             _check_finite(name, value.item())
         return value
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the ABC is asked last: slow
-        came = type(value).__name__
-        raise ArgumentTypeError(name, f"{came}, expected a float or a float32 tensor of one element")
+    _check_real(name, value)
     try:
         number = float(value)
     except OverflowError:  # the number is not shown: it may have thousands of digits
@@ -244,6 +257,24 @@ def check_scale(
     if abs(number) > FLOAT32_MAX:
         raise ArgumentError(name, f"{number} beyond the range of float32, expected a finite number")
     return number
+
+
+def split_scale(name: str, value: float | Real | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A scale as two arguments of an operation, whose schema has no union: a number or else a tensor.
+
+    Raises ArgumentTypeError for what is neither. Which numbers and tensors will do, `check_scale` says when
+    the operation runs: to a tracer a number may be a symbol.
+    """
+    if value is None or isinstance(value, Tensor):
+        return None, value
+    _check_real(name, value)
+    return float(value), None
+
+
+def _check_real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the ABC is asked last: slow
+        came = type(value).__name__
+        raise ArgumentTypeError(name, f"{came}, expected a float or a float32 tensor of one element")
 
 
 def _check_finite(name: str, number: float) -> None:

@@ -56,14 +56,19 @@ class TuningStore:
         """The file's entries by key digest; none if it does not exist.
 
         A corrupt file (not JSON, or format 1 with malformed entries) is moved aside to
-        `<path>.corrupt-<random>`, a foreign one (another format) is left untouched; both give a
-        RuntimeWarning and no entries. Reading a good file takes no lock and writes nothing, so it works in a
-        read-only directory.
+        `<path>.corrupt-<random>` where the directory can be written, a foreign one (another format) is left
+        untouched; both give a RuntimeWarning and no entries. Reading a good file takes no lock and writes
+        nothing.
         """
         entries, problem = _parse(self.path)
         if problem == _CORRUPT:
-            with self._lock():
-                entries, problem = self._read_locked()
+            try:
+                with self._lock():
+                    entries, problem = self._read_locked()
+            except OSError as error:
+                warn_caller(
+                    f"tuning file {self.path} is corrupt and stays: {error}; starting without its entries"
+                )
         elif problem is not None:
             self._warn_foreign(problem)
         return entries

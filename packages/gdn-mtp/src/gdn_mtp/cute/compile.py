@@ -17,4 +17,6 @@ def _trace(config: Config | SpeculativeConfig, options: str) -> Any:
     return trace(config, options)
 
 
-FUNCTION = CuteFunction("gated_delta_rule", _trace, sources=(Path(__file__).parent,))
+_PACKAGE = Path(__file__).parents[1]
+SOURCES = ("cute", "problem.py", "speculative/problem.py")
+FUNCTION = CuteFunction("gated_delta_rule", _trace, tuple(_PACKAGE / name for name in SOURCES))

@@ -17,6 +17,7 @@ LOG_DECAY, DECAY, BETA, CHUNK_DECAY, K_SCALE, Q_SCALE, QK = range(7)
 PATH = DECAY  # in a table of `stage_path_gates`: the bits of an int32, one for each token on the path
 
 SOFTPLUS_LINEAR_ABOVE = 20.0
+LOWEST_LOG_DECAY = -104.0  # exp of it is 0 in float32
 
 
 class GateInputs(NamedTuple):
@@ -84,10 +85,15 @@ def stage_path_gates(gates, parent, table, lane, num_tokens):
 
 
 def token_log_decay(gates):
-    """g = -exp(A_log) softplus(a + dt_bias)."""
+    """g = -exp(A_log) softplus(a + dt_bias), or what is low enough to forget everything; NaN stays.
+
+    Decays between tokens are made from differences of sums of g. A lower one would leave no digits of the
+    others in them, and an infinite one nothing but NaN.
+    """
     x = gates.a.to(Float32) + gates.dt_bias.to(Float32)
     softplus = select(x > SOFTPLUS_LINEAR_ABOVE, x, cute.math.log(1.0 + cute.math.exp(x)))
-    return -cute.math.exp(gates.a_log.to(Float32)) * softplus
+    log_decay = -cute.math.exp(gates.a_log.to(Float32)) * softplus
+    return select(log_decay < LOWEST_LOG_DECAY, Float32(LOWEST_LOG_DECAY), log_decay)
 
 
 def token_beta(gates):

@@ -99,7 +99,7 @@ class RingTiles(TokenChunks):
         start, length, window, live, accepted = loaded
         if cutlass.const_expr(self.config.debug):
             in_range = (start >= 0) & (start < capacity) & (length >= 0) & (window >= 0)
-            in_range = in_range & (length + window <= capacity)
+            in_range = in_range & (length + window <= capacity - self.config.T)  # room for the new ones
             assert_(in_range, "gdn_mtp: the cursor of a slot of the speculative cache is out of range")
         start = cutlass.min(cutlass.max(start, 0), capacity - 1)
         length = cutlass.min(cutlass.max(length, 0), capacity)

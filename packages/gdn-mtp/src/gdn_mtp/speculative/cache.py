@@ -16,17 +16,18 @@ from kernel_dispatch import (
     ArgumentError,
     ArgumentTypeError,
     TensorSpec,
+    as_device,
     bind,
     check_index_range,
+    has_data,
     is_watched,
-    needs_op,
+    values_are_readable,
 )
-from kernel_dispatch.devices import as_device
 from torch import Tensor
 
 from gdn_mtp.problem import INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES, check_size
 from gdn_mtp.speculative.problem import MAX_CAPACITY, check_slot
-from gdn_mtp.speculative.values import cursor_fault, named_slots, values_are_readable
+from gdn_mtp.speculative.values import cursor_fault, named_slots
 from gdn_mtp.torch_kernel import store_slots
 
 CURSOR_FIELDS = 4
@@ -143,12 +144,12 @@ class SpeculativeCache:
             raise ArgumentTypeError("io_dtype", f"{io_dtype}, expected one of {INPUT_DTYPES}")
         self.pool_size, self.H, self.HV, self.K, self.V = pool_size, H, HV, K, V
         self.max_tokens, self.capacity, self.io_dtype = max_tokens, capacity, io_dtype
-        self.device = as_device(device)
         self._pool: PoolKey | None = None
         known = {"pool": pool_size, "R": capacity, "H": H, "HV": HV, "K": K, "V": V}
+        place = as_device(device)
         for spec, name in zip(self.specs, CacheTensors._fields, strict=True):
             shape = [known[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-            setattr(self, name, torch.zeros(shape, dtype=spec.dtypes[0], device=self.device))
+            setattr(self, name, torch.zeros(shape, dtype=spec.dtypes[0], device=place))
 
     keys: Tensor
     updates: Tensor
@@ -159,7 +160,7 @@ class SpeculativeCache:
 
     def __setattr__(self, name: str, value: object) -> None:
         """What kernels are compiled for and tensors that a graph has captured stay; the pool may move."""
-        if name in self.__dict__ and name != "_pool":
+        if name != "_pool" and hasattr(self, name):
             raise AttributeError(
                 f"SpeculativeCache.{name} is read-only; load_state_dict copies tensors into a cache"
             )
@@ -175,6 +176,11 @@ class SpeculativeCache:
     def tensors(self) -> CacheTensors:
         """The tensors themselves."""
         return CacheTensors(self.keys, self.updates, self.gates, self.k_scale, self.cursor, self.live)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.keys.device
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +210,7 @@ class SpeculativeCache:
         Names `state_pool` where that has other sizes than the cache. A pool without an address, as tracing
         sees it, is not looked at.
         """
-        if needs_op(state_pool) or self._pool is None or self._pool.fits(state_pool):
+        if self._pool is None or not has_address(state_pool) or self._pool.fits(state_pool):
             return
         self._check_sizes(state_pool)  # what cannot be the cache's pool at all has an error of its own
         raise ArgumentError(
@@ -215,7 +221,7 @@ class SpeculativeCache:
 
     def adopt(self, state_pool: Tensor) -> None:
         """Bind a cache that is not bound yet to the pool of a call that succeeded, if it has an address."""
-        if self._pool is None and not needs_op(state_pool):
+        if self._pool is None and has_address(state_pool):
             self._pool = PoolKey.of(state_pool)
 
     def __getstate__(self) -> dict[str, object]:
@@ -236,7 +242,7 @@ class SpeculativeCache:
         ArgumentError or ArgumentTypeError naming `slots`; their values are read on the CPU and in debug mode,
         and one beyond the pool is skipped where they are not.
         """
-        chosen = self._checked("slots", slots, unique=False)
+        chosen = self._checked("slots", slots)
         if len(chosen) == 0:
             return
         for tensor in (self.cursor, self.live):
@@ -246,14 +252,17 @@ class SpeculativeCache:
     def copy_slots(self, src: Tensor, dst: Tensor, state_pool: Tensor | None = None) -> None:
         """Make slot dst[i] what slot src[i] is, for all i at once; src and dst [n], int32 or int64.
 
-        A pair with a negative slot is skipped. No slot may be named twice in dst; one may be in both, and its
-        old content moves on. state_pool: also copies the states, which else is up to the caller. Waits for no
-        device, so it can be captured in a CUDA graph. Raises as `reset_slots` does, naming the argument, and
-        naming `cache` for another pool than the cache's own.
+        A pair with a negative slot is skipped. No slot may be named twice in the dst of the others; one may
+        be in src and in dst, and its old content moves on. state_pool: also copies the states, which else is
+        up to the caller. Waits for no device, so it can be captured in a CUDA graph. Raises as `reset_slots`
+        does, naming the argument, and naming `cache` for another pool than the cache's own.
         """
-        sources, targets = self._checked("src", src, unique=False), self._checked("dst", dst)
+        sources, targets = self._checked("src", src), self._checked("dst", dst)
         if len(sources) != len(targets):
             raise ArgumentError("dst", f"{len(targets)} slots, expected {len(sources)} as src has")
+        targets = targets.masked_fill(sources < 0, -1)
+        if _may_read(targets):
+            named_slots("dst", targets, self.pool_size)
         moved: tuple[Tensor, ...] = self.tensors
         if state_pool is not None:
             self._check_sizes(state_pool)
@@ -261,7 +270,6 @@ class SpeculativeCache:
             moved = (*moved, state_pool)
         if len(sources) == 0:
             return
-        targets = targets.masked_fill(sources < 0, -1)
         for tensor in moved:
             store_slots(tensor, targets, tensor.index_select(0, sources.clamp_min(0)))
         if state_pool is not None:
@@ -309,14 +317,21 @@ class SpeculativeCache:
         own = {f"cache.{name}": tensor for name, tensor in self.state_dict().items()}
         bind(specs, {**own, "state_pool": state_pool}, device=self.device)
 
-    def _checked(self, name: str, slots: Tensor, unique: bool = True) -> Tensor:
+    def _checked(self, name: str, slots: Tensor) -> Tensor:
         """`slots` as int64, checked; one out of range becomes -1 where values cannot be read."""
         bind((TensorSpec(name, ("n",), INDEX_DTYPES, layout="any"),), {name: slots}, device=self.device)
-        if not is_watched() and values_are_readable(slots):
+        if _may_read(slots):
             check_index_range(name, slots, self.pool_size)
-            if unique:
-                named_slots(name, slots, self.pool_size)
         return slots.long().masked_fill(slots >= self.pool_size, -1)
+
+
+def _may_read(slots: Tensor) -> bool:
+    return not is_watched() and values_are_readable(slots)
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether a tensor is in memory; false inside a trace, and for one that only stands for another."""
+    return has_data(tensor) and not is_watched()
 
 
 def tensors_of(cache: SpeculativeCache) -> CacheTensors:

@@ -4,11 +4,20 @@ Each writes into tensors that it is given and returns nothing, so tracing needs 
 """
 
 import torch
-from kernel_dispatch import ArgumentTypeError, register_op
+from kernel_dispatch import register_op, split_scale
 from torch import Tensor
 
+from gdn_mtp.specs import check_traced
 from gdn_mtp.speculative.plans import run_known, run_new
-from gdn_mtp.speculative.specs import CallFlags, CallTensors, check_flags, without_tokens
+from gdn_mtp.speculative.specs import (
+    IN_EVERY_MODE,
+    OUTPUT,
+    CallFlags,
+    CallTensors,
+    check_flags,
+    tensor_specs,
+    without_tokens,
+)
 
 
 def _run(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> None:
@@ -116,10 +125,8 @@ _MATERIALIZE = register_op(
 def trace_call(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
     """Record the call with whoever traces; shapes and values are checked when it runs. Returns its result."""
     check_flags(tensors, flags)
-    for name, tensor in tensors.named().items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ArgumentTypeError(name, f"{type(tensor).__name__}, expected a tensor")
-    shared = tensors[7:17]
+    check_traced(tensor_specs(flags.mode), tensors.named())
+    shared = tuple(tensors)[IN_EVERY_MODE]
     if flags.mode == "commit":
         _COMMIT(*shared, flags.max_tokens, flags.backend)
         return tensors.state_pool
@@ -133,9 +140,7 @@ def trace_call(tensors: CallTensors, scale: float | Tensor | None, flags: CallFl
     output = tensors.output
     if output is None:
         output = torch.empty_like(tensors.v, memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    number = None if scale is None or isinstance(scale, Tensor) else float(scale)
     fold = (flags.fold, None) if isinstance(flags.fold, str) else ("auto", flags.fold)
     options = (flags.max_tokens, flags.use_qk_l2norm, *fold, flags.backend)
-    _VERIFY(*tensors[:19], output, number, scale_tensor, *options)
+    _VERIFY(*tensors[:OUTPUT], output, *split_scale("scale", scale), *options)
     return output

@@ -13,15 +13,23 @@ from gdn_mtp.speculative.cache import SpeculativeCache, tensors_of
 from gdn_mtp.speculative.folding import FoldPolicy, fold_limit
 from gdn_mtp.speculative.problem import Mode, SpeculativeProblem
 from gdn_mtp.speculative.specs import (
+    IN_EVERY_MODE,
+    OPTIONAL,
+    OUTPUT,
+    STATE_INDICES,
+    STATE_POOL,
+    STATES,
+    TOKENS,
+    UP_TO_OUTPUT,
     CallFlags,
     CallTensors,
     FlagTuple,
     TensorTuple,
+    V,
     check_call,
     without_tokens,
 )
 
-SHARED = slice(7, 17)  # of CallTensors: what a launcher takes in every mode, pool to accepted nodes
 DIMENSIONS = ("B", "H", "HV", "K", "V")
 
 # The argument of `run` that each field of a problem describes.
@@ -68,12 +76,12 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
         """
         mode = self.problem.mode
         if mode == "commit":
-            self._launcher(*tensors[SHARED])
+            self._launcher(*tensors[IN_EVERY_MODE])
         elif mode == "materialize":
-            self._launcher(*tensors[SHARED], tensors[20])
+            self._launcher(*tensors[IN_EVERY_MODE], tensors[STATES])
         else:
             scale, limit = self._launch_scale(scale), self.fold_limit(max_tokens, fold)
-            self._launcher(*tensors[:7], scale, *tensors[7:19], limit, tensors[19])
+            self._launcher(*tensors[TOKENS], scale, *tensors[UP_TO_OUTPUT], limit, tensors[OUTPUT])
 
     def fold_limit(self, max_tokens: int, fold: str | int) -> int:
         """Pending tokens that a verify leaves pending at most, with a cache for `max_tokens`."""
@@ -96,7 +104,7 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
     ) -> None:
         if self.always_checked or debug_mode():
             self._check(CallTensors._make(tensors), cache.max_tokens, scale, fold)
-        pool = tensors[7]
+        pool = tensors[STATE_POOL]
         bound = cache.is_bound_to(pool)
         if not bound:
             cache.check_pool(pool)
@@ -256,26 +264,26 @@ def run_new(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags
 
 def _with_output(tensors: TensorTuple, mode: Mode) -> tuple[TensorTuple, Tensor]:
     """The tensors with what the call writes into among them, new where the caller gave nothing; and that."""
-    v, pool, output, states = tensors[2], tensors[7], tensors[19], tensors[20]
+    v, pool, output, states = tensors[V], tensors[STATE_POOL], tensors[OUTPUT], tensors[STATES]
     if mode == "verify":
         output = v.new_empty(v.shape) if output is None else output
-        return (*tensors[:19], output, None), output
+        return (*tensors[:OUTPUT], output, None), output
     if mode == "materialize":
-        states = pool.new_empty((len(tensors[8]), *pool.shape[1:])) if states is None else states
-        return (*tensors[:20], states), states
+        states = pool.new_empty((len(tensors[STATE_INDICES]), *pool.shape[1:])) if states is None else states
+        return (*tensors[:STATES], states), states
     return tensors, pool
 
 
 def _key(tensors: TensorTuple, scale: float | Tensor | None, flags: FlagTuple) -> Hashable:
     """What the plan of a call depends on, short of what the cache compares itself: how its tensors look."""
-    pool = tensors[7]
+    pool = tensors[STATE_POOL]
     mode, max_tokens, use_qk_l2norm, _, backend = flags  # a plan folds as each launch says
     return (
         (mode, max_tokens, use_qk_l2norm, backend),
         pool.shape,
         misalignment(pool),
-        misalignment(tensors[20]),
-        tuple(tensor is None for tensor in tensors[15:]),
+        misalignment(tensors[STATES]),
+        tuple(tensor is None for tensor in tensors[OPTIONAL]),
         isinstance(scale, Tensor),
         debug_mode(),
         torch.is_grad_enabled(),

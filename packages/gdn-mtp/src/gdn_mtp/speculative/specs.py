@@ -8,15 +8,18 @@ from kernel_dispatch import (
     ArgumentTypeError,
     TensorSpec,
     bind,
+    check_backend,
     check_no_overlap,
+    check_registered,
     check_scale,
     debug_mode,
     dtype_name,
+    values_are_readable,
 )
 from torch import Tensor
 
 from gdn_mtp.problem import BIAS_DTYPES, INDEX_DTYPES, INPUT_DTYPES, STATE_DTYPES
-from gdn_mtp.specs import check_backend, state_rows
+from gdn_mtp.specs import state_rows
 from gdn_mtp.speculative.cache import CACHE_SPECS, CacheTensors
 from gdn_mtp.speculative.folding import check_policy, check_threshold
 from gdn_mtp.speculative.problem import Accept, Mode, SpeculativeProblem
@@ -25,7 +28,6 @@ from gdn_mtp.speculative.values import (
     check_window,
     cursor_fault,
     named_slots,
-    values_are_readable,
 )
 
 COUNT_DTYPES = (torch.int32,)
@@ -65,6 +67,16 @@ class CallTensors(NamedTuple):
 
 
 _ARGUMENT = {name: f"cache.{name}" for name in CacheTensors._fields}
+
+# Places in a plain tuple of what CallTensors has; launchers take runs of them.
+V, STATE_POOL, STATE_INDICES, NUM_ACCEPTED, NUM_TOKENS, OUTPUT, STATES = map(
+    CallTensors._fields.index,
+    ("v", "state_pool", "state_indices", "num_accepted", "num_tokens", "output", "states"),
+)
+TOKENS = slice(STATE_POOL)  # q to dt_bias
+IN_EVERY_MODE = slice(STATE_POOL, NUM_TOKENS)  # state_pool to accepted_nodes
+UP_TO_OUTPUT = slice(STATE_POOL, OUTPUT)  # state_pool to parent_indices
+OPTIONAL = slice(NUM_ACCEPTED, None)  # num_accepted to states
 
 
 def without_tokens(
@@ -171,7 +183,10 @@ def check_call(
     check_no_overlap(outputs, {name: tensor for name, tensor in named.items() if name not in written})
     if values_are_readable(tensors.state_pool):
         _check_values(tensors, flags, dims)
-    return None if dims["B"] == 0 else problem_of(tensors, scale, flags)
+    if dims["B"] == 0:
+        check_registered(SpeculativeProblem.entry_point_group, flags.backend)
+        return None
+    return problem_of(tensors, scale, flags)
 
 
 def problem_of(tensors: CallTensors, scale: float | Tensor, flags: CallFlags) -> SpeculativeProblem:

@@ -82,7 +82,6 @@ def verify(
             _trap_window(problem, ring.slots < 0, _at(num_tokens, rows), _at(parent_indices, rows))
         states = _load(cache, ring, state)
         folds = ring.length > fold_above
-        store_slots(state, ring.slots.masked_fill(~folds, -1), states)
         window = _evaluate(
             problem,
             states,
@@ -94,7 +93,10 @@ def verify(
             counts = num_tokens[rows].long().clamp(0, problem.T)
         absent = (torch.arange(problem.T, device=q.device) >= counts[:, None]) | (ring.slots < 0)[:, None]
         output[rows] = (window.output * scale).masked_fill_(absent[..., None, None], 0.0)
-        _record(cache, ring, folds, counts, k[rows], window)
+        _record(cache, ring, k[rows], window)
+        # Pool and cursor go last: whatever fails before leaves what the slots stand for as it was.
+        store_slots(state, ring.slots.masked_fill(~folds, -1), states)
+        _store_cursor(cache, ring, folds, counts)
 
 
 @torch.inference_mode()
@@ -221,7 +223,7 @@ def _trap(
     padding = slots < 0
     start, length, window, arrivals = cursor.unbind(1)
     sizes = (start >= 0) & (start < problem.capacity) & (length >= 0) & (window >= 0) & (arrivals == 0)
-    fits = sizes & (length + window <= problem.capacity)
+    fits = sizes & (length + window <= problem.capacity - problem.T)
     torch._assert_async((fits | padding).all(), "gdn_mtp: a cursor of the speculative cache is out of range")
     if num_accepted is not None:
         allowed = (num_accepted >= 0) & (num_accepted <= window)
@@ -348,10 +350,8 @@ def _evaluate(
     return _Window(output, updates, tokens.gates, tokens.k_scale)
 
 
-def _record(
-    cache: CacheTensors, ring: _Ring, folds: Tensor, counts: Tensor, k: Tensor, window: _Window
-) -> None:
-    """Write the window behind the pending tokens; `folds` [n] says whose are none any more."""
+def _record(cache: CacheTensors, ring: _Ring, k: Tensor, window: _Window) -> None:
+    """Write the window behind the pending tokens."""
     R, T = cache.keys.shape[1], k.shape[1]
     every, slots = torch.arange(len(k), device=k.device), ring.slots.clamp_min(0)
     positions = (ring.start + ring.length)[:, None] + torch.arange(T, device=k.device)
@@ -364,10 +364,10 @@ def _record(
         rows = tensor.index_select(0, slots)
         rows[every[:, None], positions % R] = new
         store_slots(tensor, ring.slots, rows)
-    _store_cursor(cache, ring, folds, counts)
 
 
 def _store_cursor(cache: CacheTensors, ring: _Ring, folds: Tensor, window: Tensor) -> None:
+    """Write how many tokens are pending, and in the window; `folds` [n] says whose are none any more."""
     R = cache.keys.shape[1]
     start = torch.where(folds, (ring.start + ring.length) % R, ring.start)
     length = ring.length.masked_fill(folds, 0)

@@ -1,14 +1,7 @@
 """Checks of values: on the CPU always, on a GPU in debug mode outside graph capture, since they wait."""
 
-from kernel_dispatch import ArgumentError, check_index_range, debug_mode
+from kernel_dispatch import ArgumentError, check_index_range
 from torch import Tensor
-
-from gdn_mtp.specs import is_capturing
-
-
-def values_are_readable(tensor: Tensor) -> bool:
-    """Whether checks may read values of `tensor`."""
-    return tensor.device.type == "cpu" or (debug_mode() and not is_capturing(tensor))
 
 
 def named_slots(name: str, indices: Tensor, pool_size: int) -> list[tuple[int, int]]:
