@@ -9,6 +9,7 @@ import torch
 from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.config import Config
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
+from gdn_mtp.cute.gates import LOWEST_LOG_DECAY
 from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference
@@ -31,6 +32,7 @@ REGISTERS_PER_SM, REGISTER_STEP = 65536, 8  # the second of a thread: they are g
 # times that.
 ROUNDINGS = 32
 UNIT_ROUNDOFF = {FP32: 2.0**-24, FP16: 2.0**-11, BF16: 2.0**-8}
+FORGETS = 6e4  # as `a`: of a state nothing is left, as exp(g) is 0
 TINY = {FP32: 2.0**-150, FP16: 2.0**-25, BF16: 2.0**-134}
 
 
@@ -49,6 +51,7 @@ class Case:
     l2norm: bool = True
     scale: float | None = None
     slow: bool = False  # hardly anything is forgotten or learned
+    forgets: bool = False  # every third token leaves nothing; of the last head each, its g beyond float32
 
     def __str__(self) -> str:
         sizes = f"B{self.B}-T{self.T}-H{self.H}-HV{self.HV}-K{self.K}-V{self.V}"
@@ -77,6 +80,9 @@ class Case:
             **dict.fromkeys("ab", self.gates),
         }
         heads = {"A_log": normal(self.HV) * 0.5, "dt_bias": normal(self.HV)}
+        if self.forgets:
+            gates["a"][:, ::3] = FORGETS
+            heads["A_log"][-1] = 100.0
         return {name: x.to(DEVICE, dtypes[name]) for name, x in {**tokens, **heads, **gates}.items()}
 
     def states(self, slots: int, layout: str = "vk", seed: int = 1) -> Tensor:
@@ -109,7 +115,8 @@ def assert_result(
     row_norm = max(
         (pool.nan_to_num(0.0).norm(dim=row).max().item() for pool in pools if pool.numel()), default=0.0
     )
-    arithmetic = case.T * ROUNDINGS * UNIT_ROUNDOFF[FP32] * row_norm
+    roundings = ROUNDINGS + (2 * round(-LOWEST_LOG_DECAY) if case.forgets else 0)  # decays are of sums of g
+    arithmetic = case.T * roundings * UNIT_ROUNDOFF[FP32] * row_norm
     scale = case.K**-0.5 if case.scale is None else abs(case.scale)
     q_norm = 1.0 if case.l2norm else q.double().norm(dim=-1).max().item()
     assert_close(output, expected.output, scale * q_norm * arithmetic, "output")

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from gdn_mtp.cute.config import Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
-from gdn_support import BF16, FP32, NAN, ROUNDINGS, UNIT_ROUNDOFF, assert_close, assert_same_bits
+from gdn_mtp.cute.gates import LOWEST_LOG_DECAY
+from gdn_support import (
+    BF16,
+    FORGETS,
+    FP32,
+    NAN,
+    ROUNDINGS,
+    UNIT_ROUNDOFF,
+    assert_close,
+    assert_same_bits,
+    rows_apart,
+)
 from torch import Tensor
 
 SMEM_OPTIN_BYTES = 99 * 1024  # of SM120, and less than others have
@@ -20,16 +31,25 @@ Launch = Callable[[SpeculativeConfig, tuple[Any, ...]], None]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a history is about. max_tokens: the most that a verify takes."""
+class KernelSetup:
+    """What a history is about.
+
+    max_tokens: the most that a verify takes. apart: rows of the pool lie apart. forgets: some tokens leave
+    nothing of the state, and those of the last head have a log decay beyond float32.
+    """
 
     max_tokens: int = 4
     capacity: int = 16
     H: int = 1
     HV: int = 2
-    D: int = 64
+    K: int = 64
+    V: int = 64
     io: torch.dtype = BF16
+    gates: torch.dtype | None = None  # None: as io
+    bias: torch.dtype = FP32
     state: torch.dtype = FP32
+    apart: bool = False
+    forgets: bool = False
     tree: bool = False
     variable: bool = True
     l2norm: bool = True
@@ -40,19 +60,36 @@ class Setup:
 
     def __str__(self) -> str:
         flags = "-tree" * self.tree + "-raw" * (not self.l2norm) + "-debug" * self.debug
+        flags += "-apart" * self.apart + "-forgets" * self.forgets
         dtypes = "-".join(str(x).removeprefix("torch.").replace("float", "fp") for x in (self.io, self.state))
-        sizes = f"T{self.max_tokens}-R{self.capacity}-H{self.H}-HV{self.HV}-D{self.D}"
+        sizes = f"T{self.max_tokens}-R{self.capacity}-H{self.H}-HV{self.HV}-K{self.K}-V{self.V}"
         return f"{sizes}-{dtypes}{flags}-{self.tactic.name}"
 
     def config(self, mode: str, tokens: int, accept: str) -> SpeculativeConfig:
-        io, state, index = (str(x).removeprefix("torch.") for x in (self.io, self.state, self.index))
+        io, gates, bias, state, index = (
+            str(x).removeprefix("torch.")
+            for x in (self.io, self.gate_dtype, self.bias, self.state, self.index)
+        )
         return SpeculativeConfig(
-            mode=mode, T=tokens, K=self.D, V=self.D, capacity=self.capacity, io_dtype=io, gate_dtype=io,
-            dt_bias_dtype="float32", out_dtype=io, state_dtype=state, index_dtype=index,
+            mode=mode, T=tokens, K=self.K, V=self.V, capacity=self.capacity, io_dtype=io, gate_dtype=gates,
+            dt_bias_dtype=bias, out_dtype=io, state_dtype=state, index_dtype=index,
             use_qk_l2norm=self.l2norm, accept=accept, variable_tokens=self.variable and mode == "verify",
             tree=self.tree and mode == "verify", tensor_scale=False, debug=self.debug, pdl=self.pdl,
             smem_optin_bytes=SMEM_OPTIN_BYTES, tactic=self.tactic,
         )  # fmt: skip
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """Of a and b."""
+        return self.io if self.gates is None else self.gates
+
+    @property
+    def roundings(self) -> int:
+        """What an element may err by for each token, in units of roundoff of the longest row.
+
+        Decays between tokens are made of sums of g, which is at least LOWEST_LOG_DECAY.
+        """
+        return ROUNDINGS + (2 * round(-LOWEST_LOG_DECAY) if self.forgets else 0)
 
 
 @dataclass
@@ -68,30 +105,34 @@ class Slot:
     parents: list[int] = field(default_factory=list)
 
 
-class History:
+class KernelHistory:
     """A pool and its cache on `device`, and what they should hold; ring entries start as NaN.
 
     What is expected is computed on the CPU: it takes some hundred small operations per launch.
     """
 
     def __init__(
-        self, setup: Setup, launch: Launch, pool_size: int, device: torch.device, seed: int = 0
+        self, setup: KernelSetup, launch: Launch, pool_size: int, device: torch.device, seed: int = 0
     ) -> None:
         torch.set_num_threads(1)  # more only get in the way of such small operations
         self.setup, self.launch, self.device = setup, launch, device
         self.random = random.Random(seed)
         self.generator = torch.Generator(device).manual_seed(seed)
-        R, H, HV, D = setup.capacity, setup.H, setup.HV, setup.D
+        R, H, HV, K, V = setup.capacity, setup.H, setup.HV, setup.K, setup.V
 
         def poisoned(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
             return torch.full((pool_size, *shape), NAN, dtype=dtype, device=device)
 
-        self.pool = self.normal(pool_size, HV, D, D).mul_(0.5).to(setup.state)
-        self.keys, self.updates = poisoned(R, H, D, dtype=setup.io), poisoned(R, HV, D)
+        self.pool = self.normal(pool_size, HV, V, K).mul_(0.5).to(setup.state)
+        if setup.apart:
+            self.pool = rows_apart(self.pool).copy_(self.pool)
+        self.keys, self.updates = poisoned(R, H, K, dtype=setup.io), poisoned(R, HV, V)
         self.gates, self.k_scale = poisoned(R, HV), poisoned(R, H)
         self.cursor = torch.zeros((pool_size, 4), dtype=torch.int32, device=device)
         self.live = torch.zeros((pool_size,), dtype=torch.int32, device=device)
-        self.A_log, self.dt_bias = self.normal(HV) * 0.5, self.normal(HV)
+        self.A_log, self.dt_bias = self.normal(HV) * 0.5, self.normal(HV).to(setup.bias)
+        if setup.forgets:
+            self.A_log[-1] = 100.0  # exp of which is beyond float32
         self.weights = self.A_log.cpu().double(), self.dt_bias.cpu().double()
         self.slots = [Slot(state.double()) for state in self.pool.cpu()]
 
@@ -155,7 +196,7 @@ class History:
     def bound(self, slot: Slot) -> float:
         return (
             (slot.steps + 1)
-            * ROUNDINGS
+            * self.setup.roundings
             * UNIT_ROUNDOFF[FP32]
             * max(slot.state.norm(dim=-1).max().item(), 1.0)
         )
@@ -187,25 +228,27 @@ class History:
     def verify(self, named: list[int], tokens: int, fold_above: int) -> None:
         """Accept at random, verify `tokens` tokens per slot (negative: padding), compare everything."""
         setup = self.setup
-        B, H, HV, D = len(named), setup.H, setup.HV, setup.D
+        B, H, HV, K, V = len(named), setup.H, setup.HV, setup.K, setup.V
         check_others = self.untouched(named)
         accept, num_accepted, accepted_nodes = self.accept(named)
         numbers = [self.random.randrange(tokens + 1) if setup.variable else tokens for _ in named]
         parents = [
             [self.random.randrange(-1, t) if setup.tree else t - 1 for t in range(tokens)] for _ in named
         ]
-        key_norm = 1.0 if setup.l2norm else 1.25 * D**0.5
-        q, k = (self.normal(B, tokens, H, D).div_(key_norm).to(setup.io) for _ in range(2))
-        v = self.normal(B, tokens, HV, D).to(setup.io)
-        a, b = (self.normal(B, tokens, HV).to(setup.io) for _ in range(2))
+        key_norm = 1.0 if setup.l2norm else 1.25 * K**0.5
+        q, k = (self.normal(B, tokens, H, K).div_(key_norm).to(setup.io) for _ in range(2))
+        v = self.normal(B, tokens, HV, V).to(setup.io)
+        a, b = (self.normal(B, tokens, HV).to(setup.gate_dtype) for _ in range(2))
+        if setup.forgets:
+            a[self.normal(B, tokens, HV) > 1.0] = FORGETS
         for x in (q, k, v, a, b):
             for i, number in enumerate(numbers):
                 x[i, number:] = NAN
-        output = torch.full((B, tokens, HV, D), NAN, dtype=setup.io, device=self.device)
+        output = torch.full((B, tokens, HV, V), NAN, dtype=setup.io, device=self.device)
         self.launch(
             setup.config("verify", tokens, accept),
             (
-                q, k, v, a, b, self.A_log, self.dt_bias, D**-0.5, self.pool, self.indices(named), *self.cache,
+                q, k, v, a, b, self.A_log, self.dt_bias, K**-0.5, self.pool, self.indices(named), *self.cache,
                 num_accepted, accepted_nodes, self.ints(numbers) if setup.variable else None,
                 self.ints(parents) if setup.tree else None, fold_above, output,
             ),
@@ -213,7 +256,7 @@ class History:
         check_others()
         output, q, k, v, a, b = (x.cpu() for x in (output, q, k, v, a, b))
         for i, index in enumerate(named):
-            expected = torch.zeros(tokens, HV, D, dtype=torch.double)
+            expected = torch.zeros(tokens, HV, V, dtype=torch.double)
             bound = 0.0
             if index >= 0:
                 slot = self.slots[index]
@@ -231,7 +274,7 @@ class History:
                     slot.nodes.append(sum(above[t]))
                 bound = max(bound, (tokens + 1) * self.bound(slot))
             q_norm = 1.0 if setup.l2norm else q[i].double().nan_to_num(0.0).norm(dim=-1).max().item()
-            assert_close(output[i], expected, D**-0.5 * q_norm * bound, f"output of request {i}")
+            assert_close(output[i], expected, K**-0.5 * q_norm * bound, f"output of request {i}")
         self.check_cursors()
 
     def decode(
@@ -246,7 +289,7 @@ class History:
         state = decay[:, None, None] * state
         u = torch.sigmoid(b)[:, None] * (v - torch.einsum("hvk,hk->hv", state, k))
         state = state + u[:, :, None] * k[:, None, :]
-        return state, self.setup.D**-0.5 * torch.einsum("hvk,hk->hv", state, q), decay
+        return state, self.setup.K**-0.5 * torch.einsum("hvk,hk->hv", state, q), decay
 
     def commit(self, named: list[int]) -> None:
         check_others = self.untouched(named)
@@ -301,13 +344,13 @@ class Misuse:
     parents: tuple[int, ...] | None = None
 
     def launch(self, launch: Launch, device: torch.device) -> None:
-        setup = Setup(tree=self.parents is not None, debug=True)
-        history = History(setup, launch, 3, device)
+        setup = KernelSetup(tree=self.parents is not None, debug=True)
+        history = KernelHistory(setup, launch, 3, device)
         history.cursor[1, :3] = history.ints(list(self.cursor))
         nodes = None if isinstance(self.accepted, int) else history.ints([list(self.accepted)])
         counts = history.ints([self.accepted]) if nodes is None else None
         named = (history.pool, history.indices([self.slot]), *history.cache, counts, nodes)
-        T, H, HV, D = setup.max_tokens, setup.H, setup.HV, setup.D
+        T, H, HV, D = setup.max_tokens, setup.H, setup.HV, setup.K
         accept = "counts" if nodes is None else "nodes"
         config = setup.config(self.mode, T if self.mode == "verify" else 0, accept)
         if self.mode != "verify":
@@ -328,6 +371,8 @@ MISUSES = {
     "node twice": Misuse("accepted_nodes do not ascend", accepted=(1, 1)),
     "start out of range": Misuse("cursor of a slot", cursor=(16, 0, 0)),
     "window too long": Misuse("cursor of a slot", cursor=(0, 12, 5)),
+    "no room for the next window": Misuse("cursor of a slot", "verify", cursor=(0, 12, 4)),
+    "more pending than leaves room": Misuse("cursor of a slot", "verify", cursor=(0, 16, 0)),
     "slot beyond the pool": Misuse("state_indices names a slot beyond the pool", slot=3),
     "slot of a verify beyond the pool": Misuse("state_indices names a slot", "verify", slot=3),
     "more tokens than there are": Misuse("num_tokens is not between 0 and T", "verify", tokens=5),

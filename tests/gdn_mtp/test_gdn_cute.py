@@ -194,6 +194,7 @@ def memory_given_back():
 @pytest.mark.parametrize("mode", ["none", "buffer", "scatter", "write"])
 @pytest.mark.parametrize("tactic", [None, *KERNEL.tactics(PROBLEM, HOPPER)])
 def test_torch_passes_the_checks_of_the_kernels(tactic, mode, state_rows):
+    run(Case(T=7, forgets=True), tactic, "torch", mode=mode)
     run(Case(B=5, T=3, state=BF16), tactic, "torch", mode=mode, state_rows=state_rows)
     run(Case(B=1, T=1, K=8, V=16), tactic, "torch", mode=mode, update=mode in ("scatter", "write"))
     run(Case(l2norm=False, scale=0.3), tactic, "torch", mode=mode)
@@ -234,6 +235,13 @@ def test_sizes_and_modes(head, state, tokens, mode):
 def test_states_that_are_hardly_forgotten_over_two_chunks(state, io, mode):
     """The second chunk meets the state of the first, which a bf16 pool does not round in between."""
     run(Case(B=2, T=16, H=1, HV=2, K=128, V=128, io=io, gates=io, state=state, slow=True), mode=mode)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tokens", [1, 4, 8, 16])
+@pytest.mark.parametrize("state", [FP32, BF16], ids=["fp32", "bf16"])
+def test_tokens_that_forget_everything_do_not_spoil_those_after_them(state, tokens):
+    run(Case(T=tokens, state=state, forgets=True), mode="buffer")
 
 
 def offered(*modes):

@@ -163,6 +163,18 @@ def test_scatter_to_pool_slots(state):
     assert_result(case, expected, output, pool, q=inputs["q"])
 
 
+@pytest.mark.parametrize("name", ["output_state_indices", "ssm_state_indices"])
+@pytest.mark.parametrize("padding", [-(2**32), torch.iinfo(torch.int64).min])
+def test_slots_of_64_bits_stay_padding_beside_those_of_32(name, padding):
+    """Their low 32 bits name slot 0."""
+    inputs, pool = CASE.inputs(), pool_with_nan_outside(CASE, [2, 4, 5, 7])
+    indices = slots_tensor(2, 4, 5, 7, dtype=torch.int32)
+    writes = torch.full((CASE.B, CASE.T), padding, device=DEVICE)
+    unchanged = snapshot_untouched(pool, [])
+    run(CASE, inputs, pool, indices, **{name: writes if name == "ssm_state_indices" else writes[:, 0]})
+    unchanged()
+
+
 def test_write_indices():
     inputs, pool = CASE.inputs(), pool_with_nan_outside(CASE, [2, 4, 5])
     indices = slots_tensor(2, 2, 4, 5)  # two requests continue from one prefix

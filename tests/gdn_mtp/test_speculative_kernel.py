@@ -14,24 +14,37 @@ from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.kernels_speculative import TACTICS
 from gdn_support import BF16, DEVICE, FP16, FP32
 from kernel_dispatch import as_arch
-from speculative_history import MISUSES, USES, History, Setup
+from speculative_history import MISUSES, USES, KernelHistory, KernelSetup
 
 SETUPS = (
-    Setup(D=128, variable=False),
-    Setup(max_tokens=8, capacity=24, H=2, HV=4, D=128, state=BF16, variable=False, tactic=TACTICS["w4t1e"]),
-    Setup(max_tokens=8, capacity=32, H=2, HV=6, D=128, tactic=TACTICS["w4t2"]),
-    Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64, tactic=TACTICS["w2t1s"]),
-    Setup(max_tokens=6, capacity=24, D=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
-    Setup(max_tokens=8, capacity=24, D=128, state=BF16, variable=False, tactic=TACTICS["w4t1s"]),
-    Setup(max_tokens=4, capacity=16, D=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"]),
-    Setup(max_tokens=16, capacity=32, H=2, HV=4, D=128, tree=True, tactic=TACTICS["w4t1s"]),
-    Setup(max_tokens=16, capacity=32, D=128, tactic=TACTICS["w4t2s"]),
-    Setup(max_tokens=11, capacity=32, D=128, tree=True, io=FP16, state=BF16, variable=False),
-    Setup(max_tokens=16, capacity=32, D=128, tree=True, state=BF16, tactic=TACTICS["w4t2s"]),
-    Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=TACTICS["w4t1r"]),
-    Setup(max_tokens=5, capacity=16, D=128, tactic=TACTICS["w2t2s"]),
-    Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=TACTICS["w2t1r"]),
-    Setup(max_tokens=6, capacity=29, tree=True, tactic=TACTICS["w4t1s"], debug=True),
+    KernelSetup(K=128, V=128, variable=False),
+    KernelSetup(
+        max_tokens=8,
+        capacity=24,
+        H=2,
+        HV=4,
+        K=128,
+        V=128,
+        state=BF16,
+        variable=False,
+        tactic=TACTICS["w4t1e"],
+    ),
+    KernelSetup(max_tokens=8, capacity=32, H=2, HV=6, K=128, V=128, tactic=TACTICS["w4t2"]),
+    KernelSetup(max_tokens=6, capacity=29, tree=True, index=torch.int64, tactic=TACTICS["w2t1s"]),
+    KernelSetup(max_tokens=6, capacity=24, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
+    KernelSetup(max_tokens=8, capacity=24, K=128, V=128, state=BF16, variable=False, tactic=TACTICS["w4t1s"]),
+    KernelSetup(max_tokens=4, capacity=16, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"]),
+    KernelSetup(max_tokens=16, capacity=32, H=2, HV=4, K=128, V=128, tree=True, tactic=TACTICS["w4t1s"]),
+    KernelSetup(max_tokens=16, capacity=32, K=128, V=128, tactic=TACTICS["w4t2s"]),
+    KernelSetup(max_tokens=11, capacity=32, K=128, V=128, tree=True, io=FP16, state=BF16, variable=False),
+    KernelSetup(max_tokens=16, capacity=32, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t2s"]),
+    KernelSetup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=TACTICS["w4t1r"]),
+    KernelSetup(max_tokens=5, capacity=16, K=128, V=128, tactic=TACTICS["w2t2s"]),
+    KernelSetup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=TACTICS["w2t1r"]),
+    KernelSetup(max_tokens=6, capacity=29, tree=True, tactic=TACTICS["w4t1s"], debug=True),
+    KernelSetup(HV=3, V=128, gates=FP32, bias=BF16, forgets=True, tactic=TACTICS["w4t1s"]),
+    KernelSetup(max_tokens=11, capacity=32, K=128, tree=True, state=BF16, forgets=True),
+    KernelSetup(K=128, V=128, state=BF16, apart=True, tactic=TACTICS["w4t1r"]),
 )
 STEPS = 60
 
@@ -55,8 +68,8 @@ def test_histories_have_every_tactic() -> None:
 
 @pytest.mark.skipif(not has_kernels(), reason="needs a GPU of SM90 or newer")
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
-def test_history(setup: Setup) -> None:
-    history = History(setup, launch, pool_size=9, device=DEVICE)
+def test_history(setup: KernelSetup) -> None:
+    history = KernelHistory(setup, launch, pool_size=9, device=DEVICE)
     full = setup.capacity - 2 * setup.max_tokens
     history.verify([2, -1, 0, 7], setup.max_tokens, full)
     history.verify([2, 0, 1, 7], setup.max_tokens, full)

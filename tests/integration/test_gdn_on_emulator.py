@@ -147,6 +147,12 @@ def check(case: Case, arch: str, tactic: str, cached: bool) -> None:
         assert bool(buffer[~valid].isnan().all())
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 16])
+def test_tokens_that_forget_everything_do_not_spoil_those_after_them(tokens: int) -> None:
+    case = Case(B=3, T=tokens, H=1, HV=2, K=64, V=64, forgets=True)
+    check(case, "sm_90a", "w4t1s", cached=True)
+
+
 def test_rows_that_lie_apart_are_refused_where_rows_are_copied_together() -> None:
     case = Case(B=1, T=2, H=1, HV=1, K=64, V=64)
     function = emulated(problem_of(case, intermediate="buffer"), "sm_90a", "w4t1s")

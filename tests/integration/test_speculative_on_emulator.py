@@ -15,7 +15,7 @@ from gdn_mtp.cute.trace import ASSERTIONS, arguments, kernel
 from gdn_support import BF16, FP16, FP32, assert_same_bits, rows_apart
 from ptx_emulator import Emulated, Launches, ScheduleError, compile_cute, emulate, explore
 from ptx_emulator.host.cute import Call, ptx_of
-from speculative_history import MISUSES, USES, History, Setup
+from speculative_history import MISUSES, USES, KernelHistory, KernelSetup
 from torch import Tensor
 
 SCHEDULES = 3  # fair, greedy, asynchronous copies late
@@ -66,23 +66,31 @@ class Emulator:
 @pytest.mark.parametrize(
     ("arch", "setup"),
     [
-        ("sm_90a", Setup()),
-        ("sm_90a", Setup(max_tokens=8, capacity=24, H=2, HV=4, state=BF16, tactic=Tactic(2, 2))),
-        ("sm_90a", Setup(max_tokens=6, capacity=29, tree=True, index=torch.int64)),
-        ("sm_90a", Setup(max_tokens=6, capacity=24, tree=True, state=BF16, tactic=Tactic(4, 1))),
-        ("sm_90a", Setup(max_tokens=11, capacity=32, tree=True, io=FP16, variable=False)),
-        ("sm_100a", Setup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=Tactic(2, 2))),
-        ("sm_120a", Setup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=Tactic(1, 1, True))),
+        ("sm_90a", KernelSetup()),
+        ("sm_90a", KernelSetup(max_tokens=8, capacity=24, H=2, HV=4, state=BF16, tactic=Tactic(2, 2))),
+        ("sm_90a", KernelSetup(max_tokens=6, capacity=29, tree=True, index=torch.int64)),
+        ("sm_90a", KernelSetup(max_tokens=6, capacity=24, tree=True, state=BF16, tactic=Tactic(4, 1))),
+        ("sm_90a", KernelSetup(max_tokens=11, capacity=32, tree=True, io=FP16, variable=False)),
+        ("sm_100a", KernelSetup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=Tactic(2, 2))),
+        (
+            "sm_120a",
+            KernelSetup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=Tactic(1, 1, True)),
+        ),
         (
             "sm_100a",
-            Setup(max_tokens=4, capacity=32, D=128, HV=1, tree=True, tactic=Tactic(4, 1, trigger="start")),
+            KernelSetup(
+                max_tokens=4, capacity=32, K=128, V=128, HV=1, tree=True, tactic=Tactic(4, 1, trigger="start")
+            ),
         ),
-        ("sm_90a", Setup(max_tokens=5, capacity=16, tree=True, debug=True)),
+        ("sm_90a", KernelSetup(max_tokens=5, capacity=16, tree=True, debug=True)),
+        ("sm_90a", KernelSetup(HV=3, V=128, gates=FP32, bias=BF16, forgets=True)),
+        ("sm_90a", KernelSetup(max_tokens=11, capacity=32, K=128, tree=True, state=BF16, forgets=True)),
+        ("sm_90a", KernelSetup(state=BF16, apart=True, tactic=Tactic(4, 1, row_copies=True))),
     ],
     ids=str,
 )
-def test_history(arch: str, setup: Setup) -> None:
-    history = History(setup, Emulator(arch), pool_size=4, device=torch.device("cpu"))
+def test_history(arch: str, setup: KernelSetup) -> None:
+    history = KernelHistory(setup, Emulator(arch), pool_size=4, device=torch.device("cpu"))
     full = setup.capacity - 2 * setup.max_tokens
     history.verify([2, -1, 0], setup.max_tokens, full)
     history.verify([2, 0, 1], setup.max_tokens, full)
@@ -105,7 +113,7 @@ def test_what_is_passed_over_does_not_stop_the_kernel(name: str) -> None:
 
 def test_verifies_may_start_before_the_one_before_has_ended() -> None:
     """Each takes states, cursors and pending tokens as the one before leaves them."""
-    setup = Setup(tactic=Tactic(4, 1, trigger="start"), variable=False)
+    setup = KernelSetup(tactic=Tactic(4, 1, trigger="start"), variable=False)
     emulator = Emulator("sm_90a")
     launches: list[tuple[SpeculativeConfig, tuple[Any, ...]]] = []
 
@@ -113,7 +121,7 @@ def test_verifies_may_start_before_the_one_before_has_ended() -> None:
         emulator(config, args)
         launches.append((config, args))
 
-    history = History(setup, launch, pool_size=3, device=torch.device("cpu"))
+    history = KernelHistory(setup, launch, pool_size=3, device=torch.device("cpu"))
     tensors = (history.pool, *history.cache)
     history.verify([2, 0], setup.max_tokens, 2)
     launches.clear()
@@ -133,9 +141,11 @@ def test_verifies_may_start_before_the_one_before_has_ended() -> None:
 
 def test_strides_that_the_kernel_does_not_take_are_refused() -> None:
     """Tokens whose strides inside a request need more than 32 bits, and a pool whose rows lie apart."""
-    setup = Setup(max_tokens=2, capacity=8, H=1, HV=1, tactic=Tactic(4, 1), variable=False)
+    setup = KernelSetup(max_tokens=2, capacity=8, H=1, HV=1, tactic=Tactic(4, 1), variable=False)
     launches: list[tuple[SpeculativeConfig, tuple[Any, ...]]] = []
-    history = History(setup, lambda *call: launches.append(call), pool_size=2, device=torch.device("cpu"))
+    history = KernelHistory(
+        setup, lambda *call: launches.append(call), pool_size=2, device=torch.device("cpu")
+    )
     with pytest.raises(AssertionError):  # nothing was written
         history.verify([1], setup.max_tokens, 2)
     (config, args), emulator = launches[0], Emulator("sm_90a")
