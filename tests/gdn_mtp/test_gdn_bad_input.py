@@ -7,6 +7,7 @@ import pytest
 import torch
 from gdn_support import BF16, FP16, FP32, NAN, Case, assert_same_bits
 from kernel_dispatch import ArgumentError, ArgumentTypeError, NoKernelError
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CASE = Case(B=3, T=2, H=2, HV=4, K=16, V=8)
 ONE_TOKEN = Case(**{**vars(CASE), "T": 1})
@@ -199,6 +200,31 @@ def test_a_perturbed_argument_is_named(function, name, value):
         (name, "k") if name == "q" else (name,)
     )  # where q is on another device, k is the first to disagree
     assert_rejected(function, arguments, *names)
+
+
+OF_MTP = [x for x in perturbations() if x.values[0] == "mtp"]
+
+
+@pytest.mark.parametrize(("function", "name", "value"), OF_MTP)
+def test_a_perturbed_argument_is_named_where_autograd_looks_on(function, name, value):
+    """The call then goes through the dispatcher."""
+    arguments = mtp()
+    arguments["b" if name == "dt_bias" else "dt_bias"].requires_grad_()
+    assert_rejected(function, arguments | {name: value}, name, *(["k"] if name == "q" else []))
+
+
+@pytest.mark.parametrize("scale", ["0.5", True, [1.0]])
+def test_a_scale_that_is_no_number_is_named_where_a_call_is_traced(scale):
+    arguments = mtp() | {"scale": scale}
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ArgumentTypeError, match="^scale: "):
+        gdn_mtp.gated_delta_rule_mtp(**arguments)
+
+
+def test_no_requests_need_a_provider_that_exists():
+    arguments = inputs(Case(**{**vars(CASE), "B": 0}))
+    states = {"state": CASE.states(0).cpu()}
+    with pytest.raises(NoKernelError, match="no provider of that name"):
+        gdn_mtp.gated_delta_rule_decode_pretranspose(**arguments, **states, backend="nobody")
 
 
 @pytest.mark.parametrize("function", ["mtp", "pretranspose_pool", "run"])

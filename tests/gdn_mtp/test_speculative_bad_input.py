@@ -154,6 +154,17 @@ def test_a_perturbed_argument_is_named(function, name, value):
     assert_rejected(function, FUNCTIONS[function][1]() | {name: value}, name)
 
 
+OF_VERIFY = [x for x in perturbations() if x.values[0] == "verify"]
+
+
+@pytest.mark.parametrize(("function", "name", "value"), OF_VERIFY)
+def test_a_perturbed_argument_is_named_where_autograd_looks_on(function, name, value):
+    """The call then goes through the dispatcher."""
+    arguments = verify()
+    arguments["b" if name == "dt_bias" else "dt_bias"].requires_grad_()
+    assert_rejected(function, arguments | {name: value}, name)
+
+
 @pytest.mark.parametrize("function", ["verify", "commit", "materialize"])
 def test_what_is_accepted_has_to_be_said(function):
     """Left out, it would reject the last window."""

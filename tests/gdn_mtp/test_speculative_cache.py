@@ -1,6 +1,7 @@
 """The cache itself: sizes, memory, slots that move, a pool that moves, saving and loading."""
 
 import copy
+import io
 
 import gdn_mtp
 import pytest
@@ -311,6 +312,24 @@ def test_attributes_are_read_only(name):
             setattr(cache, name, value)
         assert getattr(cache, name) is value or name == "device"
     history.cache.bind(history.pool.clone())
+
+
+def test_a_copy_elsewhere_says_where_it_is():
+    cache = make()
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, map_location="meta", weights_only=False).device.type == "meta"
+
+
+def test_pairs_that_are_skipped_may_name_a_slot_twice():
+    history = History(SETUP)
+    history.verify([0, 3], 4, 0)
+    history.cache.copy_slots(index_tensor([0, -1]), index_tensor([3, 3]), history.pool)
+    for tensor in (history.pool, *history.cache.tensors):
+        assert_same_bits(tensor[3], tensor[0], "slot 3")
+    with pytest.raises(ArgumentError, match="dst: slot 3 is named at 0 and at 1"):
+        history.cache.copy_slots(index_tensor([0, 1]), index_tensor([3, 3]))
 
 
 def test_tensors_have_the_documented_order():

@@ -8,7 +8,7 @@ import gdn_mtp
 import pytest
 import torch
 from gdn_mtp.speculative.torch_kernel import KERNEL
-from gdn_support import BF16, DEVICE, FP16, FP32, NAN
+from gdn_support import BF16, DEVICE, FP16, FP32, NAN, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_dispatch import Arch, ArgumentError, debug
@@ -235,6 +235,40 @@ def test_tokens_that_a_request_did_not_have_cannot_be_accepted():
         gdn_mtp.commit(*named, int32([3, 0, 4]))
     everything()
     history.commit([4, 0, 2], {"num_accepted": int32([2, 0, 4])})
+
+
+def test_another_pool_is_refused_though_it_requires_grad():
+    history = prepared()
+    everything = history.snapshot([])
+    other = history.pool.clone().requires_grad_()
+    with pytest.raises(ArgumentError, match="is of the state pool at"):
+        gdn_mtp.verify(**arguments(history, state_pool=other))
+    everything()
+
+
+def test_a_pool_that_requires_grad_is_the_caches_own_from_then_on():
+    history = History(SETUP)
+    pool = history.pool.requires_grad_()
+    tokens, slots = SETUP.tokens(1, 4, 0) | SETUP.heads(), index_tensor([4])
+    gdn_mtp.verify(**tokens, state_pool=pool, state_indices=slots, cache=history.cache, num_accepted=None)
+    assert history.cache.is_bound_to(pool)
+
+
+def test_a_verify_that_fails_leaves_what_its_slots_stand_for(monkeypatch):
+    history = History(SETUP)
+    history.verify([4, 0], 4, 0)
+    accepted = int32([3, 1])
+    named = (history.pool, index_tensor([4, 0]), history.cache, accepted)
+    before = gdn_mtp.materialize(*named)
+    kernel = "gdn_mtp.speculative.torch_kernel"
+    given = SETUP.tokens(2, 4, 1) | SETUP.heads()
+    given |= dict(zip(("state_pool", "state_indices", "cache", "num_accepted"), named, strict=True))
+    for function in ("_evaluate", "_record"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{kernel}.{function}", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                gdn_mtp.verify(**given, fold="always", backend="torch")
+        assert_same_bits(gdn_mtp.materialize(*named), before, "states")
 
 
 @pytest.fixture

@@ -121,6 +121,17 @@ def test_the_fastest_candidate_wins_and_stays_in_effect() -> None:
         assert resolve(Scaling(4), CPU).tactic == "a"
 
 
+def test_a_tuned_tactic_that_is_gone_is_named_and_gives_way_to_the_heuristic() -> None:
+    first, second = slow_then_fast()
+    with scaling_providers(first, second):
+        with autotune(progress=False):
+            scale(torch.ones(4))
+        second.tactics = lambda problem, arch: ("c",)
+        selection = resolve(Scaling(4), CPU)
+        assert (selection.provider.name, selection.tactic) == ("p1", "c")
+        assert "tactic 'd', fastest when tuned, is not offered any more" in selection.reason
+
+
 def test_a_bucket_is_timed_once_and_serves_all_its_batches() -> None:
     kernels = slow_then_fast()
     with scaling_providers(*kernels), autotune(progress=False):

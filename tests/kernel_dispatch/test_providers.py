@@ -25,6 +25,7 @@ from kernel_dispatch import (
     ProviderError,
     as_arch,
     candidates,
+    check_registered,
     explain,
     providers,
     registered,
@@ -203,6 +204,14 @@ def test_choice(arch: str, batch: int, backend: str, chosen: str, reason: str) -
     selection = resolve(Problem(batch), arch, backend)
     assert (selection.provider.name, selection.tactic, selection.reason) == (chosen, "heuristic", reason)
     assert isinstance(selection.kernel, FakeKernel)
+
+
+@pytest.mark.usefixtures("three")
+def test_a_backend_is_a_provider_of_the_group_or_auto() -> None:
+    for backend in ("auto", "torch", "hopper"):
+        check_registered(GROUP, backend)
+    with pytest.raises(NoKernelError, match=f"^backend='nothing': no provider of that name in {GROUP}$"):
+        check_registered(GROUP, "nothing")
 
 
 @pytest.mark.parametrize(

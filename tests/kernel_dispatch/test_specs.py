@@ -15,6 +15,7 @@ from kernel_dispatch import (
     ArgumentError,
     ArgumentTypeError,
     TensorSpec,
+    are_disjoint,
     bind,
     check_index_range,
     check_no_overlap,
@@ -179,6 +180,7 @@ def test_accepted_outputs_share_no_byte(
     buffer = torch.zeros(128)
     a, b = (buffer.as_strided(shape, [outer_stride, 1], offset) for shape, offset in (first, second))
     shared = set(addresses(a)) & set(addresses(b))
+    assert are_disjoint([a], [b]) == are_disjoint([b, a], []) == (not overlap_by_ranges(a, b))
     try:
         check_no_overlap({"a": a}, {"b": b})
     except ArgumentError:

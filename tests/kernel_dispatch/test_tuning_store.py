@@ -107,6 +107,20 @@ def test_a_corrupt_file_is_moved_aside_with_a_warning(path: Path, content: bytes
     assert set(TuningStore(path).read()) == ({"n"} if action == "read" else {"k", "n"})
 
 
+def test_a_corrupt_file_that_cannot_be_moved_stays_with_a_warning(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(b"{")
+    monkeypatch.setattr(TuningStore, "_lock", refuse)
+    with pytest.warns(RuntimeWarning, match=f"{path} is corrupt and stays: .*read-only"):
+        assert TuningStore(path).read() == {}
+    assert path.read_bytes() == b"{"
+
+
+def refuse(store: TuningStore) -> None:
+    raise PermissionError("read-only")
+
+
 FOREIGN = {
     "newer": (b'{"format": 2, "entries": {}}', "has format 2"),
     "named": (b'{"format": "flashinfer"}', "has format 'flashinfer'"),

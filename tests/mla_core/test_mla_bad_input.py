@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from kernel_dispatch import ArgumentError, ArgumentTypeError, NoKernelError
 from kernel_testing import poisoned
 from mla_cases import BF16, FP16, Case, bits
 from mla_core import DecodeProblem, decode, merge_states, plan, workspace_nbytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CASE = Case((130, 2, 70), q_len=2, num_heads=4)
 RAGGED = Case((130, 2, 70), q_lens=(2, 1, 3), num_heads=4)
@@ -240,6 +241,59 @@ def test_outputs_share_no_memory(call: Callable[[Arguments], object], output: st
         call(arguments)
     assert error.value.argument in (output, other)
     assert not shared.any()
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "output_scale"])
+@pytest.mark.parametrize("value", ["0.5", True, [1.0]])
+def test_a_scale_that_is_no_number_is_named_where_a_call_is_traced(name: str, value: object) -> None:
+    arguments = {**good_arguments(CASE), name: value}
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ArgumentTypeError, match=f"^{name}: "):
+        decode(**arguments, return_lse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"backend": "nobody"}, "no provider of that name"),
+        ({"softmax_scale": math.nan}, "softmax_scale: nan"),
+        ({"workspace": torch.zeros(8)}, "workspace: dtype float32"),
+    ],
+)
+def test_a_call_without_requests_is_checked(change: Arguments, error: str) -> None:
+    arguments = good_arguments(CASE)
+    for name in ("query", "block_tables", "seq_lens", "out", "lse"):
+        arguments[name] = arguments[name][:0]
+    decode(**arguments, return_lse=True)
+    with pytest.raises((ArgumentError, NoKernelError), match=error):
+        decode(**{**arguments, **change}, return_lse=True)
+
+
+def test_a_workspace_that_is_too_small_is_refused_where_nothing_else_is_checked() -> None:
+    problem = DecodeProblem(**PROBLEM, return_lse=True)
+    launches: list[object] = []
+    prepared = replace(
+        plan(problem, "cpu"), workspace_nbytes=64, _launch=lambda *tensors: launches.append(tensors)
+    )
+    vars(prepared)["always_checked"] = False  # as on a GPU
+    arguments = good_arguments(CASE)
+    for workspace in (None, torch.zeros(63, dtype=torch.uint8)):
+        with pytest.raises(ArgumentError, match="^workspace: "):
+            prepared.run(**{**arguments, "workspace": workspace})
+    assert not launches
+    prepared.run(**{**arguments, "workspace": torch.zeros(64, dtype=torch.uint8)})
+    assert len(launches) == 1
+
+
+def test_memory_is_looked_at_in_every_call() -> None:
+    """Also where a call looks like one before it."""
+    arguments = good_arguments(CASE)
+    decode(**arguments, return_lse=True)
+    whole = arguments["kv_cache"].flatten()
+    arguments["out"] = whole[: arguments["out"].numel()].view(arguments["out"].shape)
+    before = whole.clone()
+    with pytest.raises(ArgumentError, match="^out: shares memory with kv_cache"):
+        decode(**arguments, return_lse=True)
+    assert torch.equal(bits(whole), bits(before))
 
 
 @pytest.mark.parametrize(

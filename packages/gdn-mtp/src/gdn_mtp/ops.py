@@ -1,7 +1,7 @@
 """The functional call as a `torch.library` operation, seen through by `torch.compile` and `torch.export`."""
 
 import torch
-from kernel_dispatch import register_op, split_scale
+from kernel_dispatch import is_watched, register_op, split_scale
 from torch import Tensor
 
 from gdn_mtp.plans import run_known, run_new
@@ -10,6 +10,7 @@ from gdn_mtp.specs import (
     CallFlags,
     CallForm,
     CallTensors,
+    check_call,
     check_flags,
     check_traced,
     tensor_specs,
@@ -69,9 +70,15 @@ _OP = register_op(
 def trace_call(
     form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags
 ) -> Tensor:
-    """Record the call with whoever traces; shapes and values are checked when it runs. Returns the output."""
-    check_flags(tensors, flags)
-    check_traced(tensor_specs(form, not flags.disable_state_update), tensors.named(form))
+    """Record the call with whoever traces, or hand it to autograd. Returns the output.
+
+    Of a call that is traced, shapes and values are checked when it runs.
+    """
+    if is_watched():
+        check_flags(tensors, flags)
+        check_traced(tensor_specs(form, not flags.disable_state_update), tensors.named(form))
+    else:
+        check_call(form, tensors, 1.0 if scale is None else scale, flags)
     output = torch.empty_like(tensors.v, memory_format=torch.contiguous_format)
     if tensors.output is not None:
         output = tensors.output

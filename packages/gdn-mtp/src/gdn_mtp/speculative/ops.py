@@ -4,7 +4,7 @@ Each writes into tensors that it is given and returns nothing, so tracing needs 
 """
 
 import torch
-from kernel_dispatch import register_op, split_scale
+from kernel_dispatch import is_watched, register_op, split_scale
 from torch import Tensor
 
 from gdn_mtp.specs import check_traced
@@ -14,6 +14,7 @@ from gdn_mtp.speculative.specs import (
     OUTPUT,
     CallFlags,
     CallTensors,
+    check_call,
     check_flags,
     tensor_specs,
     without_tokens,
@@ -123,9 +124,15 @@ _MATERIALIZE = register_op(
 
 
 def trace_call(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
-    """Record the call with whoever traces; shapes and values are checked when it runs. Returns its result."""
-    check_flags(tensors, flags)
-    check_traced(tensor_specs(flags.mode), tensors.named())
+    """Record the call with whoever traces, or hand it to autograd. Returns its result.
+
+    Of a call that is traced, shapes and values are checked when it runs.
+    """
+    if is_watched():
+        check_flags(tensors, flags)
+        check_traced(tensor_specs(flags.mode), tensors.named())
+    else:
+        check_call(tensors, 1.0 if scale is None else scale, flags)
     shared = tuple(tensors)[IN_EVERY_MODE]
     if flags.mode == "commit":
         _COMMIT(*shared, flags.max_tokens, flags.backend)
