@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import mla_core
 import pytest
 import torch
 from kernel_dispatch import ArgumentError, as_arch, resolve
-from kernel_testing import poison_
+from kernel_testing import poison_, poisoned
 from kernel_testing.mla import E4M3, FP16, Case, Inputs
 from mla_core import DecodeProblem, plan_splits
 from mla_core.plan import Plan, plan_selection
@@ -64,7 +64,8 @@ def lengths_of(batch: int) -> tuple[int, ...]:
     return tuple((300, 0, 1000, 1, 33)[request % 5] for request in range(batch))
 
 
-CUT = lengths_of(ARCH.sm_count + 3)  # with 16 heads
+CUT = lengths_of(ARCH.sm_count + 3)  # with 16 heads, in two parts by CUT_TACTIC
+CUT_TACTIC = "m16-tail"
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,11 @@ def cold_memory() -> Iterator[None]:
 def plan_of(inputs: Inputs, tactic: str | None = None) -> Plan:
     problem, device = DecodeProblem(**inputs.sizes), torch.device("cuda", torch.cuda.current_device())
     return plan_selection(resolve(problem, device, BACKEND, tactic), problem, device)
+
+
+def cut_plan(inputs: Inputs) -> Plan:
+    assert len(config.parts(DecodeProblem(**inputs.sizes), ARCH, CUT_TACTIC)) == 2
+    return plan_of(inputs, CUT_TACTIC)
 
 
 def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:
@@ -146,25 +152,19 @@ def test_absent_pages() -> None:
     assert inputs.lse[2].isneginf().all()  # its only page is absent
 
 
-def test_strided_tensors() -> None:
-    inputs = Inputs(Case((300, 5), num_heads=8, q_len=2), "cuda")
-    query, cache = torch.zeros(2, 2, 9, 579), torch.full((len(inputs.kv_cache), 70, 640), float("nan"))
-    query, cache = query.bfloat16().cuda()[:, :, 1:, 3:], cache.bfloat16().cuda()[:, :64, :576]
-    query.copy_(inputs.query)
-    cache.copy_(inputs.kv_cache)
-    out = torch.full((2, 2, 8, 515), float("nan"), dtype=torch.bfloat16, device="cuda")[..., 3:]
-    inputs.query, inputs.kv_cache = query, cache
-    inputs.out = out
-    run(plan_of(inputs), inputs)
-    inputs.kv_cache = cache.contiguous()
-    inputs.check(out, inputs.lse)
-
-
-def test_a_cache_that_tma_cannot_read_is_named() -> None:
-    inputs = Inputs(Case((5,)), "cuda")
-    inputs.kv_cache = torch.zeros(4, 64, 577, dtype=torch.bfloat16, device="cuda")[..., :576]
-    with pytest.raises(ArgumentError, match="kv_cache"):
-        run(plan_of(inputs), inputs)
+@pytest.mark.parametrize("tactic", ["m16", "m16-whole", "m64-whole", "m16-c2", "m64-c2"])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float8_e4m3fn), ("e4m3", torch.float16)],
+)
+def test_strided_tensors(dtype: str, out_dtype: torch.dtype, tactic: str) -> None:
+    """Rows of the query and the output are not aligned, those of the cache are to 16 bytes."""
+    inputs = Inputs(Case((300, 5), dtype, 8, 2, out_dtype=out_dtype, gap=3), "cuda")
+    compact = inputs.kv_cache
+    inputs.kv_cache = poisoned((len(compact), 70, 640), compact.dtype, "cuda")[:, :64, :576]
+    inputs.kv_cache.view(torch.uint8).copy_(compact.view(torch.uint8))
+    run(plan_of(inputs, tactic), inputs)
+    inputs.check(inputs.out, inputs.lse)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,7 @@ def test_same_bits_however_splits_are_merged(dtype: str, tactic: str | None) -> 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
 def test_same_bits_of_a_call_that_is_cut(dtype: str) -> None:
     inputs = Inputs(Case(CUT, dtype, 16), "cuda")
-    assert len(config.parts(DecodeProblem(**inputs.sizes), ARCH, "m16")) == 2
-    plan = plan_of(inputs)
+    plan = cut_plan(inputs)
     check_same_bits(plan, inputs, torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device="cuda"))
 
 
@@ -285,14 +284,16 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
 
 
 @pytest.mark.parametrize(
-    ("lengths", "q_len"), [(((3000, 0, 67), (5, 2900, 64)), 2), ((CUT, CUT[::-1]), 1)], ids=["one", "cut"]
+    ("lengths", "q_len", "make_plan"),
+    [(((3000, 0, 67), (5, 2900, 64)), 2, plan_of), ((CUT, CUT[::-1]), 1, cut_plan)],
+    ids=["one", "cut"],
 )
 def test_graph_replays_with_changed_lengths_and_tables(
-    lengths: tuple[tuple[int, ...], ...], q_len: int
+    lengths: tuple[tuple[int, ...], ...], q_len: int, make_plan: Callable[[Inputs], Plan]
 ) -> None:
     cases = [Case(given, num_heads=16, q_len=q_len, seed=seed) for seed, given in enumerate(lengths)]
     static, other = (Inputs(case, "cuda") for case in cases)
-    plan = plan_of(static)
+    plan = make_plan(static)
     workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
     run(plan, static, workspace)
     torch.cuda.synchronize()
@@ -312,10 +313,12 @@ def test_graph_replays_with_changed_lengths_and_tables(
         inputs.check(static.out, static.lse)
 
 
-@pytest.mark.parametrize("lengths", [(5000, 70, 900), CUT], ids=["one", "cut"])
-def test_two_streams_at_once(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "make_plan"), [((5000, 70, 900), plan_of), (CUT, cut_plan)], ids=["one", "cut"]
+)
+def test_two_streams_at_once(lengths: tuple[int, ...], make_plan: Callable[[Inputs], Plan]) -> None:
     pairs = [(Inputs(Case(lengths, num_heads=16, seed=seed), "cuda"), torch.cuda.Stream()) for seed in (1, 2)]
-    plan = plan_of(pairs[0][0])
+    plan = make_plan(pairs[0][0])
     torch.cuda.synchronize()
     rounds = []
     for _ in range(20):

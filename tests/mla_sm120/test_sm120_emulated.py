@@ -10,7 +10,7 @@ import ptx_emulator
 import pytest
 import torch
 from kernel_dispatch import as_arch
-from kernel_testing.mla import HEAD_DIM, Case, Inputs
+from kernel_testing.mla import BF16, E4M3, FP16, HEAD_DIM, Case, Inputs
 from mla_core import DecodeProblem, plan_splits
 from mla_core.planning import SplitPlan
 from mla_core.specs import DecodeTensors
@@ -30,6 +30,9 @@ CASES = [
 ]
 SCHEDULES = ("fair", "greedy", "late", "greedy-late", "random")
 MANY_SPLITS = 140  # more than the warps of a combine block load at once: eight times sixteen
+
+
+Scales = tuple[float | torch.Tensor, float | torch.Tensor]
 
 
 def hand_over_case(dtype: str, tile: int) -> Case:
@@ -79,33 +82,47 @@ def launches(
     options: tuple[str, ...] = (),
     sm_count: int = 1,
     cluster_size: int = 1,
+    scales: Scales | None = None,
 ) -> Any:
     problem, division = DecodeProblem(**inputs.sizes), Division(tile, splits, cluster_size)
-    return launches_of_parts(inputs, arch, [Part(0, problem, division)], options, sm_count)
+    return launches_of_parts(inputs, arch, [Part(0, problem, division)], options, sm_count, scales)
 
 
 def launches_of_parts(
-    inputs: Inputs, arch: str, parts: list[Part], options: tuple[str, ...] = (), sm_count: int = 1
+    inputs: Inputs,
+    arch: str,
+    parts: list[Part],
+    options: tuple[str, ...] = (),
+    sm_count: int = 1,
+    scales: Scales | None = None,
 ) -> Any:
     nbytes = max(part.division.partials.workspace_bytes for part in parts)
     workspace = torch.full((max(1, nbytes),), 255, dtype=torch.uint8)
-    stream = [x for part in parts for x in launches_of(inputs, arch, part, workspace, options, sm_count)]
-    return ptx_emulator.Launches(stream)
+    scales = scales or (inputs.case.scale, 1.0)
+    arguments = (arch, workspace, options, sm_count, scales)
+    return ptx_emulator.Launches([x for part in parts for x in launches_of(inputs, part, *arguments)])
 
 
 def launches_of(
-    inputs: Inputs, arch: str, part: Part, workspace: torch.Tensor, options: tuple[str, ...], sm_count: int
+    inputs: Inputs,
+    part: Part,
+    arch: str,
+    workspace: torch.Tensor,
+    options: tuple[str, ...],
+    sm_count: int,
+    scales: Scales,
 ) -> list[Any]:
     problem, division, tile = part.problem, part.division, part.division.tile_rows
     launcher = launch.Launcher(problem, division, None, None, 0, pdl=True, first_request=part.first)
     parameters = bytearray(launch.PARAMETER_BYTES)
     parameters[: launch.TENSOR_MAP_BYTES] = tensor_map(inputs).encode()
-    scales = (inputs.case.scale, 1.0)
     outputs = (inputs.out, inputs.lse, workspace)
     arguments = DecodeTensors(*inputs.positional, inputs.cum_seq_lens_q, *scales, *outputs)
     launcher._pack(parameters, arguments)
     memory = dict(zip(("query", "cache", "tables", "lengths"), inputs.positional, strict=True))
     memory |= dict(zip(("out", "lse", "workspace"), outputs, strict=True))
+    named_scales = zip(("softmax_scale", "output_scale"), scales, strict=True)
+    memory |= {name: scale for name, scale in named_scales if isinstance(scale, torch.Tensor)}
     if inputs.cum_seq_lens_q is not None:
         memory["offsets"] = inputs.cum_seq_lens_q
 
@@ -144,6 +161,35 @@ def test_matches_float64_without_races(case: Case, tile: int, sm_count: int, arc
     options = ("-DMLA_PORTABLE_TRANSPOSE",) if portable else ()
     launches(inputs, name, tile, splits, options, sm_count).run(ptx_emulator.Options())
     inputs.check(inputs.out, inputs.lse)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["floats", "tensors"])
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize(
+    ("cluster_size", "num_partials"), [(1, 1), (1, 3), (2, 1)], ids=["whole", "combine", "merge"]
+)
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [("bf16", BF16), ("fp16", E4M3), ("e4m3", FP16), ("e4m3", E4M3)], ids=str
+)
+def test_scales_and_rows_that_are_not_aligned(
+    dtype: str,
+    out_dtype: torch.dtype,
+    tile: int,
+    cluster_size: int,
+    num_partials: int,
+    gap: int,
+    on_device: bool,
+) -> None:
+    """A negative output scale, and rows of the query and the output that lie 3 elements apart."""
+    inputs = Inputs(Case((150, 1, 40), dtype, 5, 2, out_dtype=out_dtype, gap=gap))
+    inputs.kv_cache = inputs.kv_cache.contiguous()  # of which TMA takes no such rows
+    splits = replace(splits_of(inputs, tile, sm_count=1), num_splits=cluster_size * num_partials)
+    floats = (inputs.case.scale, -2.5)
+    scales = tuple(map(torch.tensor, floats)) if on_device else floats
+    stream = launches(inputs, "sm_120a", tile, splits, cluster_size=cluster_size, scales=scales)
+    stream.run(ptx_emulator.Options())
+    inputs.check(inputs.out, inputs.lse, output_scale=-2.5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -135,6 +135,21 @@ def test_a_device_with_less_shared_memory_is_declined() -> None:
     assert "65536 bytes of shared memory" in str(config.objection(PROBLEM, arch))
 
 
+def test_lengths_that_kernels_cannot_count_are_declined() -> None:
+    arch = Arch.from_name("sm_121a")
+    for longest, declined in ((config.MAX_SEQ_LEN, False), (config.MAX_SEQ_LEN + 1, True), (2**40, True)):
+        objection = config.objection(replace(PROBLEM, max_seq_len=longest, max_pages=None), arch)
+        assert ("max_seq_len" in str(objection)) == declined
+
+
+@pytest.mark.parametrize("dtype", config.DTYPE_UNITS)
+@pytest.mark.parametrize("name", ["sm_90a", "sm_120a", "sm_121a"])
+def test_a_few_requests_more_than_sms_are_cut_by_the_tactic_for_it(name: str, dtype: torch.dtype) -> None:
+    arch = Arch.from_name(name)
+    sizes = {"batch": arch.sm_count + 3, "q_len": 1, "num_heads": 16, "page_size": 64, "max_seq_len": 1000}
+    assert len(config.parts(DecodeProblem(**sizes, q_dtype=dtype), arch, "m16-tail")) == 2
+
+
 @pytest.mark.parametrize(
     ("num_heads", "q_len", "tile"),
     [(1, 1, 16), (8, 2, 16), (16, 1, 16), (16, 2, 32), (96, 1, 64), (128, 4, 64)],

@@ -21,6 +21,7 @@ TILE_ROWS = (16, 32, 64)
 SMEM_BYTES = 101376  # the most dynamic shared memory of a block on compute capability 12.x
 COMBINE_ITEMS_PER_ROW = 4  # of the combine kernel: a row and a quarter of its columns
 MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65535
+MAX_SEQ_LEN = 2**31 - 2048  # kernels count keys, up to 64 boxes beyond the last, in 32 bits
 
 DTYPE_UNITS = {
     torch.bfloat16: "decode_bf16",
@@ -74,6 +75,8 @@ def objection(problem: DecodeProblem, arch: Arch) -> str | None:
         return f"{arch.smem_optin_bytes} bytes of shared memory per block, the kernels use up to {SMEM_BYTES}"
     if problem.batch > MAX_GRID_YZ:
         return f"batch = {problem.batch}, a grid has at most {MAX_GRID_YZ}"
+    if problem.max_seq_len > MAX_SEQ_LEN:
+        return f"max_seq_len = {problem.max_seq_len}, the kernels count up to {MAX_SEQ_LEN} keys"
     items = problem.batch * problem.rows * COMBINE_ITEMS_PER_ROW
     if items > MAX_GRID_X:
         return (

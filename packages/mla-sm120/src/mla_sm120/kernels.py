@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from kernel_dispatch import Arch, ArgumentError
+from kernel_dispatch import Arch
 from mla_core import DecodeProblem
 
-from .config import DTYPE_UNITS, SMEM_BYTES, Division, Part, parts, tactics
+from .config import DTYPE_UNITS, Division, Part, parts, tactics
 from .launch import Launcher, Launchers, combine_name
 from .load import load_kernel
 
@@ -33,12 +33,6 @@ class DecodeKernels:
         self, problem: DecodeProblem, arch: Arch, device: torch.device, tactic: str
     ) -> Callable[..., None]:
         """The launcher of a tactic. Loads its cubin, which is compiled first if there is none."""
-        if arch.smem_optin_bytes < SMEM_BYTES:
-            raise ArgumentError(
-                "device",
-                f"{device} has {arch.smem_optin_bytes} bytes of shared memory per block, "
-                f"expected {SMEM_BYTES}",
-            )
         return launchers(parts(problem, arch, tactic), arch, device)
 
 
