@@ -102,3 +102,34 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiler_that_is_not_known() -> None:
     with pytest.raises(ValueError, match="clang"):
         compile_cuda(CUDA, compiler="clang")
+
+
+def test_an_entry_of_the_cache_that_cannot_be_read_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_source, "cache_folder", lambda: tmp_path)
+    made = []
+
+    def compile_now() -> tuple[str, list[str]]:
+        made.append(1)
+        return "ptx", []
+
+    assert cuda_source._cached(["key"], compile_now) == "ptx"
+    (entry,) = tmp_path.iterdir()
+    for content in (b"", b"[", b"\xff"):
+        entry.write_bytes(content)
+        assert cuda_source._cached(["key"], compile_now) == "ptx"
+    assert cuda_source._cached(["key"], compile_now) == "ptx"
+    assert len(made) == 4
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_flags_of_the_environment_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "__global__ void store(int* out) { *out = VALUE; }"
+    found = []
+    for value in ("11", "12"):
+        monkeypatch.setenv("NVCC_APPEND_FLAGS", f"-DVALUE={value}")
+        out = np.zeros(1, dtype=np.int32)
+        launch(compile_cuda(source, compiler="nvcc"), args=[out])
+        found.append(int(out[0]))
+    assert found == [11, 12]

@@ -56,6 +56,19 @@ def test_launch(make) -> None:
     assert all(x == 2.5)
 
 
+def test_sizes_may_be_numpy_integers() -> None:
+    x = np.ones(40, dtype=np.float32)
+    launch(SCALE, grid=np.int64(1), block=(np.int32(64), 1), args=[x, 2.5, 40])
+    assert all(x == 2.5)
+
+
+def test_an_array_that_numpy_may_not_write_is_read_only() -> None:
+    constant = np.ones(4, dtype=np.float32).tobytes()
+    with pytest.raises(EmulationError):
+        launch(SCALE, block=4, args=[np.frombuffer(constant, dtype=np.float32), 2.5, 4])
+    assert constant == np.ones(4, dtype=np.float32).tobytes()
+
+
 def test_arguments_are_checked() -> None:
     x = np.ones(4, dtype=np.float32)
     with pytest.raises(EmulatorError, match="2 given, scale takes 3"):

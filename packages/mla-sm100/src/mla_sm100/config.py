@@ -10,6 +10,9 @@ from mla_core.problem import SHORT_DTYPES
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM = 512, 64
 PAGE_SIZES = (16, 32, 64, 128)
+MAX_INT32 = (
+    2**31 - 1
+)  # kernels count keys in 32 bits, and tiles of keys times splits, at most one for each SM
 MAX_ROWS = 2**30 - 1  # of all requests: a grid has fewer than 2^31 CTAs, and a row may take two
 
 CHUNK_ROWS = 64  # rows (of queries, keys or probabilities) that one chunk of shared memory holds
@@ -193,6 +196,9 @@ def can_implement(problem: DecodeProblem, arch: Arch) -> str | None:
         return (
             f"batch * q_len * num_heads = {problem.batch * problem.rows}, the kernels take up to {MAX_ROWS}"
         )
+    most_keys = min(MAX_INT32 // arch.sm_count, MAX_INT32 // CHUNK_ROWS - 2) * CHUNK_ROWS
+    if problem.max_seq_len > most_keys:
+        return f"max_seq_len = {problem.max_seq_len}, the kernels count up to {most_keys} keys"
     if arch.sm_count < 2:
         return f"{arch.sm_count} SM, a pair of CTAs needs two"
     if arch.smem_optin_bytes < SMEM_LIMIT_BYTES:

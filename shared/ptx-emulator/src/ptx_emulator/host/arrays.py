@@ -54,7 +54,7 @@ def is_array(value: Any) -> bool:
 
 
 def memory_of(name: str, array: Any, *, initialised: bool = True, read_only: bool = False) -> Memory:
-    """The memory of an array, gaps between its rows included.
+    """The memory of an array, gaps between its rows included. What NumPy may not write, a kernel may not.
 
     Raises:
         ValueError: a tensor that is not in host memory, or an array with negative strides.
@@ -68,6 +68,7 @@ def memory_of(name: str, array: Any, *, initialised: bool = True, read_only: boo
     elif isinstance(array, np.ndarray):
         address, item = array.ctypes.data, array.itemsize
         sizes, strides = array.shape, list(array.strides)
+        read_only = read_only or not array.flags.writeable
     else:
         raise TypeError(f"{name}: a {type(array).__name__} is neither a torch.Tensor nor a numpy.ndarray")
     if any(stride < 0 for stride in strides):

@@ -12,9 +12,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ptx_emulator.build import cache_folder
 from ptx_emulator.errors import BuildError
@@ -58,7 +60,7 @@ def compile_cuda(
     if nvcc is not None and compiler != "nvrtc":
         version = _nvcc_version(nvcc)
         return _cached(
-            (version, arch, text, str(source) if isinstance(source, Path) else _TEXT, *flags),
+            (version, arch, text, str(source) if isinstance(source, Path) else _TEXT, *flags, *_more_flags()),
             lambda: _run_nvcc(nvcc, source, text, arch, flags),
         )
     library = _nvrtc()
@@ -103,17 +105,30 @@ def _cached(parts: Sequence[str], compile_now: Callable[[], tuple[str, list[str]
     """PTX from the cache if no file that it depends on has changed, else compiled and put there."""
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     entry = cache_folder() / f"cuda-{key}.json"
-    if entry.exists():
-        stored = json.loads(entry.read_text(encoding="utf-8"))
-        if all(_file_digest(path) == digest for path, digest in stored["files"].items()):
-            return str(stored["ptx"])
+    stored = _stored(entry)
+    if stored is not None and all(_file_digest(path) == digest for path, digest in stored["files"].items()):
+        return str(stored["ptx"])
     ptx, files = compile_now()
     entry.parent.mkdir(parents=True, exist_ok=True)
-    partial = entry.with_suffix(f".{os.getpid()}")
+    partial = entry.with_suffix(f".{uuid.uuid4().hex}")
     content = {"ptx": ptx, "files": {file: _file_digest(file) for file in files}}
     partial.write_text(json.dumps(content), encoding="utf-8")
     partial.replace(entry)
     return ptx
+
+
+def _stored(entry: Path) -> dict[str, Any] | None:
+    """An entry of the cache; None if there is none, or none that can be read."""
+    try:
+        stored: dict[str, Any] = json.loads(entry.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return stored
+
+
+def _more_flags() -> tuple[str, ...]:
+    """What nvcc takes from the environment besides its arguments."""
+    return tuple(os.environ.get(f"NVCC_{place}_FLAGS", "") for place in ("PREPEND", "APPEND"))
 
 
 def _file_digest(path: str) -> str | None:

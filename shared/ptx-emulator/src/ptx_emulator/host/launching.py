@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -195,7 +196,7 @@ def launch(
 
 def size3(name: str, size: Size) -> tuple[int, int, int]:
     """A grid, block or cluster size in three dimensions."""
-    sizes = (size,) if isinstance(size, int) else tuple(size)
+    sizes = tuple(map(operator.index, size if isinstance(size, Iterable) else (size,)))
     if not 1 <= len(sizes) <= 3:
         raise ValueError(f"{name}: {size} has {len(sizes)} dimensions, a launch has one to three")
     x, y, z = (*sizes, 1, 1)[:3]
