@@ -1,7 +1,8 @@
 """Sessions of the repository; `nox --list` names them, plain `nox` runs what the README calls the tests.
 
 A package is a folder under `shared/` or `packages/` that holds a `pyproject.toml`; its tests are in
-`tests/<module name>`. Nothing here names one, so a new package needs no change to this file.
+`tests/<module name>`, so a new package needs no change to what tests, checks and builds all of them; sessions
+about some, such as `device` and `sanitize`, name those.
 
 What our packages declare from others (torch, a kernel language) and the test runner are installed once, into
 `.nox/base-<key>`; a session that needs them sees that environment through a `.pth` file. Our own wheels are

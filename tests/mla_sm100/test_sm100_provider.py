@@ -61,6 +61,7 @@ def test_on_this_machine_it_declines_or_runs() -> None:
         ({"page_size": 256}, "page_size = 256"),
         ({"kv_lora_rank": 256}, r"256 \+ 64"),
         ({"qk_rope_head_dim": 32}, r"512 \+ 32"),
+        ({"max_seq_len": 10**9}, "max_seq_len = 1000000000, the kernels count up to"),
     ],
     ids=str,
 )

@@ -17,7 +17,8 @@ A state is loaded once, carried in float32 through all T tokens, and rounded onc
 - Only the arguments documented as written are mutated. Bad input raises `kernel_dispatch.ArgumentError` (a
   ValueError; for types and dtypes `ArgumentTypeError`, also a TypeError) naming the argument before any
   write, `NoKernelError` if no provider accepts the call. On a GPU the values of index tensors are checked
-  in debug mode only (`kernel_dispatch.debug()`), since that waits for the device; on the CPU always.
+  in debug mode only (`kernel_dispatch.debug()`), since that waits for the device, and whether arguments share
+  memory in the first of the calls whose tensors look alike; on the CPU always.
 - Results carry no gradient.
 
 State pools: request i reads slot initial_state_indices[i]. A negative index marks padding: nothing of that

@@ -10,9 +10,7 @@ from mla_core.problem import SHORT_DTYPES
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM = 512, 64
 PAGE_SIZES = (16, 32, 64, 128)
-MAX_INT32 = (
-    2**31 - 1
-)  # kernels count keys in 32 bits, and tiles of keys times splits, at most one for each SM
+MAX_INT32 = 2**31 - 1  # of keys, and of their tiles times splits, at most one for each SM
 MAX_ROWS = 2**30 - 1  # of all requests: a grid has fewer than 2^31 CTAs, and a row may take two
 
 CHUNK_ROWS = 64  # rows (of queries, keys or probabilities) that one chunk of shared memory holds

@@ -27,6 +27,8 @@ Shared rules, where they differ from those in `gdn_mtp.api`:
   in a CUDA graph; the first call of a kind has to come before the capture.
 - On a GPU a stride of 2^31 elements or more between the tokens of a request, or between their heads, raises
   ValueError.
+- Under `torch.compile` the pool and the cache may not be tensors that were made in `torch.inference_mode()`,
+  unless the call is made in it: PyTorch refuses to change those elsewhere.
 - A cache that is bound to another pool raises `ArgumentError`, but in code that `torch.compile` traces.
 - On the CPU, and in debug mode (`kernel_dispatch.debug()`) outside a capture, values are checked before
   anything is written: slots, more accepted than verified, a cursor out of range raise `ArgumentError`. In

@@ -1,6 +1,7 @@
-"""The functions as `torch.library` operations, seen through by `torch.compile` and `torch.export`.
+"""The functions as `torch.library` operations, seen through by `torch.compile`.
 
-Each writes into tensors that it is given and returns nothing, so tracing needs no shape function.
+Each writes into tensors that it is given and returns nothing, so tracing needs no shape function. To
+`torch.export` the tensors of a cache are constants, which a program that is lowered further may not change.
 """
 
 import torch
