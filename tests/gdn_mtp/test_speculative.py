@@ -12,6 +12,7 @@ from gdn_mtp.speculative.folding import fold_above
 from gdn_mtp.speculative.torch_kernel import KERNEL
 from gdn_support import BF16, DEVICE, FP16, FP32, assert_same_bits
 from speculative_support import History, Setup, arguments, index_tensor, int32, random_tree
+from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SETUP = Setup()
@@ -399,6 +400,26 @@ class TestCompilation:
         compile_it = partial(torch.compile, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         self.assert_same_effect(compile_it, scale)
         self.assert_same_effect(compile_it, scale, batch=4)
+
+    def test_inductor_copies_neither_pool_nor_cache(self):
+        """It makes no kernels of its own for calls that follow each other."""
+        torch._dynamo.reset()
+        metrics.reset()
+        results = []
+        for compile_it in (partial(torch.compile, fullgraph=True), lambda function: function):
+            history, output = History(SETUP), torch.zeros(3, 4, SETUP.HV, SETUP.V, dtype=BF16, device=DEVICE)
+            inputs, pool, indices, accepted = self.given(history)
+
+            def step(output, pool, accepted, cache=history.cache, inputs=inputs, indices=indices):
+                call = partial(gdn_mtp.verify, **inputs, state_indices=indices, cache=cache, output=output)
+                call(state_pool=pool, num_accepted=None)
+                call(state_pool=pool, num_accepted=accepted, fold="always")
+
+            compile_it(step)(output, pool, accepted)
+            results.append((output, pool, *history.cache.tensors))
+        for x, y in zip(*results, strict=True):
+            assert_same_bits(x, y, "a result")
+        assert metrics.generated_kernel_count == 0
 
     def test_copy_and_reset_compile(self):
         torch._dynamo.reset()

@@ -106,15 +106,23 @@ class _Tokens(NamedTuple):
 def _load_tokens(problem: GatedDeltaRuleProblem, q: Tensor, k: Tensor, v: Tensor) -> _Tokens:
     q, k = q.float(), k.float()
     if problem.use_qk_l2norm:
-        q = q / (q.square().sum(-1, keepdim=True) + L2NORM_EPSILON).sqrt()
-        k = k / (k.square().sum(-1, keepdim=True) + L2NORM_EPSILON).sqrt()
+        q, k = q * norm_factors(q), k * norm_factors(k)
     return _Tokens(q, k, v.float())
 
 
 def _gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """exp(g) and beta, each [n, T, HV] float32."""
-    g = -A_log.float().exp() * softplus(a.float() + dt_bias.float())
-    return g.exp(), torch.sigmoid(b.float())
+    return log_decays(a, A_log, dt_bias).exp(), torch.sigmoid(b.float())
+
+
+def norm_factors(x: Tensor) -> Tensor:
+    """What the l2norm multiplies vectors [..., K] float32 with, [..., 1]."""
+    return (x.square().sum(-1, keepdim=True) + L2NORM_EPSILON).rsqrt()
+
+
+def log_decays(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """g of tokens with a [..., HV], float32."""
+    return -A_log.float().exp() * softplus(a.float() + dt_bias.float())
 
 
 def load_states(pool: Tensor, reads: Tensor | None) -> Tensor:

@@ -18,13 +18,19 @@ from typing import NamedTuple
 import torch
 from kernel_dispatch import Arch
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import pad
 
-from gdn_mtp.problem import L2NORM_EPSILON
 from gdn_mtp.speculative.cache import CacheTensors
 from gdn_mtp.speculative.folding import FLOAT_BYTES
 from gdn_mtp.speculative.problem import SpeculativeProblem
-from gdn_mtp.torch_kernel import CHUNK_BYTES, TACTIC, load_states, store_slots
+from gdn_mtp.torch_kernel import (
+    CHUNK_BYTES,
+    TACTIC,
+    load_states,
+    log_decays,
+    norm_factors,
+    store_slots,
+)
 
 
 class TorchKernel:
@@ -297,10 +303,9 @@ def _load_tokens(
     q, k = q.float(), k.float()
     k_scale = torch.ones_like(k[..., 0])
     if problem.use_qk_l2norm:
-        q = q * (q.square().sum(-1, keepdim=True) + L2NORM_EPSILON).rsqrt()
-        k_scale = (k.square().sum(-1) + L2NORM_EPSILON).rsqrt()
+        q, k_scale = q * norm_factors(q), norm_factors(k)[..., 0]
         k = k * k_scale[..., None]
-    gates = -A_log.float().exp() * softplus(a.float() + dt_bias.float())
+    gates = log_decays(a, A_log, dt_bias)
     return _Tokens(q, k, v.float(), gates, torch.sigmoid(b.float()), k_scale)
 
 
