@@ -358,12 +358,18 @@ def test_a_cache_is_cut_into_chunks_of_64_columns() -> None:
     assert box == (64, 16, 9, 1)
 
 
+OUT_KINDS = {"Bf16": torch.bfloat16, "Fp16": torch.float16, "E4m3": torch.float8_e4m3fn}
+
+
 def test_parameters_fill_the_struct() -> None:
     assert launch.TENSOR_MAP_BYTES + launch.PARAMETERS.size <= launch.PARAMETER_BYTES
     text = (sources.CUDA_FOLDER / "params.h").read_text()
     assert f"sizeof(DecodeParams) == {launch.PARAMETER_BYTES}" in text
     header = (sources.CUDA_FOLDER / "config.h").read_text()
     assert f"kMaxSmemBytes = {config.SMEM_BYTES};" in header
+    assert f"kChunkElements = {launch.CHUNK_ELEMENTS};" in header
+    types = ", ".join(f"kOut{kind} = {launch.OUT_TYPES[dtype]}" for kind, dtype in OUT_KINDS.items())
+    assert f"enum OutType : int32 {{ {types} }};" in text
     assert f"kBoxKeys = {config.BOX_KEYS};" in header
     assert f"kTileKeys = {config.TILE_KEYS};" in header
     combine = (sources.CUDA_FOLDER / "combine.cu").read_text()
