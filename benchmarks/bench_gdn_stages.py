@@ -36,6 +36,8 @@ from typing import Any
 import bench_gdn_spec
 import torch
 from _gdn_cases import HEAD_DIM, POOL_SLOTS, Call, Cell, fill_pool, make_calls, make_pool
+from _gdn_spec_report import Cell as Step
+from _gdn_spec_report import Row as StepRow
 from _gdn_stages import EMPTY, STAGES, STEP_STAGES, StagesConfig
 from _gdn_variants import Ours, progress, timed_calls
 from _host_time import HostTime, time_host
@@ -113,10 +115,10 @@ def time_calls(cell: Cell, pool: Tensor, copy_gb_s: float) -> Row:
     return row
 
 
-def time_steps(cell: bench_gdn_spec.Cell, copy_gb_s: float, device: torch.device) -> Row:
+def time_steps(cell: Step, copy_gb_s: float, device: torch.device) -> Row:
     """Check the whole kernel on one cell of speculative steps, and time all variants if it is right."""
     arch = as_arch(device)
-    slots = max(POOL_SLOTS, cell.B * cell.groups(device))
+    slots = max(POOL_SLOTS, cell.B * bench_gdn_spec.cold_groups(cell, device))
     pool = make_pool(Cell(cell.H, cell.HV, cell.B, cell.T, True, False, cell.state_dtype), device, slots)
     steps = bench_gdn_spec.make_steps(cell, slots, device)
     whole = bench_gdn_spec.Ours(cell, pool)
@@ -135,7 +137,7 @@ def time_steps(cell: bench_gdn_spec.Cell, copy_gb_s: float, device: torch.device
     indices = range(len(steps.accepted))
     timed = {name: [variant.step(steps, i) for i in indices] for name, variant in variants.items()}
     row.us = time_cuda_us(timed, repeats=bench_gdn_spec.REPEATS, warmup=1)
-    measured = bench_gdn_spec.Row(cell, copy_gb_s)
+    measured = StepRow(cell, copy_gb_s)
     _, measured.folds_per_step, measured.pending_per_step = bench_gdn_spec.simulate(
         cell, steps, 1 + bench_gdn_spec.REPEATS
     )
@@ -178,9 +180,7 @@ def time_all_calls(
 def time_all_steps(batches: Sequence[int], copy_gb_s: float, device: torch.device) -> list[Row]:
     """The rows of speculative steps; each is printed."""
     cells = [
-        bench_gdn_spec.Cell(H, HV, B, T, dtype, bench_gdn_spec.CAPACITY[T], "auto")
-        for T, dtype in STEPS
-        for B in batches
+        Step(H, HV, B, T, dtype, bench_gdn_spec.CAPACITY[T], "auto") for T, dtype in STEPS for B in batches
     ]
     rows = []
     for cell in progress(cells, "steps"):

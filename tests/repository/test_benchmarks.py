@@ -213,8 +213,8 @@ def test_states_in_order_and_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kernel_with_stages_left_out_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from _gdn_cases import Cell
+    from _gdn_spec_report import Cell as Step
     from _gdn_stages import STAGES, STEP_STAGES, StagesConfig
-    from bench_gdn_spec import Cell as Step
     from bench_gdn_stages import VARIANTS
     from gdn_mtp.cute import kernels, kernels_speculative
 
@@ -413,7 +413,7 @@ def test_our_steps_are_compared(monkeypatch: pytest.MonkeyPatch, accepts: str) -
 def test_goals_of_speculative_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gdn_mtp
-    from bench_gdn_spec import Cell, Row, verdicts
+    from _gdn_spec_report import Cell, Row, verdicts
 
     def row(B: int, T: int = 8, HV: int = 32, ours: float = 100.0, **changes: Any) -> Row:
         cell = Cell(H=16, HV=HV, B=B, T=T, state_dtype=torch.bfloat16, capacity=3 * T, fold="auto")
