@@ -216,7 +216,7 @@ def test_a_perturbed_argument_is_named_where_autograd_looks_on(function, name, v
 @pytest.mark.parametrize("scale", ["0.5", True, [1.0]])
 def test_a_scale_that_is_no_number_is_named_where_a_call_is_traced(scale):
     arguments = mtp() | {"scale": scale}
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ArgumentTypeError, match="^scale: "):
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ArgumentTypeError, match=r"^scale: "):
         gdn_mtp.gated_delta_rule_mtp(**arguments)
 
 

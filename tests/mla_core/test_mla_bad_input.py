@@ -277,7 +277,7 @@ def test_a_workspace_that_is_too_small_is_refused_where_nothing_else_is_checked(
     vars(prepared)["always_checked"] = False  # as on a GPU
     arguments = good_arguments(CASE)
     for workspace in (None, torch.zeros(63, dtype=torch.uint8)):
-        with pytest.raises(ArgumentError, match="^workspace: "):
+        with pytest.raises(ArgumentError, match=r"^workspace: "):
             prepared.run(**{**arguments, "workspace": workspace})
     assert not launches
     prepared.run(**{**arguments, "workspace": torch.zeros(64, dtype=torch.uint8)})
@@ -291,7 +291,7 @@ def test_memory_is_looked_at_in_every_call() -> None:
     whole = arguments["kv_cache"].flatten()
     arguments["out"] = whole[: arguments["out"].numel()].view(arguments["out"].shape)
     before = whole.clone()
-    with pytest.raises(ArgumentError, match="^out: shares memory with kv_cache"):
+    with pytest.raises(ArgumentError, match=r"^out: shares memory with kv_cache"):
         decode(**arguments, return_lse=True)
     assert torch.equal(bits(whole), bits(before))
 

@@ -127,7 +127,7 @@ def test_a_workspace_that_does_not_hold_the_partial_results_is_named(
 ) -> None:
     inputs = Inputs(CASE)
     launcher = launcher_of(inputs)
-    with pytest.raises(ArgumentError, match="^workspace: "):
+    with pytest.raises(ArgumentError, match=r"^workspace: "):
         launcher(*arguments_of(inputs, launcher)._replace(workspace=workspace))
     assert not driver.launched
 
