@@ -31,6 +31,7 @@ DTYPE_UNITS = {
 
 WHOLE = "-whole"  # end of the name of a tactic that does not split the keys of a request
 TAIL = "-tail"  # of one that divides requests that are left after whole waves as a call of their own
+CLUSTER = "-c"  # and a size: of one whose blocks merge their results in clusters of as many
 CLUSTER_SIZES = (1, 2, 4, 8)  # that tactics name: blocks that merge their results in shared memory
 
 
@@ -128,23 +129,22 @@ class Division:
     @staticmethod
     def of(problem: DecodeProblem, arch: Arch, tactic: str) -> Division:
         """How a tactic other than one of `-tail` divides a call, or a part of one."""
-        tile, _, cluster = tactic.removesuffix(WHOLE).partition("-c")
-        tile_rows = int(tile.removeprefix("m"))
-        if tactic.endswith(WHOLE):
+        tile_rows, end = tile_and_end(tactic)
+        if end == WHOLE:
             return Division(tile_rows, _whole(problem, tile_rows), 1)
-        if cluster:
-            return Division._of(problem, arch, tile_rows, int(cluster))
-        alone = Division._of(problem, arch, tile_rows, 1)
+        if end:
+            return Division.in_clusters_of(int(end.removeprefix(CLUSTER)), problem, arch, tile_rows)
+        alone = Division.in_clusters_of(1, problem, arch, tile_rows)
         keys = problem.max_seq_len // alone.num_splits
         size = next(size for few, splits, size in CLUSTERS if keys >= few and alone.num_splits >= splits)
         if size > 1:
-            return Division._of(problem, arch, tile_rows, size)
+            return Division.in_clusters_of(size, problem, arch, tile_rows)
         # Two splits in a cluster do without partial results, for which rows may be too many.
         choices = [alone, *_without_partials(problem, tile_rows)[1:]]
         return min(choices, key=lambda division: division.cost_us(problem, arch))
 
     @staticmethod
-    def _of(problem: DecodeProblem, arch: Arch, tile_rows: int, cluster_size: int) -> Division:
+    def in_clusters_of(cluster_size: int, problem: DecodeProblem, arch: Arch, tile_rows: int) -> Division:
         """Clusters of a size, or smaller ones if keys are few.
 
         As many as are resident at a time, as far as there are keys for them; with the preferred tile the
@@ -215,16 +215,15 @@ def parts(problem: DecodeProblem, arch: Arch, tactic: str) -> list[Part]:
     splits of a cluster, and those that are left are divided as a call of their own; where there are not both,
     it is one call. A tile's name alone is the one or the other, whichever is expected to be faster.
     """
-    name = tactic.removesuffix(TAIL)
-    one_call = [Part(0, problem, Division.of(problem, arch, name))]
-    cuts = [] if "-" in name else _ways_to_cut(problem, arch, name)
-    choices = cuts if cuts and name != tactic else [one_call, *cuts]
+    tile_rows, end = tile_and_end(tactic)
+    one_call = [Part(0, problem, Division.of(problem, arch, tactic.removesuffix(TAIL)))]
+    cuts = _ways_to_cut(problem, arch, tile_rows) if end in ("", TAIL) else []
+    choices = cuts if cuts and end == TAIL else [one_call, *cuts]
     return min(choices, key=partial(cost_us, arch=arch))
 
 
-def _ways_to_cut(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Part]]:
+def _ways_to_cut(problem: DecodeProblem, arch: Arch, tile_rows: int) -> list[list[Part]]:
     """One for each way to have no partial results, if the requests that come first then fill whole waves."""
-    tile_rows = int(tile.removeprefix("m"))
     found = []
     for division in _without_partials(problem, tile_rows):
         wave = arch.sm_count // (row_tiles_of(problem, tile_rows) * division.num_splits)
@@ -235,7 +234,7 @@ def _ways_to_cut(problem: DecodeProblem, arch: Arch, tile: str) -> list[list[Par
             found.append(
                 [
                     Part(0, first, replace(division, splits=splits)),
-                    Part(first.batch, rest, Division.of(rest, arch, tile)),
+                    Part(first.batch, rest, Division.of(rest, arch, f"m{tile_rows}")),
                 ]
             )
     return found
@@ -292,5 +291,11 @@ def tactics(problem: DecodeProblem) -> list[str]:
     """Names of the tactics, the heuristic's choice first: tiles, sizes of clusters, `-whole`, `-tail`."""
     preferred = preferred_tile(problem)
     tiles = sorted(TILE_ROWS, key=lambda tile: tile != preferred)
-    ends = ["", *(f"-c{size}" for size in CLUSTER_SIZES), WHOLE, TAIL]
+    ends = ["", *(f"{CLUSTER}{size}" for size in CLUSTER_SIZES), WHOLE, TAIL]
     return [f"m{tile}{end}" for end in ends for tile in tiles]
+
+
+def tile_and_end(tactic: str) -> tuple[int, str]:
+    """Rows of a tile, and the rest of a tactic's name: nothing, `-whole`, `-tail`, or `-c` and a size."""
+    tile, hyphen, end = tactic.partition("-")
+    return int(tile.removeprefix("m")), hyphen + end
