@@ -147,3 +147,18 @@ def flush(value: float, fmt: Format) -> float:
     if value != 0 and abs(value) < float(Fraction(2) ** fmt.min_exponent):
         return math.copysign(0.0, value)
     return value
+
+
+def extreme(a: float, b: float, larger: bool, nan: bool) -> float:
+    """min or max, -0 below 0; of one NaN the other operand, or NaN if `nan`."""
+    if math.isnan(a) or math.isnan(b):
+        both = math.isnan(a) and math.isnan(b)
+        return math.nan if nan or both else b if math.isnan(a) else a
+    first = (a, math.copysign(1, a)) < (b, math.copysign(1, b))
+    return a if first != larger else b
+
+
+def signed_extreme(a: float, b: float, larger: bool, nan: bool) -> float:
+    """`extreme` of the absolute values, with the exclusive or of the signs."""
+    result = extreme(abs(a), abs(b), larger, nan)
+    return result if math.copysign(1, a) == math.copysign(1, b) else -result

@@ -97,3 +97,9 @@ def _bytes(array: np.ndarray | torch.Tensor) -> np.ndarray:
         return array.reshape(-1).view(torch.uint8).numpy()
     assert array.flags.c_contiguous
     return array.reshape(-1).view(np.uint8)
+
+
+def reports_of(body: str, *arrays: np.ndarray, **options: Any) -> str:
+    """The reports of a kernel that has some, one a line."""
+    result = run_kernel(body, *arrays, expect_reports=True, **options)
+    return "\n".join(f"{report.kind}: {report.message}" for report in result.reports)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from copies import REDUCTIONS
-from harness import run_kernel
+from harness import reports_of, run_kernel
 from ptx_emulator.errors import UnsupportedInstruction
 
 SCHEDULES = [
@@ -55,11 +55,6 @@ def aligned(values: np.ndarray) -> np.ndarray:
 
 def words(count: int = 32, first: int = 1) -> np.ndarray:
     return aligned(np.arange(first, first + count, dtype=np.uint32))
-
-
-def reports_of(body: str, *arrays: np.ndarray, **options: Any) -> str:
-    result = run_kernel(body, *arrays, expect_reports=True, **options)
-    return "\n".join(f"{report.kind}: {report.message}" for report in result.reports)
 
 
 @pytest.mark.parametrize("options", SCHEDULES)

@@ -9,7 +9,7 @@ import exact
 import numpy as np
 import pytest
 from elementwise import elementwise, pairs_of
-from exact import F32, F64, Format
+from exact import F32, F64, Format, extreme, signed_extreme
 from harness import run_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,14 +142,6 @@ def test_packed(name: str, mode: str) -> None:
     np.testing.assert_array_equal(got.view(np.uint32), np.array(expected, np.uint32))
 
 
-def extreme(a: float, b: float, larger: bool, nan: bool) -> float:
-    if math.isnan(a) or math.isnan(b):
-        both = math.isnan(a) and math.isnan(b)
-        return math.nan if nan or both else b if math.isnan(a) else a
-    first = (a, math.copysign(1, a)) < (b, math.copysign(1, b))
-    return a if first != larger else b
-
-
 @pytest.mark.parametrize("name", ["min", "max"])
 @pytest.mark.parametrize("nan", [False, True], ids=["number", "NaN"])
 def test_extremes(name: str, nan: bool) -> None:
@@ -161,15 +153,11 @@ def test_extremes(name: str, nan: bool) -> None:
     text = f"{name}.ftz{suffix}.f32 {{d}}, {{a}}, {{b}};"
     check(text, F32, two, lambda a, b: extreme(a, b, larger, nan), ftz=True)
 
-    def signed(a: float, b: float) -> float:
-        result = extreme(abs(a), abs(b), larger, nan)
-        return result if math.copysign(1, a) == math.copysign(1, b) else -result
-
     numbers = [
         column[~np.isnan(two[0].view(np.float32)) & ~np.isnan(two[1].view(np.float32))] for column in two
     ]
     text = f"{name}{suffix}.xorsign.abs.f32 {{d}}, {{a}}, {{b}};"
-    check(text, F32, numbers, signed)
+    check(text, F32, numbers, lambda a, b: signed_extreme(a, b, larger, nan))
     text = f"{name}{suffix}.f32 {{d}}, {{a}}, {{b}}, {{c}};"
 
     def three(a: float, b: float, c: float) -> float:

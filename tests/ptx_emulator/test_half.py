@@ -9,7 +9,7 @@ import exact
 import numpy as np
 import pytest
 from elementwise import elementwise, pairs_of
-from exact import BF16, F16, Format
+from exact import BF16, F16, Format, extreme, signed_extreme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_values import ODD_BF16, ODD_F16, random_bits
@@ -108,14 +108,6 @@ def test_fma_relu(fmt: Format, packed: bool) -> None:
     check("fma.rn.relu", fmt, packed, inputs_of(fmt, 3), relu)
 
 
-def extreme(a: float, b: float, larger: bool, nan: bool) -> float:
-    if math.isnan(a) or math.isnan(b):
-        both = math.isnan(a) and math.isnan(b)
-        return math.nan if nan or both else b if math.isnan(a) else a
-    first = (a, math.copysign(1, a)) < (b, math.copysign(1, b))
-    return a if first != larger else b
-
-
 @PACKED
 @FORMATS
 @pytest.mark.parametrize("name", ["min", "max"])
@@ -129,13 +121,9 @@ def test_extremes(name: str, nan: bool, fmt: Format, packed: bool) -> None:
         text = f"{name}.ftz{suffix}"
         check(text, fmt, packed, inputs, lambda a, b: extreme(a, b, larger, nan), ftz=True)
 
-    def signed(a: float, b: float) -> float:
-        result = extreme(abs(a), abs(b), larger, nan)
-        return result if math.copysign(1, a) == math.copysign(1, b) else -result
-
     nans = np.isnan(fmt.values(inputs[0])) | np.isnan(fmt.values(inputs[1]))
     numbers = [column[~nans][: (~nans).sum() // 2 * 2] for column in inputs]
-    check(f"{name}{suffix}.xorsign.abs", fmt, packed, numbers, signed)
+    check(f"{name}{suffix}.xorsign.abs", fmt, packed, numbers, lambda a, b: signed_extreme(a, b, larger, nan))
 
 
 @PACKED

@@ -6,17 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 from copies import aligned, map_of, tensor_map_array
-from harness import run_kernel
+from harness import reports_of, run_kernel
 from ptx_emulator import EmulationError
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.tensor_map import DataType, Swizzle, TensorMap
 from test_tensor_copy import ALONE, INIT, WAIT, coordinates, load, numbered, store
-
-
-def reports_of(body: str, *arrays: np.ndarray, **options: Any) -> str:
-    result = run_kernel(body, *arrays, expect_reports=True, **options)
-    return "\n".join(f"{report.kind}: {report.message}" for report in result.reports)
-
 
 ISSUE = """
     @!%p20 bra ISSUED;
