@@ -8,10 +8,10 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-import gdn_mtp.cute
 from cute_kernels import CuteFunction
 from cutlass import Float32, Int64
 from cutlass.cute.runtime import make_fake_stream
+from gdn_mtp.cute.compile import FUNCTION
 from gdn_mtp.cute.config import MMA_ROWS, WARP_LANES, KernelConfig
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.fragments import read_index
@@ -236,6 +236,6 @@ def _trace_empty(config: object, options: str) -> Any:
     )
 
 
-_SOURCES = (Path(gdn_mtp.cute.__file__).parent, Path(__file__))
+_SOURCES = (*FUNCTION.sources, Path(__file__))
 STAGES = CuteFunction("gated_delta_rule_stages", _trace, _SOURCES)
 EMPTY = CuteFunction("empty", _trace_empty, _SOURCES)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from gdn_mtp.cute.compile import FUNCTION
-from gdn_mtp.cute.config import Config
+from gdn_mtp.cute.config import LOWEST_LOG_DECAY, Config
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
-from gdn_mtp.cute.gates import LOWEST_LOG_DECAY
 from gdn_mtp.cute.kernels import heuristic_row
 from gdn_mtp.problem import short_dtype
 from gdn_mtp.reference import ReferenceResult, gated_delta_rule_reference

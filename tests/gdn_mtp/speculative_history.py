@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gdn_mtp.cute.config import Tactic
+from gdn_mtp.cute.config import LOWEST_LOG_DECAY, Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
-from gdn_mtp.cute.gates import LOWEST_LOG_DECAY
 from gdn_support import (
     BF16,
     FORGETS,

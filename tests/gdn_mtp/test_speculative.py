@@ -5,6 +5,7 @@ from functools import partial
 
 import gdn_mtp
 import kernel_dispatch
+import numpy as np
 import pytest
 import torch
 from gdn_mtp.speculative import SpeculativeReference, folding
@@ -14,6 +15,7 @@ from gdn_support import BF16, DEVICE, FP16, FP32, assert_same_bits
 from speculative_support import History, Setup, arguments, index_tensor, int32, random_tree
 from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 SETUP = Setup()
 
@@ -393,10 +395,10 @@ class TestCompilation:
             assert_same_bits(tensor, expected.cache.state_dict()[name], name)
 
     @pytest.mark.parametrize("dynamic", [False, True])
-    @pytest.mark.parametrize("scale", [None, 0.5, "tensor"])
+    @pytest.mark.parametrize("scale", [None, 0.5, np.float64(0.5), "tensor"])
     def test_compile_without_graph_breaks(self, scale, dynamic):
         torch._dynamo.reset()
-        scale = torch.tensor([0.5], device=DEVICE) if scale == "tensor" else scale
+        scale = torch.tensor([0.5], device=DEVICE) if isinstance(scale, str) else scale
         compile_it = partial(torch.compile, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         self.assert_same_effect(compile_it, scale)
         self.assert_same_effect(compile_it, scale, batch=4)
@@ -464,6 +466,16 @@ class TestCompilation:
         opcheck(ops.speculative_verify.default, (*tokens, *tensors, None, None, output, *options))
         opcheck(ops.speculative_commit.default, (*tensors, 4, "auto"))
         opcheck(ops.speculative_materialize.default, (*tensors, states, 4, "auto"))
+
+    def test_a_subclass_of_two_tensors(self):
+        """Its own memory says nothing: a cache is not bound to it."""
+        histories = [History(SETUP), History(SETUP), History(SETUP)]
+        (*tensors, cache), (*others, _), given = (arguments(history, [4, 0], 4) for history in histories)
+        pairs = [TwoTensor(x, y) for x, y in zip(tensors, others, strict=True)]
+        output = gdn_mtp.verify(*pairs, cache, None)
+        assert_same_bits(output.a, gdn_mtp.verify(*given, None), "output")
+        assert not cache.is_bound_to(histories[0].pool)
+        gdn_mtp.commit(histories[0].pool, index_tensor([4, 0]), cache, None)
 
     def test_inputs_that_require_gradients_give_results_without(self):
         history = History(SETUP)

@@ -14,7 +14,6 @@ from kernel_dispatch import (
     clear_plans,
     registered,
     reload_providers,
-    tensor_key,
 )
 from kernel_dispatch.plan_cache import ALIKE_LIMIT
 from kernel_dispatch.tuning import invalidate_plans
@@ -22,27 +21,11 @@ from kernel_dispatch.tuning import invalidate_plans
 
 def test_get_returns_what_was_put() -> None:
     plans: PlanCache[str] = PlanCache()
-    key = (tensor_key(torch.zeros(2, 3)), True)
-    assert plans.get(key) is None
-    plans.put(key, "first")
-    plans.put(key, "second")
-    assert plans.get((tensor_key(torch.ones(2, 3)), True)) == "second"
+    assert plans.get(("key", True)) is None
+    plans.put(("key", True), "first")
+    plans.put(("key", True), "second")
+    assert plans.get(("key", True)) == "second"
     assert len(plans) == 1
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        torch.zeros(3, 2),
-        torch.zeros(3, 2).T,
-        torch.zeros(2, 3, dtype=torch.float16),
-        torch.zeros(2, 3, device="meta"),
-        torch.zeros(2, 3, 1),
-    ],
-    ids=["shape", "stride", "dtype", "device", "rank"],
-)
-def test_tensor_key_tells_tensors_apart(other: torch.Tensor) -> None:
-    assert tensor_key(other) != tensor_key(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from kernel_dispatch import ArgumentError, ArgumentTypeError, NoKernelError
+from kernel_dispatch.plan_cache import ALIKE_LIMIT
 from kernel_testing import poisoned
 from mla_cases import BF16, FP16, Case, bits
 from mla_core import DecodeProblem, decode, merge_states, plan, workspace_nbytes
@@ -195,6 +196,41 @@ def run_plan(case: Case) -> Callable[[Arguments], None]:
 def test_decode_refuses(bad: Bad) -> None:
     assert_refused(bad, decode_all)
     decode_all(good_arguments(bad.case))
+
+
+@pytest.mark.parametrize("bad", TENSORS, ids=str)
+def test_decode_refuses_after_a_call_that_went_well(bad: Bad) -> None:
+    decode_all(good_arguments(bad.case))
+    assert_refused(bad, decode_all)
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "workspace", "cum_seq_lens_q"])
+@pytest.mark.parametrize("value", ["x", [0, 1, 2, 3], 5, 5.0])
+def test_what_is_no_tensor_is_refused_where_a_call_before_had_none(name: str, value: object) -> None:
+    arguments = {**good_arguments(CASE), name: None}
+    decode(**arguments, return_lse=True)
+    with pytest.raises(ArgumentError) as error:
+        decode(**{**arguments, name: value}, return_lse=True)
+    assert error.value.argument == name
+
+
+def test_a_number_for_return_lse_is_refused_after_a_call_with_a_bool() -> None:
+    decode_all(good_arguments(CASE))
+    with pytest.raises(ArgumentTypeError, match=r"^return_lse: "):
+        decode(**good_arguments(CASE), return_lse=1)
+
+
+def test_calls_of_many_batches_are_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case((3,) * batch, num_heads=4) for batch in range(1, ALIKE_LIMIT + 3)]
+    for case in cases:
+        decode(*case.inputs().positional, softmax_scale=case.scale)
+    monkeypatch.setattr("mla_core.api.execute", must_not_run)
+    for case in cases:
+        decode(*case.inputs().positional, softmax_scale=case.scale)
+
+
+def must_not_run(tensors: object, options: object) -> None:
+    raise AssertionError("a call that looks like an earlier one was checked in full")
 
 
 def blamed_by_a_plan(bad: Bad) -> Bad:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from kernel_dispatch import ArgumentError
@@ -47,7 +48,11 @@ def flashinfer_names(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     )
 
 
-FUNCTIONS = [plain, with_lse_and_scales, around, flashinfer_names]
+def numpy_scale(*tensors: torch.Tensor) -> torch.Tensor:
+    return decode(*tensors, softmax_scale=1 / np.sqrt(576))
+
+
+FUNCTIONS = [plain, with_lse_and_scales, around, flashinfer_names, numpy_scale]
 
 
 def as_bits(result: torch.Tensor | tuple[torch.Tensor, ...]) -> list[list[int]]:

@@ -121,17 +121,6 @@ def test_parameters_follow_every_tensor(driver: Driver) -> None:
     assert driver.launched[-1][2] == first
 
 
-@pytest.mark.parametrize("workspace", [None, torch.empty(64, dtype=torch.uint8)], ids=["none", "small"])
-def test_a_workspace_that_does_not_hold_the_partial_results_is_named(
-    driver: Driver, workspace: torch.Tensor | None
-) -> None:
-    inputs = Inputs(CASE)
-    launcher = launcher_of(inputs)
-    with pytest.raises(ArgumentError, match=r"^workspace: "):
-        launcher(*arguments_of(inputs, launcher)._replace(workspace=workspace))
-    assert not driver.launched
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 def test_parts_of_a_call_begin_at_their_requests(driver: Driver, ragged: bool) -> None:
     from cuda.bindings.driver import CUfunction

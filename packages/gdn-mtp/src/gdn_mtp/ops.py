@@ -1,7 +1,7 @@
 """The functional call as a `torch.library` operation, seen through by `torch.compile` and `torch.export`."""
 
 import torch
-from kernel_dispatch import is_watched, register_op, split_scale
+from kernel_dispatch import is_plain, is_watched, register_op, split_scale
 from torch import Tensor
 
 from gdn_mtp.plans import run_known, run_new
@@ -70,11 +70,11 @@ _OP = register_op(
 def trace_call(
     form: CallForm, tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags
 ) -> Tensor:
-    """Record the call with whoever traces, or hand it to autograd. Returns the output.
+    """Record the call with whoever traces, or hand it to autograd or a tensor subclass. Returns the output.
 
-    Of a call that is traced, shapes and values are checked when it runs.
+    A call for autograd is checked here; others, whose tensors may have no memory, when they run.
     """
-    if is_watched():
+    if is_watched() or not all(is_plain(tensor) for tensor in tensors if tensor is not None):
         check_flags(tensors, flags)
         check_traced(tensor_specs(form, not flags.disable_state_update), tensors.named(form))
     else:

@@ -63,13 +63,15 @@ def run_known(
     if is_watched():
         return None
     try:
-        plan = _plans.get(_key(given, options, out_dtype, return_lse), given.all_tensors())
-    except TypeError:  # an option that cannot be hashed; `Options.check` says which
+        plan = _plans.get(_key(given, options, out_dtype, return_lse), given.all_but_numbers())
+    except (AttributeError, TypeError):  # no tensor, or an option that cannot be hashed; `execute` says which
         return None
     if plan is None:
         return None
+    if given.out is not None or given.lse is not None or given.workspace is not None:
+        given.check_memory()
     tensors = with_outputs(given, options.kv_lora_rank, out_dtype, return_lse)
-    _run(plan, given, tensors)
+    _run(plan, tensors)
     return results(tensors)
 
 
@@ -90,7 +92,7 @@ def execute(tensors: DecodeTensors, options: Options) -> Plan | None:
     problem = _problem_of(tensors, options, sizes)
     device, backend = tensors.query.device, options.backend
     plan = cached_plan(problem, device, backend, None, lambda: _select(problem, tensors, backend))
-    _run(plan, tensors, tensors)
+    _run(plan, tensors)
     return plan
 
 
@@ -98,7 +100,7 @@ def remember(
     plan: Plan, given: DecodeTensors, options: Options, out_dtype: torch.dtype | None, return_lse: bool
 ) -> None:
     """Keep the plan of a call that went well for `run_known`."""
-    _plans.put(_key(given, options, out_dtype, return_lse), plan, given.all_tensors())
+    _plans.put(_key(given, options, out_dtype, return_lse), plan, given.all_but_numbers())
 
 
 def with_outputs(
@@ -121,10 +123,8 @@ def results(tensors: DecodeTensors) -> Results:
     return tensors.out if tensors.lse is None else (tensors.out, tensors.lse)
 
 
-def _run(plan: Plan, given: DecodeTensors, tensors: DecodeTensors) -> None:
-    """Check what differs from call to call, and launch. given: of `tensors`, what the caller owns."""
-    if given.out is not None or given.lse is not None or given.workspace is not None:
-        given.check_memory()
+def _run(plan: Plan, tensors: DecodeTensors) -> None:
+    """Check values and the workspace, for which there is memory if none is given, and launch."""
     check_values(tensors, plan.problem)
     device = tensors.query.device
     if tensors.workspace is not None or not plan.workspace_nbytes:
@@ -136,11 +136,23 @@ def _run(plan: Plan, given: DecodeTensors, tensors: DecodeTensors) -> None:
 
 
 def _key(given: DecodeTensors, options: Options, out_dtype: torch.dtype | None, return_lse: bool) -> Hashable:
-    """What the plan of a call depends on, short of what the cache compares itself: how its tensors look."""
-    optional = (given.cum_seq_lens_q, given.softmax_scale, given.output_scale, given.out, given.lse)
-    which = tuple(isinstance(x, torch.Tensor) for x in optional)
-    types = tuple(map(type, options))  # 512.0 equals 512, but is refused
-    return options, types, out_dtype, return_lse, which, torch.is_grad_enabled()
+    """What the plan of a call depends on, short of what the cache compares itself: how its tensors look.
+
+    Of those the shapes that change as requests come and go are part of it: a cache of plans compares the
+    tensors of a key one plan after the other.
+    """
+    optional = (given.cum_seq_lens_q, given.out, given.lse, given.workspace)
+    return (
+        options,
+        (out_dtype, return_lse),
+        tuple(map(type, (*options, return_lse))),  # 512.0 equals 512, but is refused
+        given.query.shape,
+        given.block_tables.shape,
+        tuple(x is None for x in optional),
+        isinstance(given.softmax_scale, torch.Tensor),
+        isinstance(given.output_scale, torch.Tensor),
+        torch.is_grad_enabled(),
+    )
 
 
 def bind_call(tensors: DecodeTensors, options: Options) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,10 @@ class DecodeTensors(NamedTuple):
     def all_tensors(self) -> list[torch.Tensor]:
         """Every tensor that was given, scales among them."""
         return [value for value in self if isinstance(value, torch.Tensor)]
+
+    def all_but_numbers(self) -> list[torch.Tensor]:
+        """What was given and is no number: tensors, or what should be."""
+        return [value for value in self if value is not None and not isinstance(value, (float, int, Real))]
 
     def check_memory(self) -> None:
         """Raise ArgumentError if an output or the workspace shares memory with another argument."""

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from kernel_dispatch import ArgumentError, check_workspace
+from kernel_dispatch import ArgumentError
 from mla_core import DecodeProblem
 from mla_core.specs import DecodeTensors
 
@@ -185,8 +185,6 @@ class Launcher:
                 raise ArgumentError(
                     name, f"on {value.device}, expected cuda:{self._device_index}, which the plan is for"
                 )
-        if self.division.num_partials > 1:
-            check_workspace(given.workspace, self.division.partials.workspace_bytes, given.query.device)
         cache = given.kv_cache
         key = MapKey(cache.data_ptr(), cache.shape[0], *cache.stride()[:2])
         parameters = _Parameters()
@@ -212,7 +210,10 @@ class Launcher:
             s % query_units for s in query_stride[:3]
         )
         out_aligned = out_address % (2 * out.element_size()) == 0 and not any(s % 2 for s in out_stride[:3])
-        o_partial = _address(given.workspace) if division.num_partials > 1 else 0
+        o_partial = 0
+        if division.num_partials > 1:
+            assert given.workspace is not None
+            o_partial = given.workspace.data_ptr()
         PARAMETERS.pack_into(
             into,
             TENSOR_MAP_BYTES,

@@ -27,8 +27,8 @@ from .errors import (
     NoKernelError,
     ProviderError,
 )
-from .ops import is_watched, needs_op, register_op
-from .plan_cache import PlanCache, clear_plans, tensor_key
+from .ops import is_plain, is_watched, needs_op, register_op
+from .plan_cache import PlanCache, clear_plans
 from .providers import (
     Kernel,
     Problem,
@@ -107,6 +107,7 @@ __all__ = [
     "generation",
     "guard_workspace",
     "has_data",
+    "is_plain",
     "is_watched",
     "launch_workspace",
     "load_problems",
@@ -120,7 +121,6 @@ __all__ = [
     "resolve",
     "source_hash",
     "split_scale",
-    "tensor_key",
     "toolchain_versions",
     "tuned_choice",
     "values_are_readable",

@@ -44,6 +44,11 @@ def is_watched() -> bool:
     return is_compiling() or _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor or a parameter itself, and of no subclass, whose values may be elsewhere."""
+    return type(tensor) in _PLAIN_TYPES
+
+
 def needs_op(*tensors: torch.Tensor | None) -> bool:
     """Whether a call on `tensors` must go through the dispatcher rather than straight to the kernel.
 
@@ -54,9 +59,7 @@ def needs_op(*tensors: torch.Tensor | None) -> bool:
         return True
     grad_enabled = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES or (grad_enabled and tensor.requires_grad)
-        ):
+        if tensor is not None and (not is_plain(tensor) or (grad_enabled and tensor.requires_grad)):
             return True
     return False
 

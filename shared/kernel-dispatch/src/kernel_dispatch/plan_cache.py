@@ -1,9 +1,9 @@
 """A cache of plans, so that a functional call pays for validation and resolution once per kind of argument.
 
-The operation package makes the key: a tuple of everything its plan depends on (`tensor_key` of each tensor,
-flags). Where a microsecond counts, it leaves the tensors out of the key and hands them to the cache, which
-compares them in C++. What neither shows, the cache sees to itself: a plan is dropped when the tuner has
-learnt something, and when providers come or go.
+The operation package makes the key: a tuple of everything its plan depends on. Tensors it hands to the cache,
+which compares how they look in C++. Shapes that change as requests come and go belong into the key as well,
+for plans of one key are tried one after the other. What neither shows, the cache sees to itself: a plan is
+dropped when the tuner has learnt something, and when providers come or go.
 """
 
 from __future__ import annotations
@@ -102,8 +102,3 @@ def clear_plans() -> None:
         caches = list(_caches)
     for plans in caches:
         plans.clear()
-
-
-def tensor_key(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    """Shape, strides, dtype and device: what a plan may depend on, short of the data and its address."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -176,7 +176,12 @@ def check_registered(group: str, backend: str) -> None:
     For calls that pose no problem, which `resolve` would take: those without requests.
     """
     if backend != AUTO and all(entry.name != backend for entry in providers(group)):
-        raise NoKernelError(f"backend={backend!r}: no provider of that name in {group}")
+        raise NoKernelError(f"backend={backend!r}: {unknown_in(group)}")
+
+
+def unknown_in(group: str) -> str:
+    """Why a name that no provider of the group has cannot be chosen."""
+    return f"no provider of that name in {group}"
 
 
 def reload_providers() -> None:

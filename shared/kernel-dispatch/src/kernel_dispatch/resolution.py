@@ -20,6 +20,7 @@ from .providers import (
     check_problem,
     load_kernel,
     providers,
+    unknown_in,
     working_providers,
 )
 from .tuning import tuned_choice
@@ -184,7 +185,7 @@ def _choose(
         return backend, f"asked for by backend={backend!r}"
     if backend != AUTO:
         against = [row.reason for row in rows if row.name == backend]
-        return None, f"backend={backend!r}: {'; '.join(against) or f'no provider of that name in {group}'}"
+        return None, f"backend={backend!r}: {'; '.join(against) or unknown_in(group)}"
     if not able:
         return None, f"none of {len(rows)} providers in {group} can run this problem"
     if tuned is not None and tuned[0] in able:

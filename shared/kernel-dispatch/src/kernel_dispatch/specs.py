@@ -247,7 +247,8 @@ def check_scale(
         if values_are_readable(value):
             _check_finite(name, value.item())
         return value
-    _check_real(name, value)
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the ABC is asked last: slow
+        raise _no_scale(name, value)
     try:
         number = float(value)
     except OverflowError:  # the number is not shown: it may have thousands of digits
@@ -263,18 +264,21 @@ def split_scale(name: str, value: float | Real | Tensor | None) -> tuple[float |
     """A scale as two arguments of an operation, whose schema has no union: a number or else a tensor.
 
     Raises ArgumentTypeError for what is neither. Which numbers and tensors will do, `check_scale` says when
-    the operation runs: to a tracer a number may be a symbol.
+    the operation runs: to a tracer a number may be a symbol, and one of NumPy an array.
     """
     if value is None or isinstance(value, Tensor):
         return None, value
-    _check_real(name, value)
-    return float(value), None
+    if not isinstance(value, (bool, str, bytes)):
+        try:
+            return float(value), None
+        except (TypeError, ValueError):
+            pass
+    raise _no_scale(name, value)
 
 
-def _check_real(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the ABC is asked last: slow
-        came = type(value).__name__
-        raise ArgumentTypeError(name, f"{came}, expected a float or a float32 tensor of one element")
+def _no_scale(name: str, value: object) -> ArgumentTypeError:
+    came = type(value).__name__
+    return ArgumentTypeError(name, f"{came}, expected a float or a float32 tensor of one element")
 
 
 def _check_finite(name: str, number: float) -> None:

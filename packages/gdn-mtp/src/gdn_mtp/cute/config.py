@@ -22,6 +22,7 @@ SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
 SMEM_ALIGNMENT = 128  # of what a block takes
 MBARRIER_BYTES = 8
 GATE_COLUMNS = 8
+LOWEST_LOG_DECAY = -104.0  # that kernels work with: exp of it is 0 in float32
 MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
 MATRICES_PER_CHUNK = 4
 TRIGGER_SUFFIX = {"late": "", "early": "e", "start": "s"}

@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from .config import CHUNK_TOKENS, GATE_COLUMNS
+from .config import CHUNK_TOKENS, GATE_COLUMNS, LOWEST_LOG_DECAY
 from .fragments import select
 
 # Columns of the table [T, GATE_COLUMNS] in shared memory. LOG_DECAY and CHUNK_DECAY accumulate from the start
@@ -17,7 +17,6 @@ LOG_DECAY, DECAY, BETA, CHUNK_DECAY, K_SCALE, Q_SCALE, QK = range(7)
 PATH = DECAY  # in a table of `stage_path_gates`: the bits of an int32, one for each token on the path
 
 SOFTPLUS_LINEAR_ABOVE = 20.0
-LOWEST_LOG_DECAY = -104.0  # exp of it is 0 in float32
 
 
 class GateInputs(NamedTuple):

@@ -49,8 +49,8 @@ class GatedDeltaRuleKMajor:
 
     @cute.jit
     def __call__(
-        self, q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, write_indices,
-        intermediate_states, ssm_state_indices, output, stream,
+        self, q, k, v, a, b, A_log, dt_bias, scale, state, initial_state_indices, output_state_indices,
+        intermediate_states_buffer, ssm_state_indices, output, stream,
     ):  # fmt: skip
         cfg = self.config
         self.kernel(q, k, v, a, b, A_log, dt_bias, scale, state, output).launch(

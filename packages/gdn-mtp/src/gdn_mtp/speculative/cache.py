@@ -19,7 +19,7 @@ from kernel_dispatch import (
     as_device,
     bind,
     check_index_range,
-    has_data,
+    is_plain,
     is_watched,
     values_are_readable,
 )
@@ -330,8 +330,8 @@ def _may_read(slots: Tensor) -> bool:
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether a tensor is in memory; false inside a trace, and for one that only stands for another."""
-    return has_data(tensor) and not is_watched()
+    """Whether a tensor is known to be in memory; false inside a trace, and for a subclass."""
+    return is_plain(tensor) and not tensor.is_meta and not is_watched()
 
 
 def tensors_of(cache: SpeculativeCache) -> CacheTensors:

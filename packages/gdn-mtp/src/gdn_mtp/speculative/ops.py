@@ -5,7 +5,7 @@ Each writes into tensors that it is given and returns nothing, so tracing needs 
 """
 
 import torch
-from kernel_dispatch import is_watched, register_op, split_scale
+from kernel_dispatch import is_plain, is_watched, register_op, split_scale
 from torch import Tensor
 
 from gdn_mtp.specs import check_traced
@@ -125,11 +125,11 @@ _MATERIALIZE = register_op(
 
 
 def trace_call(tensors: CallTensors, scale: float | Tensor | None, flags: CallFlags) -> Tensor:
-    """Record the call with whoever traces, or hand it to autograd. Returns its result.
+    """Record the call with whoever traces, or hand it to autograd or a tensor subclass. Returns its result.
 
-    Of a call that is traced, shapes and values are checked when it runs.
+    A call for autograd is checked here; others, whose tensors may have no memory, when they run.
     """
-    if is_watched():
+    if is_watched() or not all(is_plain(tensor) for tensor in tensors if tensor is not None):
         check_flags(tensors, flags)
         check_traced(tensor_specs(flags.mode), tensors.named())
     else:

@@ -281,6 +281,7 @@ def _key(tensors: TensorTuple, scale: float | Tensor | None, flags: FlagTuple) -
     return (
         (mode, max_tokens, use_qk_l2norm, backend),
         pool.shape,
+        tensors[STATE_INDICES].shape,
         misalignment(pool),
         misalignment(tensors[STATES]),
         tuple(tensor is None for tensor in tensors[OPTIONAL]),
