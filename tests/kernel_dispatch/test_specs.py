@@ -200,6 +200,8 @@ def test_overlap_names_both_tensors() -> None:
 def test_neighbours_and_interleaved_slots_do_not_overlap() -> None:
     pool = torch.zeros(6, 10)
     check_no_overlap({"state": pool[:, :4], "states": pool[:, 4:]}, {"other": torch.zeros(6, 10)})
+    check_no_overlap({"state": pool[:, 0]}, {"one": pool[2:3, 1:]})  # of which one item has no period
+    check_no_overlap({"one": pool[2:3, 1:]}, {"state": pool[:, 0]})
     check_no_overlap({"state": pool[:3]}, {"states": pool[3:], "empty": pool[:0], "meta": pool.to("meta")})
     with pytest.raises(ArgumentError, match=r"^states: shares memory with state"):
         check_no_overlap({"state": pool[:, :5], "states": pool[:, 4:]}, {})

@@ -182,16 +182,20 @@ def _memory(tensors: Mapping[str, Tensor | None]) -> list[_Memory]:
 def _overlap(a: _Memory, b: _Memory) -> bool:
     if a.end <= b.start or b.end <= a.start or a.tensor.device != b.tensor.device:
         return False
-    a_outer, b_outer = _outer_dim(a.tensor), _outer_dim(b.tensor)
-    if a_outer is None or b_outer is None:
-        return True
-    period = a.tensor.stride(a_outer) * a.tensor.element_size()
-    if period != b.tensor.stride(b_outer) * b.tensor.element_size() or period == 0:
-        return True
-    a_item_bytes = _extent_bytes(a.tensor.select(a_outer, 0))
-    b_item_bytes = _extent_bytes(b.tensor.select(b_outer, 0))
-    gap = (b.start - a.start) % period  # from the start of an item of a to that of the next item of b
-    return gap < a_item_bytes or gap + b_item_bytes > period
+    return not (_lies_between(a, b) or _lies_between(b, a))
+
+
+def _lies_between(a: _Memory, b: _Memory) -> bool:
+    """Whether b, or each item of it if they have the same period, lies in the gaps between the items of a."""
+    outer, b_outer = _outer_dim(a.tensor), _outer_dim(b.tensor)
+    if outer is None or a.tensor.stride(outer) == 0:
+        return False
+    period = a.tensor.stride(outer) * a.tensor.element_size()
+    b_bytes = b.end - b.start
+    if b_outer is not None and b.tensor.stride(b_outer) * b.tensor.element_size() == period:
+        b_bytes = _extent_bytes(b.tensor.select(b_outer, 0))
+    gap = (b.start - a.start) % period  # from the start of an item of a to that of the next one of b
+    return gap >= _extent_bytes(a.tensor.select(outer, 0)) and gap + b_bytes <= period
 
 
 def _extent_bytes(tensor: Tensor) -> int:
