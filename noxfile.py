@@ -45,6 +45,7 @@ CLIENT_REQUIREMENTS = ("transformers", "matplotlib")
 TEST_HELPERS = ("kernel-testing", "ptx-emulator")  # what tests compare with, and a CPU that runs GPU code
 CACHE_VARIABLE = "KERNEL_DISPATCH_CACHE_DIR"
 EMULATOR_CACHE_VARIABLE = "PTX_EMULATOR_CACHE_DIR"
+TEST_REQUIREMENTS = {"mla-sm120": ("nvidia-cuda-nvrtc",)}  # of a package's tests, beside what it declares
 PEERS = ("flashinfer-python",)
 PRIVATE_CLASSIFIER = "Private :: Do Not Upload"
 
@@ -213,7 +214,7 @@ def run_tests(session: nox.Session, folder: Path, *arguments: str) -> None:
 def test(session: nox.Session, package: str) -> None:
     """Test one package as installed from its wheel; arguments after -- go to pytest."""
     use_base(session)
-    install_packages(session, closure([package, *TEST_HELPERS]))
+    install_packages(session, closure([package, *TEST_HELPERS]), *TEST_REQUIREMENTS.get(package, ()))
     run_tests(session, PACKAGES[package].tests, *session.posargs)
 
 
