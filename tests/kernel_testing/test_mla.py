@@ -80,3 +80,52 @@ def test_what_must_not_be_read_is_poisoned(case: Case) -> None:
     rows_of_keys = ~inputs.kv_cache.float().isnan().any(-1)
     assert int(rows_of_keys.sum()) == used
     assert (inputs.query.dtype is E4M3) == (case.dtype == "e4m3")
+
+
+def test_a_request_alone_is_what_it_is_in_its_batch() -> None:
+    batch = Inputs(Case((70, 0, 33), num_heads=3, q_len=2, page_size=16, gap=8))
+    expected = results(batch)
+    for request, length in enumerate(batch.case.lengths):
+        alone = batch.alone(request)
+        assert alone.case.lengths == (length,)
+        assert alone.kv_cache is batch.kv_cache
+        assert alone.block_tables.shape[1] == max(1, -(-length // 16)) + 1
+        out, lse = results(alone)
+        alone.check(out, lse)
+        assert torch.equal(out[0], expected[0][request])
+        assert torch.equal(lse[0], expected[1][request])
+        assert alone.out.isnan().all()
+
+
+def test_inputs_take_over_those_of_another_case() -> None:
+    static, other = (
+        Inputs(Case(lengths, num_heads=2, seed=seed)) for seed, lengths in ((1, (70, 5)), (2, (9, 0)))
+    )
+    tensors = static.positional
+    expected = results(other)
+    static.load(other)
+    assert all(x is y for x, y in zip(static.positional, tensors, strict=True))
+    static.case = other.case
+    for actual, wanted in zip(results(static), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_plan_is_run_with_what_the_case_has() -> None:
+    class Plan:
+        workspace_nbytes = 7
+
+        def run(self, *positional: torch.Tensor, **options: object) -> None:
+            self.given = positional, options
+
+    inputs, plan = Inputs(Case((3, 5), q_lens=(1, 2))), Plan()
+    inputs.run(plan, output_scale=2.0)
+    positional, options = plan.given
+    assert all(x is y for x, y in zip(positional, inputs.positional, strict=True))
+    workspace = options.pop("workspace")
+    assert workspace.tolist() == [255] * 7
+    names = {"out": inputs.out, "lse": inputs.lse, "cum_seq_lens_q": inputs.cum_seq_lens_q}
+    assert all(options.pop(name) is tensor for name, tensor in names.items())
+    assert options == {"softmax_scale": inputs.case.scale, "output_scale": 2.0}
+    own = torch.empty(1, dtype=torch.uint8)
+    inputs.run(plan, own)
+    assert plan.given[1]["workspace"] is own

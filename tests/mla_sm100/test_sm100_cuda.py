@@ -55,13 +55,6 @@ def plan_of(inputs: Inputs, tactic: str | None = None, **changes: object) -> Pla
     return plan_selection(selection, problem, device())
 
 
-def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:
-    if workspace is None:
-        workspace = torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device="cuda")
-    arguments = {"softmax_scale": inputs.case.scale, "cum_seq_lens_q": inputs.cum_seq_lens_q, **options}
-    plan.run(*inputs.positional, out=inputs.out, lse=inputs.lse, workspace=workspace, **arguments)
-
-
 def check(inputs: Inputs, output_scale: float = 1.0) -> None:
     inputs.check(inputs.out, inputs.lse, output_scale, e4m3_smallest_weight=E4M3_SMALLEST_WEIGHT)
 
@@ -69,7 +62,7 @@ def check(inputs: Inputs, output_scale: float = 1.0) -> None:
 @pytest.mark.parametrize("case", MATRIX + OTHERS, ids=str)
 def test_matches_float64(case: Case) -> None:
     inputs = Inputs(case, "cuda")
-    run(plan_of(inputs), inputs)
+    inputs.run(plan_of(inputs))
     check(inputs)
 
 
@@ -78,7 +71,7 @@ def test_matches_float64(case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
 def test_every_tactic(dtype: str, tactic: str, pdl: bool) -> None:
     inputs = Inputs(Case((500, 0, 3077, 1), dtype, 24, 3), "cuda")
-    run(plan_of(inputs, tactic, enable_pdl=pdl), inputs)
+    inputs.run(plan_of(inputs, tactic, enable_pdl=pdl))
     check(inputs)
 
 
@@ -102,7 +95,7 @@ def test_a_cache_that_is_not_aligned_is_named() -> None:
     inputs = Inputs(Case((5,)), "cuda")
     inputs.kv_cache = torch.zeros(4, 64, 577, dtype=torch.bfloat16, device="cuda")[..., :576]
     with pytest.raises(ArgumentError, match="kv_cache"):
-        run(plan_of(inputs), inputs)
+        inputs.run(plan_of(inputs))
 
 
 @pytest.mark.parametrize("tactic", ["single-whole", "pair-whole-persistent"])
@@ -111,15 +104,13 @@ def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str, tactic: str) -> N
     case = Case((1000, 0, 1, 300, 8000) * 4, dtype, 20, 2)
     inputs = Inputs(case, "cuda")
     plan = plan_of(inputs, tactic)
-    run(plan, inputs)
+    inputs.run(plan)
     first = inputs.out.clone()
-    run(plan, inputs)
+    inputs.run(plan)
     assert torch.equal(inputs.out.view(torch.uint8), first.view(torch.uint8))
     for request in range(len(case.lengths)):
-        alone = Inputs(replace(case, lengths=case.lengths[request : request + 1]), "cuda")
-        alone.query, alone.kv_cache = inputs.query[request : request + 1], inputs.kv_cache
-        alone.block_tables = inputs.block_tables[request : request + 1]
-        run(plan_of(alone, tactic), alone)
+        alone = inputs.alone(request)
+        alone.run(plan_of(alone, tactic))
         assert torch.equal(alone.out.view(torch.uint8)[0], first.view(torch.uint8)[request])
 
 
@@ -129,18 +120,13 @@ def test_graph_replays_with_changed_lengths_and_tables() -> None:
     static, other = (Inputs(case, "cuda") for case in cases)
     plan = plan_of(static)
     workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
-    run(plan, static, workspace)
+    static.run(plan, workspace)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(plan, static, workspace)
+        static.run(plan, workspace)
     for inputs in (static, other):
-        if inputs is other:
-            static.query.copy_(other.query)
-            static.seq_lens.copy_(other.seq_lens)
-            static.kv_cache[: len(other.kv_cache)] = other.kv_cache
-            columns = min(static.block_tables.shape[1], other.block_tables.shape[1])
-            static.block_tables[:, :columns] = other.block_tables[:, :columns]
+        static.load(inputs)
         poison_(static.out)
         poison_(static.lse)
         graph.replay()
@@ -157,7 +143,7 @@ def test_two_streams_at_once() -> None:
     for _ in range(20):
         for inputs, stream in pairs:
             with torch.cuda.stream(stream):
-                run(plan, inputs)
+                inputs.run(plan)
     torch.cuda.synchronize()
     for inputs, _ in pairs:
         check(inputs)
@@ -171,7 +157,7 @@ def test_a_thread_that_has_not_used_cuda_yet() -> None:
 
     def launch() -> None:
         try:
-            run(plan, inputs, workspace)
+            inputs.run(plan, workspace)
         except BaseException as error:
             errors.append(error)
 

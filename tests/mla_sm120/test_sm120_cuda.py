@@ -84,17 +84,10 @@ def cut_plan(inputs: Inputs) -> Plan:
     return plan_of(inputs, CUT_TACTIC)
 
 
-def run(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None, **options: object) -> None:
-    if workspace is None:
-        workspace = torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device="cuda")
-    arguments = {"softmax_scale": inputs.case.scale, "cum_seq_lens_q": inputs.cum_seq_lens_q, **options}
-    plan.run(*inputs.positional, out=inputs.out, lse=inputs.lse, workspace=workspace, **arguments)
-
-
 @pytest.mark.parametrize("case", MATRIX + BATCHES + ALONE + MOST_SPLITS + OF_ONE_LENGTH + RAGGED, ids=str)
 def test_matches_float64(case: Case) -> None:
     inputs = Inputs(case, "cuda")
-    run(plan_of(inputs), inputs)
+    inputs.run(plan_of(inputs))
     inputs.check(inputs.out, inputs.lse)
 
 
@@ -109,7 +102,7 @@ def test_matches_float64(case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "e4m3"])
 def test_every_tactic(dtype: str, tactic: str) -> None:
     inputs = Inputs(Case((500, 0, 77, 1), dtype, 24, 3), "cuda")
-    run(plan_of(inputs, tactic), inputs)
+    inputs.run(plan_of(inputs, tactic))
     inputs.check(inputs.out, inputs.lse)
 
 
@@ -125,7 +118,7 @@ def test_requests_left_after_whole_waves(dtype: str, splits: int, num_heads: int
     parts = config.parts(DecodeProblem(**inputs.sizes), ARCH, f"m{tile}-tail")
     assert [part.problem.batch for part in parts] == [batch - 3, 3]
     assert parts[0].division.num_splits == splits
-    run(plan_of(inputs, f"m{tile}-tail"), inputs)
+    inputs.run(plan_of(inputs, f"m{tile}-tail"))
     inputs.check(inputs.out, inputs.lse)
 
 
@@ -147,7 +140,7 @@ def test_output_dtypes_and_scales_on_the_device(dtype: str, out_dtype: torch.dty
 
 def test_absent_pages() -> None:
     inputs = Inputs(Case((300, 130, 64), num_heads=4, q_len=2, absent=((0, 1), (1, 2), (2, 0))), "cuda")
-    run(plan_of(inputs), inputs)
+    inputs.run(plan_of(inputs))
     inputs.check(inputs.out, inputs.lse)
     assert inputs.lse[2].isneginf().all()  # its only page is absent
 
@@ -163,7 +156,7 @@ def test_strided_tensors(dtype: str, out_dtype: torch.dtype, tactic: str) -> Non
     compact = inputs.kv_cache
     inputs.kv_cache = poisoned((len(compact), 70, 640), compact.dtype, "cuda")[:, :64, :576]
     inputs.kv_cache.view(torch.uint8).copy_(compact.view(torch.uint8))
-    run(plan_of(inputs, tactic), inputs)
+    inputs.run(plan_of(inputs, tactic))
     inputs.check(inputs.out, inputs.lse)
 
 
@@ -195,19 +188,19 @@ def test_a_plan_is_for_its_gpu_alone() -> None:
     with torch.cuda.device(other):
         there = Inputs(Case((300, 5)), "cuda")
         plan = plan_of(there)
-        run(plan, there)
+        there.run(plan)
         there.check(there.out, there.lse)
         with pytest.raises(ArgumentError, match=f"query: on cuda:{here} with cuda:{other} current"):
-            run(plan, inputs)
+            inputs.run(plan)
     with pytest.raises(ArgumentError, match=f"query: on cuda:{here} with cuda:{here} current"):
-        run(plan, inputs)
+        inputs.run(plan)
     with pytest.raises(ArgumentError, match=f"query: on cuda:{other} with cuda:{here} current"):
-        run(plan, there)
+        there.run(plan)
     with torch.cuda.stream(torch.cuda.Stream(device=other)):  # makes its GPU the current one
-        run(plan, there)
+        there.run(plan)
         there.kv_cache = inputs.kv_cache
         with pytest.raises(ArgumentError, match=f"kv_cache: on cuda:{here}, expected cuda:{other}"):
-            run(plan, there)
+            there.run(plan)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
@@ -215,26 +208,24 @@ def test_same_bits_run_to_run_alone_and_in_a_batch(dtype: str) -> None:
     case = Case((1000, 0, 1, 300, 8000) * 4, dtype, 20, 2)
     inputs = Inputs(case, "cuda")
     plan = plan_of(inputs, "m64-whole")
-    run(plan, inputs)
+    inputs.run(plan)
     inputs.check(inputs.out, inputs.lse)
     first = inputs.out.clone()
-    run(plan, inputs)
+    inputs.run(plan)
     assert torch.equal(inputs.out.view(torch.uint8), first.view(torch.uint8))
     for request in range(len(case.lengths)):
-        alone = Inputs(replace(case, lengths=case.lengths[request : request + 1]), "cuda")
-        alone.query, alone.kv_cache = inputs.query[request : request + 1], inputs.kv_cache
-        alone.block_tables = inputs.block_tables[request : request + 1]
-        run(plan_of(alone, "m64-whole"), alone)
+        alone = inputs.alone(request)
+        alone.run(plan_of(alone, "m64-whole"))
         assert torch.equal(alone.out.view(torch.uint8)[0], first.view(torch.uint8)[request])
 
 
 def check_same_bits(plan: Plan, inputs: Inputs, workspace: torch.Tensor | None = None) -> None:
-    run(plan, inputs, workspace)
+    inputs.run(plan, workspace)
     inputs.check(inputs.out, inputs.lse)
     first = [tensor.view(torch.uint8).clone() for tensor in (inputs.out, inputs.lse)]
     for _ in range(20):
         poison_(inputs.out)
-        run(plan, inputs, workspace)
+        inputs.run(plan, workspace)
         again = (inputs.out.view(torch.uint8), inputs.lse.view(torch.uint8))
         assert all(map(torch.equal, first, again))
 
@@ -274,10 +265,8 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
     batch = Inputs(Case((3000, 145, 0, 8192), dtype, 20, 2), "cuda")
     run_divided(batch)
     batch.check(batch.out, batch.lse)
-    for request, length in enumerate(batch.case.lengths):
-        alone = Inputs(replace(batch.case, lengths=(length,)), "cuda")
-        alone.query, alone.kv_cache = batch.query[request : request + 1], batch.kv_cache
-        alone.block_tables = batch.block_tables[request : request + 1]
+    for request in range(len(batch.case.lengths)):
+        alone = batch.alone(request)
         run_divided(alone)
         assert torch.equal(alone.out.view(torch.uint8)[0], batch.out.view(torch.uint8)[request])
         assert torch.equal(alone.lse[0], batch.lse[request])
@@ -295,18 +284,13 @@ def test_graph_replays_with_changed_lengths_and_tables(
     static, other = (Inputs(case, "cuda") for case in cases)
     plan = make_plan(static)
     workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
-    run(plan, static, workspace)
+    static.run(plan, workspace)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(plan, static, workspace)
+        static.run(plan, workspace)
     for inputs in (static, other):
-        if inputs is other:
-            static.query.copy_(other.query)
-            static.seq_lens.copy_(other.seq_lens)
-            static.kv_cache[: len(other.kv_cache)] = other.kv_cache
-            columns = min(static.block_tables.shape[1], other.block_tables.shape[1])
-            static.block_tables[:, :columns] = other.block_tables[:, :columns]
+        static.load(inputs)
         poison_(static.out)
         poison_(static.lse)
         graph.replay()
@@ -326,7 +310,7 @@ def test_two_streams_at_once(lengths: tuple[int, ...], make_plan: Callable[[Inpu
             with torch.cuda.stream(stream):
                 poison_(inputs.out)
                 poison_(inputs.lse)
-                run(plan, inputs)
+                inputs.run(plan)
                 rounds.append((inputs, inputs.out.clone(), inputs.lse.clone()))
     torch.cuda.synchronize()
     for inputs, _ in pairs:

@@ -273,10 +273,8 @@ def test_same_bits_alone_as_in_a_batch_with_as_many_splits(
     batch = Inputs(Case((300, 145, 530), dtype, tile - 1, page_size=32))
     run(batch)
     batch.check(batch.out, batch.lse)
-    for i, length in enumerate(batch.case.lengths):
-        alone = Inputs(replace(batch.case, lengths=(length,)))
-        alone.query, alone.kv_cache = batch.query[i : i + 1], batch.kv_cache
-        alone.block_tables = batch.block_tables[i : i + 1]
+    for i in range(len(batch.case.lengths)):
+        alone = batch.alone(i)
         run(alone)
         assert torch.equal(alone.out.view(torch.uint8)[0], batch.out.view(torch.uint8)[i])
         assert torch.equal(alone.lse[0], batch.lse[i])

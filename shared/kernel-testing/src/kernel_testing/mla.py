@@ -10,7 +10,7 @@ output's rounding.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -159,6 +159,35 @@ class Inputs:
     def positional(self) -> tuple[Tensor, ...]:
         """query, kv_cache, block_tables, seq_lens."""
         return self.query, self.kv_cache, self.block_tables, self.seq_lens
+
+    def run(self, plan: Any, workspace: Tensor | None = None, **options: object) -> None:
+        """Run a `mla_core.plan.Plan` of the case; out and lse are written, and the workspace.
+
+        workspace: uint8; None for one of ones alone, which as floats are NaN. options: of `Plan.run`.
+        """
+        if workspace is None:
+            workspace = torch.full((plan.workspace_nbytes,), 255, dtype=torch.uint8, device=self.query.device)
+        arguments = {"softmax_scale": self.case.scale, "cum_seq_lens_q": self.cum_seq_lens_q, **options}
+        plan.run(*self.positional, out=self.out, lse=self.lse, workspace=workspace, **arguments)
+
+    def alone(self, request: int) -> Inputs:
+        """One request of a batch that is not ragged: its query, its pages of the same cache, new outputs."""
+        case = self.case
+        assert case.q_lens is None
+        assert not case.absent
+        alone = Inputs(replace(case, lengths=(case.lengths[request],)), str(self.query.device))
+        alone.query, alone.kv_cache = self.query[request : request + 1], self.kv_cache
+        columns = alone.block_tables.shape[1]
+        alone.block_tables = self.block_tables[request : request + 1, :columns].contiguous()
+        return alone
+
+    def load(self, other: Inputs) -> None:
+        """Copy what a call reads from a case of the same sizes, in place, as for the replay of a graph."""
+        self.query.copy_(other.query)
+        self.seq_lens.copy_(other.seq_lens)
+        self.kv_cache[: len(other.kv_cache)] = other.kv_cache
+        columns = min(self.block_tables.shape[1], other.block_tables.shape[1])
+        self.block_tables[:, :columns] = other.block_tables[:, :columns]
 
     def check(
         self,
