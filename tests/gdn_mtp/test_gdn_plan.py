@@ -52,7 +52,7 @@ class SpyKernel:
         self.names, self.failing, self.prepared, self.launched = tactics, failing, [], []
         self.workspace = workspace
 
-    def workspace_nbytes(self, problem, arch):
+    def workspace_nbytes(self, problem, arch, tactic=None):
         return self.workspace
 
     def tactics(self, problem, arch):

@@ -153,7 +153,7 @@ def test_a_provider_that_asks_for_a_workspace_is_refused():
     class Greedy:
         tactics, prepare = KERNEL.tactics, KERNEL.prepare
 
-        def workspace_nbytes(self, problem, arch):
+        def workspace_nbytes(self, problem, arch, tactic=None):
             return 512
 
     provider = Provider("greedy", ("any",), lambda problem, arch: None, Greedy, 50)

@@ -29,8 +29,8 @@ class Emulated:
 
     options = Options()
 
-    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch) -> int:
-        return KERNELS.workspace_nbytes(problem, Arch.from_name(ARCH))
+    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch, tactic: str | None = None) -> int:
+        return KERNELS.workspace_nbytes(problem, Arch.from_name(ARCH), tactic)
 
     def tactics(self, problem: SpeculativeProblem, arch: Arch) -> Sequence[str]:
         return KERNELS.tactics(problem, Arch.from_name(ARCH))

@@ -53,7 +53,7 @@ class FakeKernel:
     def __init__(self, tactics: tuple[str, ...] = ("heuristic", "other")) -> None:
         self._tactics = tactics
 
-    def workspace_nbytes(self, problem: Problem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: Problem, arch: Arch, tactic: str | None = None) -> int:
         return 0
 
     def tactics(self, problem: Problem, arch: Arch) -> tuple[str, ...]:

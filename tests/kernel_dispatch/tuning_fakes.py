@@ -42,7 +42,7 @@ class ScalingKernel:
     prepared: list[str] = field(default_factory=list)
     on_prepare: Callable[[Scaling], object] = lambda problem: None
 
-    def workspace_nbytes(self, problem: Scaling, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: Scaling, arch: Arch, tactic: str | None = None) -> int:
         return 0
 
     def tactics(self, problem: Scaling, arch: Arch) -> Sequence[str]:

@@ -17,6 +17,8 @@ from mla_core.torch_kernel import TorchKernel
 class FakeKernel:
     """Needs `nbytes` of workspace and fills it; its tactic "slow" sleeps first and "failing" raises.
 
+    Its tactic "none" needs no workspace and leaves it alone.
+
     runs: the tactics launched, in order. overrun: bytes written beyond the workspace.
     """
 
@@ -25,8 +27,8 @@ class FakeKernel:
     tactic_names: tuple[str, ...] = ("slow", "fast")
     runs: list[str] = field(default_factory=list)
 
-    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
-        return self.nbytes
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch, tactic: str | None = None) -> int:
+        return 0 if tactic == "none" else self.nbytes
 
     def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
         return self.tactic_names
@@ -43,7 +45,7 @@ class FakeKernel:
             if tactic == "slow":
                 time.sleep(0.01)
             *_, workspace = arguments
-            if workspace is not None:
+            if workspace is not None and tactic != "none":
                 size = self.nbytes + self.overrun
                 workspace.as_strided((size,), (1,)).fill_(0xAB)
             launch(*arguments)

@@ -293,6 +293,8 @@ def test_a_scale_that_is_no_number_is_named_where_a_call_is_traced(name: str, va
         ({"backend": "nobody"}, "no provider of that name"),
         ({"softmax_scale": math.nan}, "softmax_scale: nan"),
         ({"workspace": torch.zeros(8)}, "workspace: dtype float32"),
+        ({"max_seq_len": 10**6}, "max_seq_len: 1000000"),
+        ({"enable_pdl": "yes"}, "enable_pdl: "),
     ],
 )
 def test_a_call_without_requests_is_checked(change: Arguments, error: str) -> None:
@@ -302,6 +304,17 @@ def test_a_call_without_requests_is_checked(change: Arguments, error: str) -> No
     decode(**arguments, return_lse=True)
     with pytest.raises((ArgumentError, NoKernelError), match=error):
         decode(**{**arguments, **change}, return_lse=True)
+
+
+def test_a_ragged_call_without_tokens_or_without_requests_is_checked() -> None:
+    case = Case((5, 3), num_heads=2)
+    query, *rest = case.inputs().positional
+    ragged = {"softmax_scale": 1.0, "max_q_len": 1}
+    with pytest.raises(ArgumentError, match="cum_seq_lens_q: runs from 0 to 7, expected 0 to 0 tokens"):
+        decode(query[:0, 0], *rest, cum_seq_lens_q=torch.tensor([0, 3, 7], dtype=torch.int32), **ragged)
+    none = [rest[0], *(x[:0] for x in rest[1:])]
+    with pytest.raises(ArgumentError, match="cum_seq_lens_q: has no requests for 2 tokens"):
+        decode(query[:, 0], *none, cum_seq_lens_q=torch.zeros(1, dtype=torch.int32), **ragged)
 
 
 def test_a_workspace_that_is_too_small_is_refused_where_nothing_else_is_checked() -> None:

@@ -37,6 +37,16 @@ def test_given_workspace_is_used_whatever_it_holds_and_not_outgrown() -> None:
         workspace.check()
 
 
+def test_a_plan_needs_what_its_own_tactic_needs() -> None:
+    kernel = FakeKernel(nbytes=1000, tactic_names=("none", "fast"))
+    with registered(GROUP, kernel.provider()):
+        assert workspace_nbytes(PROBLEM, "cpu") == 1000
+        for tactic, nbytes in (("none", 0), ("fast", 1000)):
+            assert plan(PROBLEM, "cpu", tactic=tactic).workspace_nbytes == nbytes
+        run_plan(out=poisoned((3, 2, 4, 512), BF16))  # of the first tactic, which needs none
+    assert kernel.runs == ["none"]
+
+
 def run_plan(**options: object) -> None:
     plan(PROBLEM, "cpu").run(*CASE.inputs().positional, softmax_scale=CASE.scale, **options)
 

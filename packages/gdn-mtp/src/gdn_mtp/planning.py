@@ -45,7 +45,7 @@ class PreparedKernel(Generic[ProblemT]):
 
     def __init__(self, problem: ProblemT, device: torch.device, selection: Selection) -> None:
         arch = as_arch(device)
-        workspace_nbytes = selection.kernel.workspace_nbytes(problem, arch)
+        workspace_nbytes = selection.kernel.workspace_nbytes(problem, arch, selection.tactic)
         if workspace_nbytes:
             raise NoKernelError(
                 f"provider {selection.provider.name!r} asks for {workspace_nbytes} bytes of workspace for "

@@ -26,7 +26,7 @@ TACTIC = "chunked"
 class TorchKernel:
     """The `kernel_dispatch` kernel of the torch provider; it needs no workspace and has one tactic."""
 
-    def workspace_nbytes(self, problem: GatedDeltaRuleProblem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str | None = None) -> int:
         """None is needed."""
         return 0
 

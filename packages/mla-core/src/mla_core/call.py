@@ -85,9 +85,16 @@ def execute(tensors: DecodeTensors, options: Options) -> Plan | None:
     sizes = bind_call(tensors, options)
     if not tensors.query.shape[0]:  # no requests, or no tokens
         check_registered(DecodeProblem.entry_point_group, options.backend)
-        check_scales(tensors)
+        some = {name: max(1, sizes[name]) for name in ("batch", "max_pages")}
+        problem = _problem_of(tensors, options, sizes | some)
+        if sizes["batch"]:
+            check_values(tensors, problem)
+        else:
+            check_scales(tensors)
         check_workspace(tensors.workspace, 0, tensors.query.device)
         return None
+    if not sizes["batch"]:
+        raise ArgumentError("cum_seq_lens_q", f"has no requests for {tensors.query.shape[0]} tokens of query")
     tensors.check_memory()
     problem = _problem_of(tensors, options, sizes)
     device, backend = tensors.query.device, options.backend

@@ -176,7 +176,7 @@ def plan_selection(selection: Selection, problem: DecodeProblem, device: torch.d
         provider=selection.provider.name,
         tactic=selection.tactic,
         reason=selection.reason,
-        workspace_nbytes=selection.kernel.workspace_nbytes(problem, arch),
+        workspace_nbytes=selection.kernel.workspace_nbytes(problem, arch, selection.tactic),
         _launch=selection.kernel.prepare(problem, arch, device, selection.tactic),
     )
 
@@ -184,8 +184,9 @@ def plan_selection(selection: Selection, problem: DecodeProblem, device: torch.d
 def workspace_nbytes(
     problem: DecodeProblem, arch: Arch | str | torch.device | None = None, backend: str = "auto"
 ) -> int:
-    """Bytes of workspace that a launch of `problem` needs on `arch`, with the provider `backend` resolves to.
+    """Bytes of workspace for any launch of `problem` on `arch`, with the provider that `backend` resolves to.
 
+    They are enough for each of its tactics, so for what a tuner may choose later; a `Plan` may need fewer.
     arch: a name such as "sm_90a" will do on a machine without that GPU. It stands for one number of SMs: a
     GPU with another may need more, or less, so where the device is at hand it is what to pass.
     """

@@ -38,7 +38,7 @@ FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 class TorchKernel:
     """The kernel object of the provider `torch`: it needs no workspace and has one tactic."""
 
-    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch, tactic: str | None = None) -> int:
         """None: temporaries come from PyTorch's caching allocator."""
         return 0
 

@@ -87,9 +87,10 @@ def num_units(problem: DecodeProblem, config: DecodeConfig, num_splits: int) -> 
 class DecodeKernels:
     """The kernels behind the provider `sm100`."""
 
-    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
-        """Partial results of the tactic that needs the most."""
-        return max(Division.of(problem, arch, tile).splits.workspace_bytes for tile in (PAIR, SINGLE))
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch, tactic: str | None = None) -> int:
+        """Partial results of a tactic; without one, of the tactic that needs the most."""
+        names = (PAIR, SINGLE) if tactic is None else (tactic,)
+        return max(Division.of(problem, arch, name).splits.workspace_bytes for name in names)
 
     def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
         """All tactics, the heuristic's choice first.

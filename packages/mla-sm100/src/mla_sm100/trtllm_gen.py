@@ -187,7 +187,7 @@ class TrtllmGenKernel:
         self._decode = decode
         self._counter_bytes = counter_bytes
 
-    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch, tactic: str | None = None) -> int:
         """Bytes that FlashInfer may write at most, and the counters."""
         return self._layout(problem, arch).nbytes
 

@@ -44,8 +44,8 @@ class Problem(Protocol):
 class Kernel(Protocol):
     """What `Provider.load()` returns. `problem` is the operation's own problem type."""
 
-    def workspace_nbytes(self, problem: Any, arch: Arch) -> int:
-        """Bytes of workspace that one launch needs."""
+    def workspace_nbytes(self, problem: Any, arch: Arch, tactic: str | None = None) -> int:
+        """Bytes of workspace that one launch of a tactic needs; None: of the one that needs the most."""
         ...
 
     def tactics(self, problem: Any, arch: Arch) -> Sequence[str]:

@@ -87,7 +87,7 @@ def heuristic_rows(problem: GatedDeltaRuleProblem) -> Rows:
 class GatedDeltaRuleKernels:
     """The kernels behind the provider `cute`; none needs a workspace."""
 
-    def workspace_nbytes(self, problem: GatedDeltaRuleProblem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: GatedDeltaRuleProblem, arch: Arch, tactic: str | None = None) -> int:
         """None is needed."""
         return 0
 

@@ -51,7 +51,7 @@ def regime(problem: SpeculativeProblem) -> str:
 class SpeculativeKernels:
     """The kernels behind the provider `cute`; none needs a workspace."""
 
-    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch, tactic: str | None = None) -> int:
         """None is needed."""
         return 0
 

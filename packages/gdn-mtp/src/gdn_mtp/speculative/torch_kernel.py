@@ -36,7 +36,7 @@ from gdn_mtp.torch_kernel import (
 class TorchKernel:
     """The `kernel_dispatch` kernel of the torch provider; it needs no workspace and has one tactic."""
 
-    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch) -> int:
+    def workspace_nbytes(self, problem: SpeculativeProblem, arch: Arch, tactic: str | None = None) -> int:
         """None is needed."""
         return 0
 
