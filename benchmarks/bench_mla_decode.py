@@ -167,6 +167,13 @@ def resources(backend: str) -> dict[str, dict[str, int]]:
     return found
 
 
+def loaded_kernels() -> dict[str, str]:
+    """Where the kernels of mla-sm120 that this process has loaded are from, and what compiled them."""
+    from mla_sm120.load import origins
+
+    return {f"{unit} for {arch}": origin for (unit, arch), origin in origins.items()}
+
+
 def main() -> int:
     """Measure, print, and write the record; the exit status."""
     options = parse_arguments()
@@ -235,6 +242,10 @@ def main() -> int:
                 f"{of_rate:>7s}"
             )
         torch.cuda.empty_cache()
+    if options.provider == "sm120":
+        record["kernels"] = loaded_kernels()
+        for name, origin in record["kernels"].items():
+            say(f"{name}: {origin}")
     if options.out is None and options.cells:
         print("nothing is written: --cells without --out")
         return int(failed)

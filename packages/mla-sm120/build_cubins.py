@@ -1,8 +1,13 @@
-"""Build hook: where nvcc is installed, the wheel holds cubins for every architecture that it compiles for."""
+"""Build hook: where nvcc is installed, the wheel holds cubins for every architecture that it compiles for.
+
+An nvcc on the PATH that does not compile the sources, as one of CUDA 11 or without a host compiler that it
+takes, is passed over with a warning; one that the environment variable NVCC names is an error.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,16 @@ class CubinBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         if version == "editable" or nvcc is None:
             return
         self._folder = tempfile.TemporaryDirectory()
-        for path in sources.build_cubins(nvcc, Path(self._folder.name)):
+        try:
+            built = sources.build_cubins(nvcc, Path(self._folder.name))
+        except (OSError, RuntimeError) as error:
+            if "NVCC" in os.environ:  # what was asked for
+                raise
+            self.app.display_warning(
+                f"mla-sm120: the wheel holds no cubins, NVRTC will compile at first use: {nvcc}: {error}"
+            )
+            return
+        for path in built:
             build_data["force_include"][str(path)] = f"mla_sm120/cubins/{path.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from kernel_testing.cubin import sections
 from mla_sm120 import load, sources
+from mla_sm120.load import compiler_of
 
 NVCC = sources.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -52,6 +54,13 @@ def test_no_spills_and_no_stack(built: dict[tuple[str, str], tuple[Path, str]]) 
                 # With fewer, warps that multiply would wait for ever for registers that the block lacks.
                 assert int(registers) == LAUNCH_REGISTERS, what
     assert seen == 20 * len({arch for _, arch in built})
+
+
+def test_cubins_name_their_compiler(built: dict[tuple[str, str], tuple[Path, str]]) -> None:
+    assert NVCC is not None
+    release = re.search(r"release [\d.]+, V([\d.]+)", subprocess.check_output([NVCC, "--version"], text=True))
+    assert release is not None
+    assert {compiler_of(path.read_bytes()) for path, _ in built.values()} == {f"ptxas {release[1]}"}
 
 
 def code_words(cubin: bytes) -> list[list[int]]:
@@ -163,7 +172,9 @@ def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
         compiled.append(options)
         (into / "compiled").write_text(unit)
 
+    nvrtc_bytes = [100]
     monkeypatch.setattr(load, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(load, "_nvrtc_bytes", lambda: nvrtc_bytes[0])
     monkeypatch.setattr(load, "_compile", compile_with)
     monkeypatch.setenv("KERNEL_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv(load.OPTIONS_VARIABLE, "-DMLA_PORTABLE_TRANSPOSE")
@@ -178,3 +189,6 @@ def test_packaged_cubins_are_taken_if_they_are_of_these_sources(
     assert tmp_path / "cache" in without.parents
     assert with_options != without
     assert compiled == [(*sources.NVRTC_OPTIONS, "-DMLA_PORTABLE_TRANSPOSE"), sources.NVRTC_OPTIONS]
+    nvrtc_bytes[0] = 101  # another release of the same version
+    assert load.compiled_cubin("combine", arch) not in (with_options, without)
+    assert len(compiled) == 3

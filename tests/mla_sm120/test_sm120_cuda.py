@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import mla_core
@@ -69,7 +70,7 @@ CUT_TACTIC = "m16-tail"
 
 
 @pytest.fixture(autouse=True)
-def cold_memory() -> Iterator[None]:
+def settled() -> Iterator[None]:
     yield
     torch.cuda.synchronize()
 
@@ -318,3 +319,14 @@ def test_two_streams_at_once(lengths: tuple[int, ...], make_plan: Callable[[Inpu
     for inputs, out, lse in rounds:
         assert torch.equal(out, inputs.out)
         assert torch.equal(lse, inputs.lse)
+
+
+def test_a_thread_that_has_not_used_cuda_yet() -> None:
+    inputs = Inputs(Case((300, 70)), "cuda")
+    plan = plan_of(inputs)
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(inputs.run, plan, workspace).result()
+    torch.cuda.synchronize()
+    inputs.check(inputs.out, inputs.lse)

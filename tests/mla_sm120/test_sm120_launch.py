@@ -289,3 +289,50 @@ def test_a_launch_that_fails_says_what_the_driver_said(driver: Driver) -> None:
     with pytest.raises(RuntimeError, match="launch failed, CUDA_ERROR_ILLEGAL_ADDRESS"):
         launcher(*arguments_of(inputs, launcher))
     assert len(driver.launched) == 1
+
+
+def test_a_thread_without_a_context_gets_the_devices(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver as bindings
+
+    inputs, calls = Inputs(CASE), []
+    launcher = launcher_of(inputs)
+    driver.status = "CUDA_ERROR_INVALID_CONTEXT"
+
+    def answer(name: str, *values: object) -> Callable[..., tuple[Any, ...]]:
+        def called(*arguments: object) -> tuple[Any, ...]:
+            calls.append((name, *arguments))
+            if name == "cuCtxSetCurrent":
+                driver.status = "CUDA_SUCCESS"
+            return bindings.CUresult.CUDA_SUCCESS, *values
+
+        return called
+
+    for name, *values in (
+        ("cuDeviceGet", "device"),
+        ("cuDevicePrimaryCtxRetain", "context"),
+        ("cuCtxSetCurrent",),
+        ("cuDevicePrimaryCtxRelease",),
+    ):
+        monkeypatch.setattr(bindings, name, answer(name, *values))
+    launcher(*arguments_of(inputs, launcher))
+    assert calls == [
+        ("cuDeviceGet", CPU_INDEX),
+        ("cuDevicePrimaryCtxRetain", "device"),
+        ("cuCtxSetCurrent", "context"),
+        ("cuDevicePrimaryCtxRelease", "device"),
+    ]
+    assert [kernel for kernel, _, _ in driver.launched] == [1, 1, 2]  # the first was refused
+    driver.status = "CUDA_ERROR_INVALID_CONTEXT"
+    monkeypatch.setattr(bindings, "cuCtxSetCurrent", lambda context: (bindings.CUresult.CUDA_SUCCESS,))
+    with pytest.raises(RuntimeError, match="launch failed, CUDA_ERROR_INVALID_CONTEXT"):
+        launcher(*arguments_of(inputs, launcher))
+
+
+def test_the_stride_of_one_page_means_nothing(driver: Driver) -> None:
+    inputs = Inputs(replace(CASE, lengths=(40,)))
+    page = torch.zeros(1, inputs.case.page_size, 576, dtype=torch.bfloat16)
+    launcher = launcher_of(inputs)
+    for stride in (7, page.stride(0)):
+        cache = page.as_strided(page.shape, (stride, 576, 1))
+        launcher(*arguments_of(inputs, launcher)._replace(kv_cache=cache))
+    assert {key.page_stride for key in driver.maps} == {page.stride(0)}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import kernel_dispatch
 import pytest
 import torch
 from kernel_dispatch import Arch, NoKernelError, Provider, as_arch
 from mla_core import DecodeProblem, workspace_nbytes
-from mla_sm120 import config, launch, load, provider, sources
+from mla_sm120 import config, kernels, launch, load, provider, sources
 from mla_sm120.config import Division
+from mla_sm120.kernels import KERNELS
 
 PROBLEM = DecodeProblem(batch=3, q_len=2, num_heads=16, page_size=64, max_seq_len=8192)
 
@@ -104,7 +110,7 @@ def test_a_cubin_that_the_driver_refuses_is_compiled(
         load.load_library.__wrapped__("combine", "sm_120a")
     answers[b"packaged"] = driver.CUresult.CUDA_SUCCESS
     assert load.load_library.__wrapped__("combine", "sm_120a") == b"packaged"
-    assert load.origins == {("combine", "sm_120a"): "cubin of the wheel"}
+    assert load.origins == {("combine", "sm_120a"): "cubin of the wheel, unknown compiler"}
 
 
 @pytest.mark.parametrize("refusal", load.REFUSALS)
@@ -163,11 +169,13 @@ def test_the_tile_follows_the_rows(num_heads: int, q_len: int, tile: int) -> Non
 
 def test_whole_tactics_do_not_split_and_the_workspace_fits_every_tactic() -> None:
     arch = as_arch("sm_120a")
-    needed = workspace_nbytes(PROBLEM, arch, "sm120")
+    needed = []
     for name in config.tactics(PROBLEM):
         (part,) = config.parts(PROBLEM, arch, name)
-        assert part.division.partials.workspace_bytes <= needed
+        needed.append(part.division.partials.workspace_bytes)
+        assert KERNELS.workspace_nbytes(PROBLEM, arch, name) == needed[-1]
         assert (part.division.num_splits == 1) == name.endswith(config.WHOLE)
+    assert workspace_nbytes(PROBLEM, arch, "sm120") == max(needed) > min(needed) == 0
 
 
 def sizes_of(parts: list[config.Part]) -> list[tuple[int, int, int, int]]:
@@ -384,3 +392,73 @@ def test_the_combine_kernel_follows_the_grid() -> None:
     assert blocks * items == problem.rows * config.COMBINE_ITEMS_PER_ROW
     assert launch.combine_name(problem, 64, sm_count=blocks) == "mla_combine"
     assert launch.combine_name(problem, 64, sm_count=blocks - 1) == "mla_combine_many"
+
+
+@pytest.mark.parametrize("name", ["sm_120a", "sm_120", "sm_90"])
+def test_kernels_are_compiled_ahead_where_there_is_no_such_gpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernels, "find_cubin", lambda unit, arch: found.append((unit, arch)))
+    target, device = f"{name.removesuffix('a')}a", torch.device("cuda")
+    launch = KERNELS.prepare(PROBLEM, as_arch(name), device, "m16-whole")
+    assert found == [("decode_bf16", target)]
+    with pytest.raises(RuntimeError, match=f"was prepared for {target}, and cuda is no such GPU"):
+        launch(*range(10))
+    found.clear()
+    KERNELS.prepare(
+        replace(PROBLEM, q_dtype=torch.float8_e4m3fn, kv_dtype=torch.float8_e4m3fn),
+        as_arch(name),
+        device,
+        "m16-c1",
+    )
+    assert found == [("combine", target), ("decode_e4m3", target)]
+
+
+class Hook(SimpleNamespace):
+    """Stands for hatchling's, of which the module needs the class alone."""
+
+
+@pytest.fixture
+def build_hook(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of the build hook; skipped where it is not beside its package."""
+    path = Path(__file__).parents[2] / "packages" / "mla-sm120" / "build_cubins.py"
+    interface = SimpleNamespace(BuildHookInterface=Hook)
+    monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin.interface", interface)
+    spec = importlib.util.spec_from_file_location("build_cubins", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CubinBuildHook
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+@pytest.mark.parametrize(
+    "script",
+    ["echo sm_90; exit $(($# - 1))", "echo no compiler >&2; exit 1"],
+    ids=["refuses the sources", "does not run"],
+)
+def test_an_nvcc_that_does_not_compile_the_sources_is_passed_over(
+    build_hook: Any, script: str, asked_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("NVCC", raising=False)
+    if asked_for:
+        monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    warnings: list[str] = []
+    hook = build_hook(app=SimpleNamespace(display_warning=warnings.append))
+    build_data: dict[str, Any] = {"force_include": {}}
+    if asked_for:
+        with pytest.raises(RuntimeError):
+            hook.initialize("standard", build_data)
+    else:
+        hook.initialize("standard", build_data)
+        assert len(warnings) == 1
+        assert "the wheel holds no cubins" in warnings[0]
+    hook.finalize("standard", build_data, "")
+    assert build_data == {"force_include": {}}

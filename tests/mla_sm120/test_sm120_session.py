@@ -28,13 +28,13 @@ def summary(plugin: Any) -> list[str]:
 
 def test_without_workers(plugin: Any) -> None:
     assert summary(plugin) == []
-    load.origins["decode_bf16", "sm_90a"] = "cubin of the wheel"
+    load.origins["decode_bf16", "sm_90a"] = "cubin of the wheel, ptxas 13.0.88"
     for error in (0.25, 0.5, 0.125):
         plugin.keep({}, {"bf16": error})
     plugin.pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace()))
     assert summary(plugin) == [
         "mla-sm120 on a GPU",
-        "decode_bf16 for sm_90a: cubin of the wheel",
+        "decode_bf16 for sm_90a: cubin of the wheel, ptxas 13.0.88",
         "largest error of bf16: 0.500 of its bound",
     ]
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
-from kernel_dispatch import Arch
+from kernel_dispatch import Arch, as_arch
 from mla_core import DecodeProblem
 
 from .config import DTYPE_UNITS, Division, Part, parts, tactics
 from .launch import Launcher, Launchers, combine_name
-from .load import load_kernel
+from .load import find_cubin, load_kernel
 
 
 class DecodeKernels:
     """The kernels behind the providers `sm120`, `sm121` and `sm90`."""
 
-    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch) -> int:
-        """Partial results of the tactic that needs the most."""
-        needed = (part for name in tactics(problem) for part in parts(problem, arch, name))
+    def workspace_nbytes(self, problem: DecodeProblem, arch: Arch, tactic: str | None = None) -> int:
+        """Partial results of a tactic; without one, of the tactic that needs the most."""
+        names = tactics(problem) if tactic is None else (tactic,)
+        needed = (part for name in names for part in parts(problem, arch, name))
         return max(part.division.partials.workspace_bytes for part in needed)
 
     def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
@@ -32,8 +35,21 @@ class DecodeKernels:
     def prepare(
         self, problem: DecodeProblem, arch: Arch, device: torch.device, tactic: str
     ) -> Callable[..., None]:
-        """The launcher of a tactic. Loads its cubin, which is compiled first if there is none."""
-        return launchers(parts(problem, arch, tactic), arch, device)
+        """The launcher of a tactic. Loads its cubins, which are compiled first if there are none.
+
+        Where `device` is no GPU of `arch`, as when kernels are compiled ahead, they are not loaded, and the
+        launcher raises RuntimeError.
+        """
+        found = parts(problem, arch, tactic)
+        if not arch.suffix:  # the instructions exist for a target with a suffix only, which every device has
+            arch = replace(arch, name=f"{arch.name}a", suffix="a")
+        if not torch.cuda.is_available() or as_arch(device).base != arch.base:
+            units = {DTYPE_UNITS[problem.q_dtype]}
+            units |= {"combine" for part in found if part.division.num_partials > 1}
+            for unit in sorted(units):
+                find_cubin(unit, arch.name)
+            return partial(_refuse, f"mla-sm120: was prepared for {arch.name}, and {device} is no such GPU")
+        return launchers(found, arch, device)
 
 
 def launchers(parts_of_one: Sequence[Part], arch: Arch, device: torch.device) -> Launcher | Launchers:
@@ -57,6 +73,11 @@ def launcher(
         combine = load_kernel("combine", name, arch.name, index)
     pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
     return Launcher(problem, division, decode, combine, index, pdl, first_request)
+
+
+def _refuse(reason: str, *arguments: object) -> None:
+    """What stands for a launcher where there is none."""
+    raise RuntimeError(reason)
 
 
 KERNELS = DecodeKernels()

@@ -36,6 +36,7 @@ CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
 TENSOR_MAP_BYTES = 128
 CALLS_KEPT = MAPS_KEPT = 256  # of a plan: more than a model has layers
 STRIDE_ALIGN_BYTES = 16  # of the address and the strides of what TMA reads
+INVALID_CONTEXT = "CUDA_ERROR_INVALID_CONTEXT"  # of a launch by a thread that has not used CUDA yet
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
 # DecodeParams after the tensor map: pointers, strides in elements, scales, sizes and flags.
@@ -175,6 +176,9 @@ class Launcher:
             state.stream = stream
         for config, function in state.configs:
             (status,) = state.launch(config, function, parameters.address, 0)
+            if status and status.name == INVALID_CONTEXT:
+                enter_context(index)
+                (status,) = state.launch(config, function, parameters.address, 0)
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
 
@@ -186,7 +190,10 @@ class Launcher:
                     name, f"on {value.device}, expected cuda:{self._device_index}, which the plan is for"
                 )
         cache = given.kv_cache
-        key = MapKey(cache.data_ptr(), cache.shape[0], *cache.stride()[:2])
+        page_stride, key_stride, _ = cache.stride()
+        if cache.shape[0] == 1:  # it means nothing, and may be what no tensor map takes
+            page_stride = self.problem.page_size * key_stride
+        key = MapKey(cache.data_ptr(), cache.shape[0], page_stride, key_stride)
         parameters = _Parameters()
         ctypes.memmove(parameters.bytes, self._encode_map(key), TENSOR_MAP_BYTES)
         self._pack(parameters.bytes, given)
@@ -379,6 +386,25 @@ def encode_map(key: MapKey, problem: DecodeProblem) -> bytes:
     if status:
         raise ArgumentError("kv_cache", f"no tensor map for shape {dims}, strides {strides}: {status.name}")
     return ctypes.string_at(int(tensor_map.getPtr()), TENSOR_MAP_BYTES)
+
+
+def enter_context(device_index: int) -> None:
+    """Make the device's primary context, the one that PyTorch uses, the current one of this thread.
+
+    The CUDA runtime does so at a thread's first call that needs it, the driver never. Raises RuntimeError.
+    """
+    driver = _driver()
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status:
+            raise RuntimeError(f"mla-sm120: no context for a launch, {status.name}")
+        return values[0] if values else None
+
+    device = checked(driver.cuDeviceGet(device_index))
+    context = checked(driver.cuDevicePrimaryCtxRetain(device))
+    checked(driver.cuCtxSetCurrent(context))
+    checked(driver.cuDevicePrimaryCtxRelease(device))  # PyTorch holds it, or its tensors would not be
 
 
 def _driver() -> Any:

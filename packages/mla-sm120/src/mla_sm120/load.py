@@ -9,11 +9,12 @@ has further options, such as -DMLA_PORTABLE_TRANSPOSE.
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kernel_dispatch import CompileCache, CompileKey, toolchain_versions
+from kernel_dispatch import CompileCache, CompileKey
 
 from .config import SMEM_BYTES
 from .sources import CUDA_FOLDER, HASH_NAME, NVRTC_OPTIONS, cubin_name, sources_digest
@@ -26,7 +27,7 @@ REFUSALS = (
     "CUDA_ERROR_NO_BINARY_FOR_GPU",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
 )
-# (unit, arch) of what this process has loaded -> where it is from; reports of tests say it.
+# (unit, arch) of what this process has loaded -> where it is from; reports of tests and benchmarks say it.
 origins: dict[tuple[str, str], str] = {}
 
 
@@ -45,11 +46,22 @@ def compiled_cubin(unit: str, arch: str) -> Path:
         config={},
         arch=arch,
         options=NVRTC_OPTIONS + _more_options(),
-        toolchain=toolchain_versions("cuda-bindings") | {"nvrtc": _dotted(_nvrtc_version())},
+        toolchain={"nvrtc": _dotted(_nvrtc_version()), "nvrtc_bytes": str(_nvrtc_bytes())},
         source_hash=_digest(),
     )
     folder = CompileCache().get_or_build(key, lambda into: _compile(unit, arch, key.options, into))
     return folder / cubin_name(unit, arch)
+
+
+def find_cubin(unit: str, arch: str) -> Path:
+    """The packaged cubin of `unit` for `arch`, or the compiled one; needs no GPU."""
+    return packaged_cubin(unit, arch) or compiled_cubin(unit, arch)
+
+
+def compiler_of(cubin: bytes) -> str:
+    """The compiler that a cubin names in its section `.note.nv.tkinfo`, such as "ptxas 13.0.88"."""
+    found = re.search(rb"\0(\w+)\0Cuda compilation tools, release [\d.]+, V([\d.]+)\0", cubin)
+    return "unknown compiler" if found is None else b" ".join(found.groups()).decode("ascii")
 
 
 @cache
@@ -79,7 +91,7 @@ def load_library(unit: str, arch: str) -> Any:
     if packaged is not None:
         result = load(packaged)
         if result[0].name not in REFUSALS:
-            origins[unit, arch] = "cubin of the wheel"
+            origins[unit, arch] = f"cubin of the wheel, {compiler_of(packaged.read_bytes())}"
             return _checked(result)
     result = load(compiled_cubin(unit, arch))
     if result[0].name in REFUSALS and _driver_version() < _nvrtc_version():
@@ -127,6 +139,14 @@ def _nvrtc_version() -> tuple[int, int]:
             "mla-sm120: there is no cubin of these sources for this GPU and its driver, and no NVRTC to "
             "compile one with; install a wheel that was built where nvcc is, or nvidia-cuda-nvrtc"
         ) from error
+
+
+def _nvrtc_bytes() -> int:
+    """The size of NVRTC's library, which tells releases apart that have one version."""
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    path = load_nvidia_dynamic_lib("nvrtc").abs_path
+    return 0 if path is None else Path(path).stat().st_size
 
 
 def _compile(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None:

@@ -40,9 +40,12 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_archs(nvcc: str) -> tuple[str, ...]:
-    """Those of ARCHS that this nvcc compiles for."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
-    return tuple(arch for arch in ARCHS if arch.rstrip("a") in listed.split() or arch in listed.split())
+    """Those of ARCHS that nvcc says it compiles for. Raises OSError or RuntimeError if it does not run."""
+    ran = subprocess.run([nvcc, "--list-gpu-code"], check=False, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"--list-gpu-code failed\n{ran.stderr}")
+    listed = ran.stdout.split()
+    return tuple(arch for arch in ARCHS if arch.rstrip("a") in listed or arch in listed)
 
 
 def compile_unit(nvcc: str, unit: str, arch: str, output: Path, *options: str) -> str:
