@@ -434,8 +434,8 @@ def lowest(session: nox.Session) -> None:
     """Test every package with the oldest dependency versions declared (downloads that version of torch)."""
     constraints = Path(session.create_tmp()) / "oldest.txt"
     constraints.write_text("\n".join(oldest_constraints()) + "\n", encoding="utf-8")
-    tools = ("numpy", "pytest", "hypothesis")  # torch warns where it finds no numpy
-    install_packages(session, list(PACKAGES.values()), *tools, constraints=constraints)
+    of_tests = [name for names in TEST_REQUIREMENTS.values() for name in names]
+    install_packages(session, list(PACKAGES.values()), *BASE_TOOLS, *of_tests, constraints=constraints)
     for package in PACKAGES.values():
         run_tests(session, package.tests, *session.posargs)
 

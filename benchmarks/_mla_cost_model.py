@@ -58,7 +58,6 @@ class Device:
 B200 = Device("B200", 148, 1.856, 8000)
 B300 = replace(B200, name="B300", exponentials=32)
 THOR = Device("Thor", 20, 1.575, 273)
-DEVICES = (B200, B300, THOR)
 
 # FlashInfer's CuTe DSL kernel on a B200: fixed lengths, 128 heads, 8,192 keys, page 32, cold L2.
 PUBLISHED_US = {

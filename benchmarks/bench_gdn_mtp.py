@@ -394,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(*summary_lines(verdicts), sep="\n")
     no_plot = plot(results.rows, record, date, out / "plot.png")
     print(f"wrote {results.path}" + (f"; skipped the plot: {no_plot}" if no_plot else " and plot.png"))
-    return 1 if any("ours" in row.failed for row in results.rows) else 0
+    return 1 if any(row.failed.keys() - set(PEERS) for row in results.rows) else 0  # also a tactic of ours
 
 
 if __name__ == "__main__":

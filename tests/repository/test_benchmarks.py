@@ -27,16 +27,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "bench_gdn_mtp.py",
-        "bench_gdn_spec.py",
-        "bench_gdn_stages.py",
-        "bench_mla_decode.py",
-        "bench_mla_splits.py",
-    ],
-)
+@pytest.mark.parametrize("name", sorted(path.name for path in BENCHMARKS.glob("bench_*.py")))
 def test_it_explains_itself_and_needs_a_gpu(name: str) -> None:
     assert run(name, "--help").returncode == 0
     without_gpu = run(name)

@@ -110,6 +110,7 @@ def test_every_session_requirement_is_pinned(noxfile: ModuleType) -> None:
         *noxfile.BASE_TOOLS,
         *noxfile.CLIENT_REQUIREMENTS,
         *noxfile.PEERS,
+        *(name for names in noxfile.TEST_REQUIREMENTS.values() for name in names),
         "ruff",
         "mypy",
         "nox",

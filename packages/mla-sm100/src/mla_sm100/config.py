@@ -22,7 +22,6 @@ BARRIER_BYTES = 2048  # mbarriers, address of tensor memory, row exchange
 SOFTMAX_WARPS = 4
 MMA_WARP, LOAD_K_WARP, LOAD_V_WARP, LOAD_Q_WARP = 4, 5, 6, 7
 THREADS = 256
-MAX_REGISTERS = 255
 
 ACC_O_COLS = 256  # tensor memory columns of the output accumulator
 ACC_S_STAGES = 2

@@ -86,8 +86,12 @@ def one_element(scale: Any) -> Any:
 
 
 def check_alignment(name: str, tensor: torch.Tensor) -> None:
-    """Raise ArgumentError unless the address and all strides but the last are multiples of 16 bytes."""
-    strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    """Raise ArgumentError unless the address and all strides but the last are multiples of 16 bytes.
+
+    The stride of a dimension of one element means nothing.
+    """
+    sizes = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    strides = [stride * tensor.element_size() for size, stride in sizes if size > 1]
     for what, value in (("its address", tensor.data_ptr()), *(("a stride in bytes", x) for x in strides)):
         if value % STRIDE_ALIGN_BYTES:
             raise ArgumentError(
