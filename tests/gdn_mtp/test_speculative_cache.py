@@ -33,7 +33,7 @@ def test_tensors_are_what_the_specs_say(io):
     named = {f"cache.{name}": tensor for name, tensor in cache.state_dict().items()}
     assert [spec.name for spec in cache.specs] == list(named)
     sizes = bind(cache.specs, named, device=DEVICE)
-    assert sizes == {"pool": 5, "R": 16, "H": 2, "K": 16, "HV": 4, "V": 8}
+    assert sizes == {"pool": 5, "capacity": 16, "H": 2, "K": 16, "HV": 4, "V": 8}
     assert cache.keys.dtype == io
     assert cache.nbytes == sum(tensor.nbytes for tensor in cache.tensors)
     assert all((tensor == 0).all() for tensor in cache.tensors)

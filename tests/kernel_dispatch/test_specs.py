@@ -279,3 +279,9 @@ def test_scale_may_be_a_tensor_of_one_element(value: torch.Tensor) -> None:
 def test_bad_scale_is_named(value: object, error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=f"^softmax_scale: {problem}"):
         check_scale("softmax_scale", value, device=torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_sizes_known_beforehand_are_from_where_the_caller_says() -> None:
+    specs = [TensorSpec("query", ("batch",), (torch.float32,))]
+    with pytest.raises(ArgumentError, match=r"^query: batch = 3, expected 2 from the plan$"):
+        bind(specs, {"query": torch.zeros(3)}, {"batch": 2}, source="the plan")

@@ -159,7 +159,7 @@ def check_call(
     check_flags(tensors, flags)
     writes_pool = not flags.disable_state_update
     named = tensors.named(form)
-    dims = bind(tensor_specs(form, writes_pool), named, dims, device)
+    dims = bind(tensor_specs(form, writes_pool), named, dims, device, "the plan")
     _check_same_dtypes(form, tensors)
     _check_sizes(form, tensors, dims)
     check_scale("scale", scale, tensors.q.device)

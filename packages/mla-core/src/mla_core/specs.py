@@ -140,7 +140,8 @@ def bind_tensors(
     if problem:
         known |= {name: getattr(problem, name) for name in ("num_heads", "batch", "page_size", "max_pages")}
         known |= {"q_len": problem.q_len, "batch + 1": problem.batch + 1}
-    sizes = bind(specs, {spec.name: getattr(tensors, spec.name) for spec in specs}, known, device)
+    source = "the plan" if problem else "kv_lora_rank and qk_rope_head_dim"
+    sizes = bind(specs, {spec.name: getattr(tensors, spec.name) for spec in specs}, known, device, source)
     _check_sizes(sizes)
     return sizes
 

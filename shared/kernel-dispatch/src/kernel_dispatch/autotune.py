@@ -125,7 +125,7 @@ class Tuner:
 
 @contextmanager
 def autotune(cache: str | Path | None = None, progress: bool = True) -> Iterator[Tuner]:
-    """Tunes every operation of the process, in any thread, until the block ends.
+    """Tunes every operation of the process, in any thread, until the block ends; calls with backend="auto".
 
     cache: a JSON file whose choices come into effect on entry and into which each new choice is merged as
         soon as it is found; it need not exist. None keeps the choices in the process alone.

@@ -51,10 +51,11 @@ def bind(
     tensors: Mapping[str, Tensor | None],
     dims: Mapping[str, int] | None = None,
     device: torch.device | None = None,
+    source: str = "the arguments",
 ) -> dict[str, int]:
     """Checks `tensors` against `specs` in order and returns the sizes of the named dimensions.
 
-    dims: sizes known beforehand; messages call their source "the arguments".
+    dims: sizes known beforehand. source: what messages say they are from.
     device: where every tensor must be, by default where the first one is.
     Fake tensors are welcome; their sizes may be symbolic.
 
@@ -62,7 +63,7 @@ def bind(
     naming the argument: "block_tables: batch = 4, expected 3 from query".
     """
     sizes = dict(dims or {})
-    sources = dict.fromkeys(sizes, "the arguments")
+    sources = dict.fromkeys(sizes, source)
     assert tensors.keys() <= {spec.name for spec in specs}, "a tensor without a spec would go unchecked"
     for spec in specs:
         tensor = tensors.get(spec.name)

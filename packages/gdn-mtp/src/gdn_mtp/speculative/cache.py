@@ -59,10 +59,10 @@ class CacheTensors(NamedTuple):
 CACHE_SPECS = tuple(
     TensorSpec(f"cache.{name}", shape, dtypes, layout="contiguous", written=True)
     for name, shape, dtypes in (
-        ("keys", ("pool", "R", "H", "K"), INPUT_DTYPES),
-        ("updates", ("pool", "R", "HV", "V"), (torch.float32,)),
-        ("gates", ("pool", "R", "HV"), (torch.float32,)),
-        ("k_scale", ("pool", "R", "H"), (torch.float32,)),
+        ("keys", ("pool", "capacity", "H", "K"), INPUT_DTYPES),
+        ("updates", ("pool", "capacity", "HV", "V"), (torch.float32,)),
+        ("gates", ("pool", "capacity", "HV"), (torch.float32,)),
+        ("k_scale", ("pool", "capacity", "H"), (torch.float32,)),
         ("cursor", ("pool", CURSOR_FIELDS), (torch.int32,)),
         ("live", ("pool",), (torch.int32,)),
     )
@@ -145,7 +145,7 @@ class SpeculativeCache:
         self.pool_size, self.H, self.HV, self.K, self.V = pool_size, H, HV, K, V
         self.max_tokens, self.capacity, self.io_dtype = max_tokens, capacity, io_dtype
         self._pool: PoolKey | None = None
-        known = {"pool": pool_size, "R": capacity, "H": H, "HV": HV, "K": K, "V": V}
+        known = {"pool": pool_size, "capacity": capacity, "H": H, "HV": HV, "K": K, "V": V}
         place = as_device(device)
         for spec, name in zip(self.specs, CacheTensors._fields, strict=True):
             shape = [known[dim] if isinstance(dim, str) else dim for dim in spec.shape]

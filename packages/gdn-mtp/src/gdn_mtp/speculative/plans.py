@@ -122,7 +122,7 @@ class SpeculativePlan(PreparedKernel[SpeculativeProblem]):
         if getattr(tensors, result) is None:
             raise ArgumentTypeError(result, "None, expected a tensor to write into")
         flags = CallFlags(problem.mode, max_tokens, problem.use_qk_l2norm, fold, self.provider)
-        dims = {name: getattr(problem, name) for name in DIMENSIONS} | {"R": problem.capacity}
+        dims = {name: getattr(problem, name) for name in DIMENSIONS} | {"capacity": problem.capacity}
         if verifies:
             dims["T"] = problem.T
         posed = check_call(tensors, 1.0 if scale is None else scale, flags, dims=dims, device=self.device)

@@ -168,10 +168,10 @@ def check_call(
     specs = tensor_specs(flags.mode)
     names = {spec.name for spec in specs}
     named = {name: tensor for name, tensor in tensors.named().items() if name in names}
-    dims = bind(specs, named, dims, device)
+    dims = bind(specs, named, dims, device, "the plan")
     _check_same_dtypes(tensors)
     _check_sizes(dims, flags)
-    check_threshold(flags.fold, dims["R"], flags.max_tokens)
+    check_threshold(flags.fold, dims["capacity"], flags.max_tokens)
     if flags.mode == "verify":
         check_scale("scale", scale, tensors.state_pool.device)
         if isinstance(scale, Tensor):
@@ -239,7 +239,7 @@ def _check_same_dtypes(tensors: CallTensors) -> None:
 
 def _check_sizes(dims: dict[str, int], flags: CallFlags) -> None:
     """Raises for a dimension other than B that is 0, heads that do not divide, and too many tokens."""
-    named = (("q", ("T",)), ("state_pool", ("pool", "HV", "V", "K")), ("cache.keys", ("R", "H")))
+    named = (("q", ("T",)), ("state_pool", ("pool", "HV", "V", "K")), ("cache.keys", ("capacity", "H")))
     for argument, names in named:
         for name in names:
             if dims.get(name, 1) == 0:
@@ -250,8 +250,8 @@ def _check_sizes(dims: dict[str, int], flags: CallFlags) -> None:
         raise ArgumentError(
             "q", f"T = {dims['T']}, expected at most max_tokens = {flags.max_tokens} of cache"
         )
-    if dims.get("nodes", 0) > dims["R"]:
-        raise ArgumentError("accepted_nodes", f"nodes = {dims['nodes']}, expected at most {dims['R']}")
+    if dims.get("nodes", 0) > dims["capacity"]:
+        raise ArgumentError("accepted_nodes", f"nodes = {dims['nodes']}, expected at most {dims['capacity']}")
 
 
 def _check_values(tensors: CallTensors, flags: CallFlags, dims: dict[str, int]) -> None:
@@ -261,7 +261,7 @@ def _check_values(tensors: CallTensors, flags: CallFlags, dims: dict[str, int]) 
     cursors = tensors.cursor.index_select(0, rows).tolist()
     lives = tensors.live.index_select(0, rows).tolist()
     for (_, slot), cursor, live in zip(slots, cursors, lives, strict=True):
-        fault = cursor_fault(slot, cursor, live, dims["R"], flags.max_tokens)
+        fault = cursor_fault(slot, cursor, live, dims["capacity"], flags.max_tokens)
         if fault is not None:
             raise ArgumentError("cache", fault[1])
     windows = [window for _, _, window, _ in cursors]
