@@ -232,6 +232,7 @@ def test_strict_backend_never_falls_back(arch: str, batch: int, backend: str, re
     assert first_line == f"backend={backend!r}: {reason}"
     assert table == str(explanation)
     assert all(name in table for name in ("torch", "hopper", "blackwell"))
+    assert {row.reason for row in explanation.rows if row.status == "supported"} == {"supports it"}
 
 
 def test_nobody_can() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_dispatch import ArgumentError, ArgumentTypeError, autotune, load_tuning
 from kernel_dispatch.tuning_store import Choice, TuningStore
 
 
@@ -197,3 +198,11 @@ def test_threads_that_merge_at_once_lose_nothing(path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert len(TuningStore(path).read()) == 40
+
+
+@pytest.mark.parametrize(("given", "error"), [(5, ArgumentTypeError), (".", ArgumentError)])
+def test_what_is_no_file_is_named(given: object, error: type[ArgumentError]) -> None:
+    with pytest.raises(error, match=r"^cache: "), autotune(cache=given):
+        pass
+    with pytest.raises(error, match=r"^path: "):
+        load_tuning(given)

@@ -217,6 +217,7 @@ def test_a_target_that_names_no_problems_is_an_error(target: str, reason: str) -
     [
         ("{", "cannot be read as JSON"),
         ("{}", "holds a dict, expected a list of problems"),
+        ("[]", "holds no problems, expected at least one"),
         ('[{"problem": "tuning_fakes:Scaling"}]', r"item 0 of .* expected \{\"problem\""),
         ('[{"problem": "tuning_fakes:Scaling", "arguments": {}}]', "item 0 of .*'batch'"),
         ('[{"problem": "tuning_fakes:Scaling", "arguments": {"batch": 1, "rows": 2}}]', "item 0 of .*'rows'"),

@@ -61,7 +61,7 @@ def trtllm_batch_decode_with_kv_cache_mla(
 
     workspace_buffer: uint8 or int8, one dimension; need not be zeroed. Too small is an error with both sizes.
     qk_nope_head_dim: a positive int; the query is absorbed already, so that nothing depends on it.
-    seq_lens: required.
+    seq_lens: required. max_seq_len: other than in FlashInfer, at most what the block table has pages for.
     bmm1_scale: the softmax_scale, on the logits only. bmm2_scale: the output_scale, on the output only.
     backend: "auto" or the name of a provider of `mla_core.decode.v1`.
     lse: [total tokens, num_heads], or the query's shape without its last dimension; returned in the shape
@@ -140,7 +140,7 @@ def trtllm_batch_decode_with_kv_cache_mla(
 def _check_default(name: str, value: object, default: object) -> None:
     if value is default or (type(value) is type(default) and value == default):
         return
-    shown = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+    shown = repr(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
     raise ArgumentError(name, f"{shown} is not implemented, expected {default!r}")
 
 

@@ -27,7 +27,7 @@ from .errors import ArgumentError, CompilationForbiddenError, NoKernelError
 from .providers import Problem, check_problem
 from .resolution import Selection, candidates, resolve
 from .tuning import bucket_key, invalidate_plans, key_digest, lookup, put_in_effect
-from .tuning_store import Choice, TuningStore
+from .tuning_store import Choice, TuningStore, check_file
 
 WARMUP_RUNS = 3
 MAX_REPEATS = 20
@@ -136,9 +136,12 @@ def autotune(cache: str | Path | None = None, progress: bool = True) -> Iterator
     so each file holds every bucket that its block met. `clear_tuning()` beforehand makes a block time
     everything anew.
 
-    Raises OSError on entry if the file cannot be written. A corrupt file is moved aside and a foreign one
-    left alone, each with a RuntimeWarning.
+    Raises ArgumentTypeError or ArgumentError naming `cache` for what is no path or is a directory, and
+    OSError on entry if the file cannot be written; folders that it lies in are made. A corrupt file is moved
+    aside and a foreign one left alone, each with a RuntimeWarning.
     """
+    if cache is not None:
+        check_file("cache", cache)
     tuner = Tuner(None if cache is None else TuningStore(cache), progress)
     put_in_effect(tuner.choices)
     with _active_lock:

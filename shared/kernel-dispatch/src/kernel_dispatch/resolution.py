@@ -168,13 +168,18 @@ def _explain(problem: Problem, arch: Arch, backend: str, tuned: tuple[str, str] 
     rows = [_judge(entry, problem, arch) for entry in providers(group)]
     able = [row.name for row in rows if row.status == "supported"]
     chosen, reason = _choose(group, backend, able, rows, tuned)
-    shown = [
-        replace(row, status="chosen", reason=reason)
-        if row.status == "supported" and row.name == chosen
-        else row
-        for row in rows
-    ]
-    return Explanation(group, problem.describe(), arch, chosen, reason, tuple(shown))
+    if chosen is not None:
+        rows = [_beside(row, chosen, reason) for row in rows]
+    return Explanation(group, problem.describe(), arch, chosen, reason, tuple(rows))
+
+
+def _beside(row: ExplanationRow, chosen: str, reason: str) -> ExplanationRow:
+    """A row where a provider was chosen, this one or another."""
+    if row.status != "supported":
+        return row
+    if row.name == chosen:
+        return replace(row, status="chosen", reason=reason)
+    return replace(row, reason=f"{row.reason} as well")
 
 
 def _choose(
@@ -197,7 +202,7 @@ def _choose(
 def _judge(entry: Registered, problem: Problem, arch: Arch) -> ExplanationRow:
     provider = entry.provider
     priority = None if provider is None else provider.priority
-    status, reason, failure = "supported", "supports it as well", None
+    status, reason, failure = "supported", "supports it", None
     if provider is None:
         status, reason = "broken", entry.error or "no provider"
     else:

@@ -25,7 +25,7 @@ from .arch import Arch
 from .canonical import canonical, digest, dump
 from .errors import ArgumentError
 from .providers import Problem, providers
-from .tuning_store import Choice, TuningStore
+from .tuning_store import Choice, TuningStore, check_file
 
 MAX_BATCH_BUCKET = 2048
 
@@ -62,8 +62,10 @@ def load_tuning(path: str | Path) -> int:
     """Puts the choices of a tuning file into effect, over those already in effect; how many hold in total.
 
     For serving: nothing is profiled and a good file is only read. Choices of other environments load too, and
-    never match. A corrupt or foreign file gives a RuntimeWarning; no file, FileNotFoundError.
+    never match. A corrupt or foreign file gives a RuntimeWarning; no file, FileNotFoundError; what is no path
+    or is a directory, ArgumentTypeError or ArgumentError naming `path`.
     """
+    check_file("path", path)
     store = TuningStore(path)
     if not store.path.exists():
         raise FileNotFoundError(f"tuning file {store.path} does not exist")

@@ -24,10 +24,19 @@ from pathlib import Path
 from filelock import FileLock
 
 from ._callers import warn_caller
+from .errors import ArgumentError, ArgumentTypeError
 
 FORMAT = 1
 MAX_KEY_DEPTH = 64  # of objects and lists; a problem's own key has about five
 _CORRUPT = "corrupt"  # what `_parse` says of a file to be moved aside
+
+
+def check_file(name: str, path: object) -> None:
+    """Raises ArgumentTypeError or ArgumentError naming the argument unless `path` may be that of a file."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentTypeError(name, f"{type(path).__name__}, expected a path")
+    if Path(path).expanduser().is_dir():
+        raise ArgumentError(name, f"{path} is a directory, expected a file")
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,8 @@ def load_problems(target: str) -> list[Problem]:
     if not isinstance(problems, Iterable):
         raise ArgumentError("target", f"{target} is a {type(found).__name__}, expected a problem or several")
     problems = list(problems)
+    if not problems:
+        raise ArgumentError("target", f"{target} holds no problems, expected at least one")
     for i, problem in enumerate(problems):
         if not is_problem(problem):
             raise ArgumentError(

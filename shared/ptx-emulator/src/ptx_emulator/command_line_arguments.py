@@ -30,7 +30,10 @@ def parse_argument(text: str, seed: int) -> Any:
     """
     match = re.fullmatch(r"(\w+):([\dx]+)=(.+)", text)
     if match is None:
-        return float(text) if re.search(r"[.en]", text) and not text.startswith("0x") else int(text, 0)
+        try:
+            return float(text) if re.search(r"[.en]", text) and not text.startswith("0x") else int(text, 0)
+        except ValueError:
+            raise ValueError(f"--arg {text}: neither a number nor TYPE:SHAPE=FILL, as f32:40=randn") from None
     if match[1] not in _DTYPES:
         raise ValueError(f"--arg {text}: type {match[1]!r} is none of {', '.join(_DTYPES)}")
     dtype = np.dtype(_DTYPES[match[1]])
