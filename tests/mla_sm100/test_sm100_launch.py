@@ -136,7 +136,11 @@ def test_other_errors_of_the_function_come_out_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "tactic", ["single", "pair", "single-whole", "pair-whole-persistent", "single-persistent"]
+    "tactic",
+    [
+        *("single", "pair", "single-whole", "pair-whole-persistent", "single-persistent"),
+        *("single-x4", "pair-x4-persistent"),
+    ],
 )
 def test_tactics_as_the_provider_launches_them(tactic: str) -> None:
     run = run_tactic(tactic, Inputs(Case((300, 0, 65, 130), num_heads=16, q_len=2, gap=8)))
@@ -146,6 +150,7 @@ def test_tactics_as_the_provider_launches_them(tactic: str) -> None:
     assert decode.cluster == (config.cluster_size, 1, 1)
     assert decode.shared_bytes == config.smem_bytes
     assert len(combine) == config.split
+    assert config.split or "-x" not in tactic
     assert all(launched.pdl == config.pdl for launched in (decode, *combine))
 
 

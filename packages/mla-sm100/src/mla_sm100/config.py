@@ -10,7 +10,7 @@ from mla_core.problem import SHORT_DTYPES
 
 KV_LORA_RANK, QK_ROPE_HEAD_DIM = 512, 64
 PAGE_SIZES = (16, 32, 64, 128)
-MAX_INT32 = 2**31 - 1  # of keys, and of their tiles times splits, at most one for each SM
+MAX_INT32 = 2**31 - 1  # of keys, and of their tiles times splits, at most MOST_FILLS for each SM
 MAX_ROWS = 2**30 - 1  # of all requests: a grid has fewer than 2^31 CTAs, and a row may take two
 
 CHUNK_ROWS = 64  # rows (of queries, keys or probabilities) that one chunk of shared memory holds
@@ -37,6 +37,8 @@ RESCALE_THRESHOLD_LOG2 = {"bf16": 8.0, "fp16": 8.0, "e4m3": 4.0}
 PROBABILITY_SHIFT_LOG2 = {"bf16": 0.0, "fp16": 0.0, "e4m3": 4.0}
 
 WHOLE, PERSISTENT = "-whole", "-persistent"  # ends of the names of tactics, in this order
+FILLS = {"-x2": 2, "-x4": 4}  # in the place of WHOLE: how often splits fill the device, where it is not once
+MOST_FILLS = max(FILLS.values())
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def can_implement(problem: DecodeProblem, arch: Arch) -> str | None:
         return (
             f"batch * q_len * num_heads = {problem.batch * problem.rows}, the kernels take up to {MAX_ROWS}"
         )
-    most_keys = min(MAX_INT32 // arch.sm_count, MAX_INT32 // CHUNK_ROWS - 2) * CHUNK_ROWS
+    most_keys = min(MAX_INT32 // (MOST_FILLS * arch.sm_count), MAX_INT32 // CHUNK_ROWS - 2) * CHUNK_ROWS
     if problem.max_seq_len > most_keys:
         return f"max_seq_len = {problem.max_seq_len}, the kernels count up to {most_keys} keys"
     if arch.sm_count < 2:

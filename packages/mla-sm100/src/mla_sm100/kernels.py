@@ -12,12 +12,12 @@ from cute_kernels import CuteFunction
 from kernel_dispatch import Arch
 from mla_core import DecodeProblem, SplitPlan, plan_splits
 
-from .config import PERSISTENT, WHOLE, DecodeConfig
+from .config import FILLS, PERSISTENT, WHOLE, DecodeConfig
 from .launch import Launcher
 
 PAIR, SINGLE = "pair", "single"
-ENDS = ("", WHOLE, PERSISTENT, WHOLE + PERSISTENT)
-TACTICS = tuple(tile + end for tile in (PAIR, SINGLE) for end in ENDS)
+SPLITS = ("", *FILLS, WHOLE)
+TACTICS = tuple(tile + split + end for tile in (PAIR, SINGLE) for split in SPLITS for end in ("", PERSISTENT))
 
 # Fewer keys per split would cost more in queries, partial results and merging than they save.
 MIN_SPLIT_KEYS = 128
@@ -61,7 +61,10 @@ class Division:
         pair = tactic.startswith(PAIR)
         shape = DecodeConfig.of(problem, pair=pair, split=False, pdl=False)
         cluster = shape.cluster_size
-        to_fill = cluster if WHOLE in tactic else arch.sm_count  # one cluster is filled without a split
+        fills = next((times for name, times in FILLS.items() if name in tactic), 1)
+        to_fill = (
+            cluster if WHOLE in tactic else fills * arch.sm_count
+        )  # one cluster is filled without a split
         splits = plan_splits(
             problem,
             sm_count=to_fill,
@@ -89,11 +92,11 @@ class DecodeKernels:
 
     def workspace_nbytes(self, problem: DecodeProblem, arch: Arch, tactic: str | None = None) -> int:
         """Partial results of a tactic; without one, of the tactic that needs the most."""
-        names = (PAIR, SINGLE) if tactic is None else (tactic,)
+        names = TACTICS if tactic is None else (tactic,)
         return max(Division.of(problem, arch, name).splits.workspace_bytes for name in names)
 
     def tactics(self, problem: DecodeProblem, arch: Arch) -> Sequence[str]:
-        """All tactics, the heuristic's choice first.
+        """All tactics that divide the problem each in its own way, the heuristic's choice first.
 
         The tile follows the rows of a request. Where all sequences are as long and there are more units than
         fit the device at once, clusters stay and take one after the other; otherwise the hardware starts a
@@ -104,7 +107,11 @@ class DecodeKernels:
         resident = arch.sm_count // division.config.cluster_size
         stays = not problem.is_var_seq and division.num_clusters > resident
         preferred = tile + PERSISTENT if stays else tile
-        return sorted(TACTICS, key=lambda name: (name != preferred, not name.startswith(tile)))
+        ranked = sorted(TACTICS, key=lambda name: (name != preferred, not name.startswith(tile)))
+        different: dict[Division, str] = {}
+        for name in ranked:
+            different.setdefault(Division.of(problem, arch, name), name)
+        return list(different.values())
 
     def prepare(
         self, problem: DecodeProblem, arch: Arch, device: torch.device, tactic: str
