@@ -48,7 +48,6 @@ CELLS = [
 ]
 SPLITS = (1, 2, 3, 4, 5, 6, 8)
 MOST_WAVES = 9
-MOST_CALLS = 4
 REPEATS = 5
 
 
@@ -78,7 +77,7 @@ def measure(found: dict[str, list[Part]], cell: Cell, device: torch.device) -> d
     workspace_nbytes = max(
         part.division.partials.workspace_bytes for parts_of_one in found.values() for part in parts_of_one
     )
-    num_calls = min(MOST_CALLS, calls_for_cold_l2(cell.necessary_bytes, device))
+    num_calls = calls_for_cold_l2(cell.necessary_bytes, device)
     calls = [Call(cell, device, workspace_nbytes) for _ in range(num_calls)]
     variants = {}
     for name, parts_of_one in found.items():
