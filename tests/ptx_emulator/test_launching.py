@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,17 @@ def test_arguments_are_checked() -> None:
         launch(SCALE, args=[x, x, 4])
     with pytest.raises(EmulatorError, match=r"1e\+39 does not fit factor, a \.f32"):
         launch(SCALE, args=[x, 1e39, 4])
+
+
+def test_what_has_another_type_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^block: '40', expected an integer"):
+        launch(SCALE, block="40", args=[np.ones(4, dtype=np.float32), 2.0, 4])
+    with pytest.raises(TypeError, match=r"^job: a function, expected a Launch"):
+        explore(lambda: None, 3)
+    path, x = tmp_path / "scale.ptx", np.ones(4, dtype=np.float32)
+    path.write_text(SCALE)
+    launch(path, args=[x, 2.0, 4])
+    assert list(x) == [2.0] * 4
 
 
 @pytest.mark.parametrize("factor", [3, 3.0, np.float32(3), np.int64(3), True + 2], ids=repr)

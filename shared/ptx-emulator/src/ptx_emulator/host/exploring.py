@@ -103,7 +103,10 @@ def explore(
 
     Raises:
         ValueError: `n` is less than 1.
+        TypeError: `job` is none, such as a function that launches.
     """
+    if not (hasattr(job, "memories") and hasattr(job, "run")):
+        raise TypeError(f"job: a {type(job).__name__}, expected a Launch, Launches or Call")
     if n < 1:
         raise ValueError(f"n: {n} schedules, at least one is needed")
     common = replace(options or Options(), strict=False, progress=False)

@@ -6,6 +6,7 @@ import operator
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ class Launch:
     """One launch of a kernel.
 
     Args:
-        ptx: the module's text.
+        ptx: the module's text, or the path of a file as a `Path`.
         kernel: name of the kernel, as in the PTX or as in C++ (`gemm::kernel`, `kernel`); None if the module
             has only one.
         grid, block, cluster: sizes, `x` or `(x, y, z)` with missing ones 1.
@@ -44,7 +45,7 @@ class Launch:
         memory: more arrays that the kernel reaches by pointers inside structs or tensor maps, by name.
     """
 
-    ptx: str
+    ptx: str | Path
     kernel: str | None = None
     grid: Size = 1
     block: Size = 32
@@ -62,7 +63,8 @@ class Launch:
     def module(self) -> LoadedModule:
         """The parsed module; its kernels are lowered once."""
         if not self._loaded:
-            self._loaded.append(LoadedModule(self.ptx, self.device))
+            text = self.ptx.read_text(encoding="utf-8") if isinstance(self.ptx, Path) else self.ptx
+            self._loaded.append(LoadedModule(text, self.device))
         return self._loaded[0]
 
     @property
@@ -154,7 +156,7 @@ class Launches:
 
 
 def launch(
-    ptx: str,
+    ptx: str | Path,
     kernel: str | None = None,
     *,
     grid: Size = 1,
@@ -196,7 +198,11 @@ def launch(
 
 def size3(name: str, size: Size) -> tuple[int, int, int]:
     """A grid, block or cluster size in three dimensions."""
-    sizes = tuple(map(operator.index, size if isinstance(size, Iterable) else (size,)))
+    given = size if isinstance(size, Iterable) and not isinstance(size, str) else (size,)
+    try:
+        sizes = tuple(map(operator.index, given))
+    except TypeError:
+        raise TypeError(f"{name}: {size!r}, expected an integer or up to three of them") from None
     if not 1 <= len(sizes) <= 3:
         raise ValueError(f"{name}: {size} has {len(sizes)} dimensions, a launch has one to three")
     x, y, z = (*sizes, 1, 1)[:3]
