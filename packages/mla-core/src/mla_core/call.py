@@ -83,15 +83,8 @@ def execute(tensors: DecodeTensors, options: Options) -> Plan | None:
     if tensors.query.is_meta:
         raise ArgumentError("query", "on meta, expected a tensor with data")
     sizes = bind_call(tensors, options)
-    if not tensors.query.shape[0]:  # no requests, or no tokens
-        check_registered(DecodeProblem.entry_point_group, options.backend)
-        some = {name: max(1, sizes[name]) for name in ("batch", "max_pages")}
-        problem = _problem_of(tensors, options, sizes | some)
-        if sizes["batch"]:
-            check_values(tensors, problem)
-        else:
-            check_scales(tensors)
-        check_workspace(tensors.workspace, 0, tensors.query.device)
+    if not tensors.query.shape[0]:
+        _check_empty(tensors, options, sizes)
         return None
     if not sizes["batch"]:
         raise ArgumentError("cum_seq_lens_q", f"has no requests for {tensors.query.shape[0]} tokens of query")
@@ -101,6 +94,17 @@ def execute(tensors: DecodeTensors, options: Options) -> Plan | None:
     plan = cached_plan(problem, device, backend, None, lambda: _select(problem, tensors, backend))
     _run(plan, tensors)
     return plan
+
+
+def _check_empty(tensors: DecodeTensors, options: Options, sizes: dict[str, int]) -> None:
+    """Check a call without requests, or without tokens, which no provider is asked to take."""
+    check_registered(DecodeProblem.entry_point_group, options.backend)
+    problem = _problem_of(tensors, options, sizes | {"batch": max(1, sizes["batch"])})
+    if sizes["batch"]:
+        check_values(tensors, problem)
+    else:
+        check_scales(tensors)
+    check_workspace(tensors.workspace, 0, tensors.query.device)
 
 
 def remember(

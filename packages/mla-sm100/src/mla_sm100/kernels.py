@@ -62,9 +62,8 @@ class Division:
         shape = DecodeConfig.of(problem, pair=pair, split=False, pdl=False)
         cluster = shape.cluster_size
         fills = next((times for name, times in FILLS.items() if name in tactic), 1)
-        to_fill = (
-            cluster if WHOLE in tactic else fills * arch.sm_count
-        )  # one cluster is filled without a split
+        # One cluster is filled without a split.
+        to_fill = cluster if WHOLE in tactic else fills * arch.sm_count
         splits = plan_splits(
             problem,
             sm_count=to_fill,
