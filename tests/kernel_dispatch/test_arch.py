@@ -96,6 +96,14 @@ def test_suffix_that_does_not_exist(name: str, expected: str) -> None:
         Arch.from_name(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("sm_90", "sm_90a"), ("sm_90a", "sm_90a"), ("sm_100f", "sm_100f"), ("sm_80", "sm_80"), ("cpu", "cpu")],
+)
+def test_target(name: str, target: str) -> None:
+    assert Arch.from_name(name).target == target
+
+
 def test_cpu() -> None:
     cpu = as_arch(torch.device("cpu"))
     assert cpu == as_arch("cpu")

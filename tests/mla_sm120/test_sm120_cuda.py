@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import mla_core
@@ -12,7 +11,15 @@ import pytest
 import torch
 from kernel_dispatch import ArgumentError, as_arch, resolve
 from kernel_testing import poison_, poisoned
-from kernel_testing.mla import E4M3, FP16, Case, Inputs
+from kernel_testing.mla import (
+    E4M3,
+    FP16,
+    Case,
+    Inputs,
+    check_graph_replays,
+    check_new_thread,
+    check_streams,
+)
 from mla_core import DecodeProblem, plan_splits
 from mla_core.plan import Plan, plan_selection
 from mla_sm120 import config
@@ -282,51 +289,15 @@ def test_graph_replays_with_changed_lengths_and_tables(
     lengths: tuple[tuple[int, ...], ...], q_len: int, make_plan: Callable[[Inputs], Plan]
 ) -> None:
     cases = [Case(given, num_heads=16, q_len=q_len, seed=seed) for seed, given in enumerate(lengths)]
-    static, other = (Inputs(case, "cuda") for case in cases)
-    plan = make_plan(static)
-    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
-    static.run(plan, workspace)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        static.run(plan, workspace)
-    for inputs in (static, other):
-        static.load(inputs)
-        poison_(static.out)
-        poison_(static.lse)
-        graph.replay()
-        inputs.check(static.out, static.lse)
+    check_graph_replays(make_plan, cases)
 
 
 @pytest.mark.parametrize(
     ("lengths", "make_plan"), [((5000, 70, 900), plan_of), (CUT, cut_plan)], ids=["one", "cut"]
 )
 def test_two_streams_at_once(lengths: tuple[int, ...], make_plan: Callable[[Inputs], Plan]) -> None:
-    pairs = [(Inputs(Case(lengths, num_heads=16, seed=seed), "cuda"), torch.cuda.Stream()) for seed in (1, 2)]
-    plan = make_plan(pairs[0][0])
-    torch.cuda.synchronize()
-    rounds = []
-    for _ in range(20):
-        for inputs, stream in pairs:
-            with torch.cuda.stream(stream):
-                poison_(inputs.out)
-                poison_(inputs.lse)
-                inputs.run(plan)
-                rounds.append((inputs, inputs.out.clone(), inputs.lse.clone()))
-    torch.cuda.synchronize()
-    for inputs, _ in pairs:
-        inputs.check(inputs.out, inputs.lse)
-    for inputs, out, lse in rounds:
-        assert torch.equal(out, inputs.out)
-        assert torch.equal(lse, inputs.lse)
+    check_streams(make_plan, [Case(lengths, num_heads=16, seed=seed) for seed in (1, 2)])
 
 
 def test_a_thread_that_has_not_used_cuda_yet() -> None:
-    inputs = Inputs(Case((300, 70)), "cuda")
-    plan = plan_of(inputs)
-    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
-    torch.cuda.synchronize()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(inputs.run, plan, workspace).result()
-    torch.cuda.synchronize()
-    inputs.check(inputs.out, inputs.lse)
+    check_new_thread(plan_of, Case((300, 70)))

@@ -117,9 +117,8 @@ class DecodeKernels:
     ) -> Callable[..., None]:
         """The launcher of a tactic, compiled first if it is not in the compile cache; needs no GPU."""
         division = Division.of(problem, arch, tactic)
-        # The instructions of tensor memory exist for a target with a suffix only, which every device has.
-        target = arch.name if arch.suffix else f"{arch.name}a"
-        return Launcher(FUNCTION.load(division.config, target), problem, division)
+        # The instructions of tensor memory exist for a target with a suffix only.
+        return Launcher(FUNCTION.load(division.config, arch.target), problem, division)
 
 
 KERNELS = DecodeKernels()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,14 +40,12 @@ class DecodeKernels:
         launcher raises RuntimeError.
         """
         found = parts(problem, arch, tactic)
-        if not arch.suffix:  # the instructions exist for a target with a suffix only, which every device has
-            arch = replace(arch, name=f"{arch.name}a", suffix="a")
         if not torch.cuda.is_available() or as_arch(device).base != arch.base:
             units = {DTYPE_UNITS[problem.q_dtype]}
             units |= {"combine" for part in found if part.division.num_partials > 1}
             for unit in sorted(units):
-                find_cubin(unit, arch.name)
-            return partial(_refuse, f"mla-sm120: was prepared for {arch.name}, and {device} is no such GPU")
+                find_cubin(unit, arch.target)
+            return partial(_refuse, f"mla-sm120: was prepared for {arch.target}, and {device} is no such GPU")
         return launchers(found, arch, device)
 
 
@@ -66,11 +63,11 @@ def launcher(
     first_request: of a call, where the problem is the part of it that begins there.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    decode = load_kernel(DTYPE_UNITS[problem.q_dtype], division.kernel_name, arch.name, index)
+    decode = load_kernel(DTYPE_UNITS[problem.q_dtype], division.kernel_name, arch.target, index)
     combine = None
     if division.num_partials > 1:
         name = combine_name(problem, division.num_partials, arch.sm_count)
-        combine = load_kernel("combine", name, arch.name, index)
+        combine = load_kernel("combine", name, arch.target, index)
     pdl = arch.supports_pdl if problem.enable_pdl is None else problem.enable_pdl
     return Launcher(problem, division, decode, combine, index, pdl, first_request)
 

@@ -28,6 +28,7 @@ from .config import (
     block_threads,
     row_tiles_of,
 )
+from .load import checked
 
 COMBINE_WARPS = 16  # of a block of the combine kernel
 COMBINE_PARTIALS_PER_WARP = 4  # at least, where an item has several warps
@@ -394,13 +395,6 @@ def enter_context(device_index: int) -> None:
     The CUDA runtime does so at a thread's first call that needs it, the driver never. Raises RuntimeError.
     """
     driver = _driver()
-
-    def checked(result: tuple[Any, ...]) -> Any:
-        status, *values = result
-        if status:
-            raise RuntimeError(f"mla-sm120: no context for a launch, {status.name}")
-        return values[0] if values else None
-
     device = checked(driver.cuDeviceGet(device_index))
     context = checked(driver.cuDevicePrimaryCtxRetain(device))
     checked(driver.cuCtxSetCurrent(context))

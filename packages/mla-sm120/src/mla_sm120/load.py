@@ -70,11 +70,11 @@ def load_kernel(unit: str, name: str, arch: str, device_index: int) -> Any:
     from cuda.bindings import driver
 
     library = load_library(unit, arch)
-    kernel = _checked(driver.cuLibraryGetKernel(library, name.encode()))
+    kernel = checked(driver.cuLibraryGetKernel(library, name.encode()))
     if unit != "combine":
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = _checked(driver.cuDeviceGet(device_index))
-        _checked(driver.cuKernelSetAttribute(attribute, SMEM_BYTES, kernel, device))
+        device = checked(driver.cuDeviceGet(device_index))
+        checked(driver.cuKernelSetAttribute(attribute, SMEM_BYTES, kernel, device))
     return driver.CUfunction(int(kernel))  # what launches take; a CUkernel runs in the current context
 
 
@@ -92,7 +92,7 @@ def load_library(unit: str, arch: str) -> Any:
         result = load(packaged)
         if result[0].name not in REFUSALS:
             origins[unit, arch] = f"cubin of the wheel, {compiler_of(packaged.read_bytes())}"
-            return _checked(result)
+            return checked(result)
     result = load(compiled_cubin(unit, arch))
     if result[0].name in REFUSALS and _driver_version() < _nvrtc_version():
         supported, compiler = _dotted(_driver_version()), _dotted(_nvrtc_version())
@@ -102,7 +102,7 @@ def load_library(unit: str, arch: str) -> Any:
             f"{supported}, or a driver for CUDA {compiler} or newer"
         )
     origins[unit, arch] = " ".join(("NVRTC", _dotted(_nvrtc_version()), *_more_options()))
-    return _checked(result)
+    return checked(result)
 
 
 @cache
@@ -123,7 +123,7 @@ def _driver_version() -> tuple[int, int]:
     """The newest CUDA that the driver supports."""
     from cuda.bindings import driver
 
-    version = _checked(driver.cuDriverGetVersion())
+    version = checked(driver.cuDriverGetVersion())
     return version // 1000, version % 1000 // 10
 
 
@@ -132,7 +132,7 @@ def _nvrtc_version() -> tuple[int, int]:
     from cuda.pathfinder import DynamicLibNotFoundError
 
     try:
-        major, minor = _checked(nvrtc.nvrtcVersion())
+        major, minor = checked(nvrtc.nvrtcVersion())
         return major, minor
     except DynamicLibNotFoundError as error:
         raise RuntimeError(
@@ -153,22 +153,22 @@ def _compile(unit: str, arch: str, options: tuple[str, ...], into: Path) -> None
     from cuda.bindings import nvrtc
 
     text = (CUDA_FOLDER / f"{unit}.cu").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(text, f"{unit}.cu".encode(), 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(text, f"{unit}.cu".encode(), 0, [], []))
     try:
         words = [word.encode() for word in (*options, f"-arch={arch}", f"--include-path={CUDA_FOLDER}")]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+            checked(nvrtc.nvrtcGetProgramLog(program, log))
             raise RuntimeError(f"{unit} for {arch}: NVRTC {_dotted(_nvrtc_version())} failed\n{log.decode()}")
-        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+        checked(nvrtc.nvrtcGetCUBIN(program, code))
         (into / cubin_name(unit, arch)).write_bytes(code)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
     """What a function of cuda-bindings returned after its status; raises RuntimeError if that is an error."""
     status, *values = result
     if int(status):

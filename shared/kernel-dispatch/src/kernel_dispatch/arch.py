@@ -70,6 +70,11 @@ class Arch:
         return f"sm_{self.major}{self.minor}" if self.is_gpu else self.name
 
     @property
+    def target(self) -> str:
+        """What to compile for: the name, with the suffix that a device of it has where the name has none."""
+        return self.name if self.suffix else f"{self.name}{_device_suffix(self.major)}"
+
+    @property
     def is_gpu(self) -> bool:
         """False for the CPU only."""
         return self.major > 0

@@ -140,9 +140,11 @@ def autotune(cache: str | Path | None = None, progress: bool = True) -> Iterator
     OSError on entry if the file cannot be written; folders that it lies in are made. A corrupt file is moved
     aside and a foreign one left alone, each with a RuntimeWarning.
     """
+    store = None
     if cache is not None:
         check_file("cache", cache)
-    tuner = Tuner(None if cache is None else TuningStore(cache), progress)
+        store = TuningStore(cache)
+    tuner = Tuner(store, progress)
     put_in_effect(tuner.choices)
     with _active_lock:
         _active.append(tuner)

@@ -10,6 +10,8 @@ output's rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .compare import assert_close_elementwise
-from .poison import UNUSED_INDEX, poisoned
+from .poison import UNUSED_INDEX, poison_, poisoned
 
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 DTYPES = {"bf16": BF16, "fp16": FP16, "e4m3": E4M3}
@@ -246,3 +248,57 @@ class Inputs:
         content = self.kv_cache.contiguous().view(torch.uint8)[pages.clamp_min(0)].view(self.kv_cache.dtype)
         present = (pages >= 0).repeat_interleave(page_size)
         return content.view(-1, HEAD_DIM)[:length].double(), present[:length]
+
+
+MakePlan = Callable[[Inputs], Any]  # a `mla_core.plan.Plan` for the GPU
+
+
+def check_graph_replays(make_plan: MakePlan, cases: Sequence[Case]) -> None:
+    """Hold replays of one CUDA graph, with the contents of each case in turn, against float64."""
+    static, *others = (Inputs(case, "cuda") for case in cases)
+    plan = make_plan(static)
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    static.run(plan, workspace)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static.run(plan, workspace)
+    for inputs in (static, *others):
+        static.load(inputs)
+        poison_(static.out)
+        poison_(static.lse)
+        graph.replay()
+        inputs.check(static.out, static.lse)
+
+
+def check_streams(make_plan: MakePlan, cases: Sequence[Case]) -> None:
+    """Hold one plan, launched 20 times for each case in a stream of its own, against float64 and itself."""
+    pairs = [(Inputs(case, "cuda"), torch.cuda.Stream()) for case in cases]  # type: ignore[no-untyped-call]
+    plan = make_plan(pairs[0][0])
+    torch.cuda.synchronize()
+    rounds = []
+    for _ in range(20):
+        for inputs, stream in pairs:
+            with torch.cuda.stream(stream):
+                poison_(inputs.out)
+                poison_(inputs.lse)
+                inputs.run(plan)
+                rounds.append((inputs, inputs.out.clone(), inputs.lse.clone()))
+    torch.cuda.synchronize()
+    for inputs, _ in pairs:
+        inputs.check(inputs.out, inputs.lse)
+    for inputs, out, lse in rounds:
+        assert torch.equal(out, inputs.out)
+        assert torch.equal(lse, inputs.lse)
+
+
+def check_new_thread(make_plan: MakePlan, case: Case) -> None:
+    """Hold a launch by a thread that has not used CUDA yet against float64."""
+    inputs = Inputs(case, "cuda")
+    plan = make_plan(inputs)
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(inputs.run, plan, workspace).result()
+    torch.cuda.synchronize()
+    inputs.check(inputs.out, inputs.lse)
