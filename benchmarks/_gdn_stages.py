@@ -16,7 +16,7 @@ from gdn_mtp.cute.config import MMA_ROWS, WARP_LANES, KernelConfig
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.fragments import read_index
 from gdn_mtp.cute.kernel import GatedDeltaRule, Tensors
-from gdn_mtp.cute.prefetch import in_first_wave, out_of_the_way
+from gdn_mtp.cute.prefetch import among_first, out_of_the_way
 from gdn_mtp.cute.speculative import Verify, allocate
 from gdn_mtp.cute.tiles import Place
 from gdn_mtp.cute.trace import arguments, rows
@@ -185,7 +185,7 @@ class StatesRead(Verify):
         row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if in_first_wave(cfg):
+            if among_first(cfg.early_blocks):
                 self.prefetch_state(state, state_indices, Place(request, hv, None, row, warp, lane))
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")

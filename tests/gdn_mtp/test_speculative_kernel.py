@@ -34,6 +34,7 @@ SETUPS = (
     KernelSetup(max_tokens=6, capacity=24, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
     KernelSetup(max_tokens=8, capacity=24, K=128, V=128, state=BF16, variable=False, tactic=TACTICS["w4t1s"]),
     KernelSetup(max_tokens=4, capacity=16, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"]),
+    KernelSetup(max_tokens=4, capacity=16, K=128, V=128, state=BF16, tactic=TACTICS["w4t1sb7"], debug=True),
     KernelSetup(max_tokens=16, capacity=32, H=2, HV=4, K=128, V=128, tree=True, tactic=TACTICS["w4t1s"]),
     KernelSetup(max_tokens=16, capacity=32, K=128, V=128, tactic=TACTICS["w4t2s"]),
     KernelSetup(max_tokens=11, capacity=32, K=128, V=128, tree=True, io=FP16, state=BF16, variable=False),

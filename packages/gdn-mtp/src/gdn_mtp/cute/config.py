@@ -124,8 +124,11 @@ class Footprint:
 
     def fitting_blocks(self, smem_bytes: int) -> int:
         """Blocks that fit into a multiprocessor at once if each asks for so much shared memory."""
-        by_smem = self.smem_per_sm_bytes // taken_smem_bytes(smem_bytes)
-        return max(1, min(self.warps_per_sm // self.warps, by_smem))
+        return max(1, min(self.warps_per_sm // self.warps, self.blocks_by_smem(smem_bytes)))
+
+    def blocks_by_smem(self, smem_bytes: int) -> int:
+        """Blocks whose shared memory fits, so much each, whatever registers they take."""
+        return self.smem_per_sm_bytes // taken_smem_bytes(smem_bytes)
 
     @property
     def smem_carveout_percent(self) -> int:
@@ -150,6 +153,20 @@ class TokenTiles(Footprint):
     @property
     def rows_may_lie_apart(self) -> bool:
         return self.tactic.row_copies
+
+    @property
+    def used_smem_bytes(self) -> int:
+        """Shared memory that a block uses."""
+        raise NotImplementedError
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory that a block asks for: more than it uses where the tactic allows no more blocks."""
+        cap = self.tactic.max_blocks_per_sm
+        if cap is None:
+            return self.used_smem_bytes
+        too_small = self.smem_per_sm_bytes // (cap + 1) - SMEM_RESERVED_BYTES
+        return max(self.used_smem_bytes, (too_small // SMEM_ALIGNMENT + 1) * SMEM_ALIGNMENT)
 
     @property
     def blocks_per_head(self) -> int:
@@ -337,15 +354,6 @@ class KernelConfig(TokenTiles, Config):
         cap, ahead = self.tactic.max_blocks_per_sm, self.tactic.ahead
         idle_cap = cap is not None and self.fitting_blocks(self.used_smem_bytes) <= cap
         return idle_cap or (ahead is not None and ahead >= self.blocks_per_sm)
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory that a block asks for: more than it uses where the tactic allows no more blocks."""
-        cap = self.tactic.max_blocks_per_sm
-        if cap is None:
-            return self.used_smem_bytes
-        too_small = self.smem_per_sm_bytes // (cap + 1) - SMEM_RESERVED_BYTES
-        return max(self.used_smem_bytes, (too_small // SMEM_ALIGNMENT + 1) * SMEM_ALIGNMENT)
 
     @property
     def early_chunks(self) -> int:

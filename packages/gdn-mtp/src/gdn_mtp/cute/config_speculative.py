@@ -20,6 +20,8 @@ from .config import (
 KEY_SKEW_BYTES = 32
 UPDATE_SKEW = 4  # floats
 RING_WEIGHTS = WARP_LANES + 4
+REQUEST_WORDS = 4
+FEW_WARPS, EARLY_BLOCKS = 20, 5  # on a multiprocessor; docs/speed.md, "bf16 states at B = 32", has why
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,15 @@ class SpeculativeConfig(TokenTiles):
         strides = self.key_stride * self.io_bytes + 4 * self.update_stride
         return self.ring_rows * strides - KEY_SKEW_BYTES - 4 * UPDATE_SKEW
 
+    @property
+    def matrices_per_product(self) -> int:
+        """Matrices of the products of one chunk's k and q with other keys: packed, one has both."""
+        return 1 if self.T <= CHUNK_TOKENS // 2 else 2
+
     def pending_matrix(self, p: int, c: int) -> int:
-        """Number of the first of two matrices: products of pending chunk p's keys with chunk c's k and q."""
-        return MATRICES_PER_CHUNK * len(self.chunks) + 2 * (p * len(self.chunks) + c)
+        """Number of the first matrix of products of pending chunk p's keys with chunk c's k and q."""
+        number = p * len(self.chunks) + c
+        return MATRICES_PER_CHUNK * len(self.chunks) + self.matrices_per_product * number
 
     @property
     def cross_matrix(self) -> int:
@@ -121,9 +129,9 @@ class SpeculativeConfig(TokenTiles):
         return self.cross_matrix + 2 * (len(self.chunks) - 1)
 
     @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a block: tiles, k and q, matrices, gates, pending tokens, barriers."""
-        floats = RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS + self.T * GATE_COLUMNS
+    def used_smem_bytes(self) -> int:
+        """What a block uses: tiles, k and q, matrices, gates, its request, pending tokens, barriers."""
+        floats = REQUEST_WORDS + RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS + self.T * GATE_COLUMNS
         barriers = MBARRIER_BYTES * (self.warps * self.tactic.tiles_per_warp + 1)
         return self.tiles_bytes + self.token_bytes + 4 * floats + self.ring_bytes + barriers
 
@@ -137,15 +145,39 @@ class SpeculativeConfig(TokenTiles):
         return len(self.chunks) > 1 and self.state_dtype == "float32"
 
     @property
+    def many_warps(self) -> bool:
+        """Whether so many warps are to share a multiprocessor that registers and L2 lines are scarce."""
+        return self.blocks_per_sm * self.warps > FEW_WARPS
+
+    @property
     def fold_parts(self) -> int:
         """Parts of a tile's columns that are folded one after the other: more take fewer registers."""
-        return 2 if self.blocks_per_sm * self.warps > 20 else 1
+        return 2 if self.many_warps else 1
+
+    @property
+    def one_reader(self) -> bool:
+        """Whether one warp of a block reads slot and cursor, and shares them, or each does for itself.
+
+        All blocks read the same few cache lines, one after the other.
+        """
+        return self.many_warps
+
+    @property
+    def early_blocks(self) -> int:
+        """Blocks per multiprocessor that bring their states to L2 while the previous grid ends.
+
+        The others have the memory read once that grid has ended and the former are at work.
+        """
+        return min(EARLY_BLOCKS, self.blocks_per_sm)
 
     @property
     def is_twin(self) -> bool:
         cap = self.tactic.max_blocks_per_sm
+        if cap is None:
+            return False
         unlimited = replace(self, tactic=replace(self.tactic, max_blocks_per_sm=None))
-        return cap is not None and unlimited.blocks_per_sm <= cap
+        by_smem = self.blocks_by_smem(self.used_smem_bytes)
+        return unlimited.blocks_per_sm < cap or by_smem <= cap
 
     @property
     def warps_per_sm(self) -> int:
@@ -154,7 +186,7 @@ class SpeculativeConfig(TokenTiles):
 
     @property
     def most_warps_per_sm(self) -> int:
-        """80, 128, 168 or 255 registers per thread, so that the compiler spills none; without a limit."""
+        """Leaves 64 to 255 registers per thread, so that the compiler spills none; without a limit."""
         if len(self.chunks) > 1:
             warps = 16 if self.bf16_products else 8
         elif self.tactic.tiles_per_warp > 1:
@@ -162,5 +194,5 @@ class SpeculativeConfig(TokenTiles):
         else:
             warps = 16
             if self.bf16_products and self.mode == "verify":
-                warps = 20 if self.tactic.row_copies else 24
+                warps = FEW_WARPS if self.tactic.row_copies else 28
         return warps - 4 if self.tactic.row_copies and warps > 8 else warps

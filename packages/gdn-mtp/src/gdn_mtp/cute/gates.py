@@ -33,6 +33,11 @@ def load_gates(a, b, A_log, dt_bias, request, hv, t) -> GateInputs:
     return GateInputs(a[request, Int64(t), hv], b[request, Int64(t), hv], A_log[hv], dt_bias[hv])
 
 
+def no_gates(gates) -> GateInputs:
+    """Zeros for a warp that needs none; `gates` are the tensors a, b, A_log, dt_bias."""
+    return GateInputs(*(x.element_type(0.0) for x in gates))
+
+
 @cute.jit
 def stage_gates(gates, table, lane, num_tokens):
     """Write the decays and beta of token `lane` to `table`; `num_tokens` (static) is at most a warp."""

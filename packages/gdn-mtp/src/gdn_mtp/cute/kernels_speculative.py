@@ -27,6 +27,7 @@ TACTICS = {
         Tactic(2, 2, trigger="start"),
         Tactic(4, 1, trigger="start"),
         Tactic(4, 1, trigger="start", max_blocks_per_sm=5),
+        Tactic(4, 1, trigger="start", max_blocks_per_sm=7),
         Tactic(4, 2, trigger="start"),
     )
 }
@@ -35,7 +36,8 @@ TACTICS = {
 # gdn_spec-h100-tactics, but for w4t1sb5, which a run without a record chose (docs/speed.md)
 HEURISTIC: dict[str, Rows] = {
     "one chunk": {NO_LIMIT: "w4t1s"},
-    "one chunk, bf16 state": {40: "w4t1sb5", 100: "w4t1s", NO_LIMIT: "w4t2s"},
+    "half a chunk, bf16 state": {40: "w4t1sb5", 100: "w4t1sb7", NO_LIMIT: "w4t1s"},
+    "one chunk, bf16 state": {20: "w4t1sb5", 100: "w4t1s", NO_LIMIT: "w4t2s"},
     "many chunks": {8: "w4t1s", NO_LIMIT: "w4t2s"},
     "many chunks, bf16 state": {100: "w4t1s", NO_LIMIT: "w4t2s"},
 }
@@ -44,8 +46,9 @@ HEURISTIC: dict[str, Rows] = {
 def regime(problem: SpeculativeProblem) -> str:
     """The key of a problem in `HEURISTIC`, by its tokens and, for a verify, by the dtype of its states."""
     chunks = "many chunks" if problem.T > CHUNK_TOKENS else "one chunk"
-    bf16 = problem.mode == "verify" and problem.state_dtype == torch.bfloat16
-    return f"{chunks}, bf16 state" if bf16 else chunks
+    if problem.mode != "verify" or problem.state_dtype != torch.bfloat16:
+        return chunks
+    return f"{'half a chunk' if 2 * problem.T <= CHUNK_TOKENS else chunks}, bf16 state"
 
 
 class SpeculativeKernels:

@@ -26,9 +26,9 @@ def bulk_prefetch_l2(source, num_bytes: int) -> None:
     )
 
 
-def in_first_wave(cfg):
-    """Whether the block has a place on the GPU from the start, and need not wait for another's to end."""
-    return block_number() < cute.arch.nsmid() * cfg.blocks_per_sm
+def among_first(per_multiprocessor: int):
+    """Whether the block is among the first of the grid, so many for each multiprocessor."""
+    return block_number() < cute.arch.nsmid() * per_multiprocessor
 
 
 def out_of_the_way(cfg, ahead: int | None):

@@ -14,15 +14,17 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.testing import assert_
 
 from .chunks import TokenChunks, as_operand
 from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
+from .config_speculative import REQUEST_WORDS
 from .fragments import (
     bulk_load,
     increment,
     load_values,
+    load_words,
     mma_split,
     parts,
     read_index,
@@ -73,13 +75,40 @@ class RingTiles(TokenChunks):
         return read_l2_words(cache.cursor[slot, None].iterator)[:3]
 
     @cute.jit
-    def load_cursor(self, cache, num_accepted, accepted_nodes, slot, place):
-        """What `accept` goes by: the start, length and window of the ring, its live tokens, what is accepted.
+    def share_request(self, cache, state_indices, expected, num_accepted, accepted_nodes, shared, place):
+        """One warp: find the slot and what the request accepts, for all, and make the ring's barrier ready.
 
-        That is a number of tokens, or this lane's node, or None.
+        expected: the slot before the previous grid ended, or none of the pool. Its ring is read beside the
+        slot, and again of another slot. `shared_request` gives what was found, past a barrier of the block.
         """
-        start, length, window = self.load_window(cache, slot)
-        live = read_l2(cache.live.iterator + slot, Int32)
+        pool_size = cache.live.shape[0]
+        slot = self.read_slot(state_indices, place.request, pool_size)
+        self.init_ring_barrier(shared, place.lane)
+        accepted = self.load_accepted(num_accepted, accepted_nodes, place)
+        ring = (Int32(0),) * 4
+        if is_slot(expected, pool_size):
+            ring = self.load_ring(cache, expected)
+        found = (Int32(-1), Int32(0), Int32(0), Int32(0))
+        if is_slot(slot, pool_size):
+            if slot != expected:
+                ring = self.load_ring(cache, slot)
+            found = (Int32(slot), *self.accept(ring, accepted))
+        if place.lane == 0:
+            for i in cutlass.range_constexpr(REQUEST_WORDS):
+                shared.request[i] = found[i]
+
+    def shared_request(self, shared):
+        """(slot, what `accept` gave) of `share_request`; padding has slot -1."""
+        slot, *accepted = load_words(shared.request.iterator)
+        return Int64(slot), tuple(accepted)
+
+    def load_ring(self, cache, slot):
+        """Start, length and window of a slot's ring, and its live tokens."""
+        return *self.load_window(cache, slot), read_l2(cache.live.iterator + slot, Int32)
+
+    @cute.jit
+    def load_accepted(self, num_accepted, accepted_nodes, place):
+        """What a request accepts of its window: a number of tokens, or this lane's node, or None."""
         accepted = None
         if cutlass.const_expr(self.config.accept == "counts"):
             accepted = read_l2(num_accepted.iterator + place.request, Int32)
@@ -87,16 +116,16 @@ class RingTiles(TokenChunks):
             accepted = Int32(-1)
             if place.lane < accepted_nodes.shape[1]:
                 accepted = read_l2(accepted_nodes[place.request, None].iterator + place.lane, Int32)
-        return start, length, window, live, accepted
+        return accepted
 
     @cute.jit
-    def accept(self, loaded):
+    def accept(self, ring, accepted):
         """(start, length, live) after the request accepts tokens of its window; in range for any input.
 
-        loaded: what `load_cursor` gave.
+        The arguments are what `load_ring` and `load_accepted` gave.
         """
         capacity = self.config.capacity
-        start, length, window, live, accepted = loaded
+        start, length, window, live = ring
         if cutlass.const_expr(self.config.debug):
             in_range = (start >= 0) & (start < capacity) & (length >= 0) & (window >= 0)
             in_range = in_range & (length + window <= capacity - self.config.T)  # room for the new ones
@@ -132,7 +161,7 @@ class RingTiles(TokenChunks):
         """
         cfg = self.config
         slot = read_index(state_indices, place.request)
-        if (slot >= 0) & (slot < cache.live.shape[0]):
+        if is_slot(slot, cache.live.shape[0]):
             start, length, window = self.load_window(cache, slot)
             prefetch_l2(cache.live.iterator + slot)
             if cutlass.const_expr(cfg.accept == "none"):
@@ -201,11 +230,10 @@ class RingTiles(TokenChunks):
 
     @cute.jit
     def init_ring_barrier(self, shared, tid):
-        """Make the barrier ready; for the whole block."""
+        """Thread 0 makes the barrier ready, for the block past a barrier of its own."""
         if tid == 0:
             cute.arch.mbarrier_init(self.ring_barrier(shared), 1)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
 
     def pending(self, accepted, slot, head):
         """The pending tokens, of what `accept` gave."""
@@ -315,6 +343,11 @@ class RingTiles(TokenChunks):
         cute.arch.sync_warp()
         self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
         cute.arch.cp_async_bulk_commit_group()
+
+
+def is_slot(slot, pool_size):
+    """Whether a state index names a slot of the pool."""
+    return (slot >= 0) & (slot < pool_size)
 
 
 def highest_before(x):

@@ -37,17 +37,18 @@ from .config import (
     PART_ROWS,
     WARP_LANES,
 )
-from .config_speculative import RING_WEIGHTS
+from .config_speculative import REQUEST_WORDS, RING_WEIGHTS
 from .fragments import (
     NUMERIC,
     mma_split,
     parts,
+    read_index,
     read_l2,
     select,
 )
-from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, stage_path_gates
-from .prefetch import in_first_wave, prefetch_tokens
-from .ring import Cache, RingTiles
+from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, no_gates, stage_path_gates
+from .prefetch import among_first, prefetch_tokens
+from .ring import Cache, RingTiles, is_slot
 from .tiles import Place, allocate_tokens, with_dynamic_rows
 
 
@@ -70,6 +71,7 @@ class Shared:
     weights: Any  # w of each pending token; at 32 their decay
     ring_keys: Any  # [K, tokens]: k of each pending token, as given
     ring_updates: Any  # [rows, tokens] float32: u of each pending token
+    request: Any  # int32: what `RingTiles.share_request` found
     mbars: Any  # one per tile, warp-major, and that of the ring
     kq: Any = None
     matrices: Any = None  # `SpeculativeConfig.num_matrices` times [8, 8]
@@ -102,7 +104,7 @@ def allocate(cfg) -> Shared:
             "matrices": floats(cfg.num_matrices * MATRIX_FLOATS),
             "gate": floats(cfg.T * GATE_COLUMNS),
         }
-    return Shared(
+    shared = Shared(
         tiles=state_tiles,
         weights=floats(RING_WEIGHTS),
         ring_keys=smem.allocate_tensor(
@@ -111,9 +113,13 @@ def allocate(cfg) -> Shared:
         ring_updates=smem.allocate_tensor(
             Float32, cute.make_layout((tactic.rows, cfg.ring_rows), stride=(1, cfg.update_stride)), 16
         ),
+        request=smem.allocate_tensor(Int32, cute.make_layout(REQUEST_WORDS), 16),
         mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
         **tokens,
     )
+    if cfg.smem_bytes > cfg.used_smem_bytes:
+        smem.allocate(cfg.smem_bytes - cfg.used_smem_bytes)
+    return shared
 
 
 class Verify(RingTiles):
@@ -147,33 +153,61 @@ class Verify(RingTiles):
         v_block, head, hv, member, request = self.block_place()
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // WARP_LANES), tid % WARP_LANES
-        tensors = Tensors(q, k, v, state, output)
+        tensors, gate_tensors = Tensors(q, k, v, state, output), (a, b, A_log, dt_bias)
         cache = Cache(keys, updates, gates, k_scale, cursor, live)
         shared = allocate(cfg)
         block_row = v_block * cfg.tactic.rows
         row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
+        expected = Int64(-1)
         if cutlass.const_expr(cfg.pdl):
-            if in_first_wave(cfg):
+            if among_first(cfg.blocks_per_sm):
                 here = Place(request, hv, None, row, warp, lane)
                 if warp == 0:
+                    if cutlass.const_expr(cfg.one_reader):
+                        expected = read_index(state_indices, request)
                     prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
                 if warp == cfg.tactic.warps - 1:
                     self.prefetch_pending(cache, state_indices, num_accepted, head, block_row, here)
-                self.prefetch_state(state, state_indices, here)
+                if among_first(cfg.early_blocks):
+                    self.prefetch_state(state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
-        slot = self.read_slot(state_indices, request, state.shape[0])
-        self.init_ring_barrier(shared, tid)  # while the slot is on its way
-        self.init_barriers(shared, warp, lane)
-        place = Place(request, hv, slot, row, warp, lane)
+        place = Place(request, hv, None, row, warp, lane)
+        token = cutlass.min(lane, cfg.T - 1)
+        if cutlass.const_expr(cfg.one_reader):
+            if warp == 0:
+                self.share_request(
+                    cache, state_indices, expected, num_accepted, accepted_nodes, shared, place
+                )
+            self.init_barriers(shared, warp, lane)
+            early_tokens = self.load_tokens(tensors, place, head)
+            early_values = self.load_values(tensors, place, 0)
+            early_gates = no_gates(gate_tensors)
+            # Last, as a warp that has gates under way waits for them where it makes addresses.
+            if warp == cfg.tactic.warps - 1:
+                early_gates = load_gates(*gate_tensors, request, hv, token)
+            cute.arch.sync_threads()
+            slot, found = self.shared_request(shared)
+        else:
+            early_tokens = early_values = early_gates = found = None
+            slot = self.read_slot(state_indices, request, state.shape[0])
+            self.init_ring_barrier(shared, tid)  # while the slot is on its way
+            cute.arch.sync_threads()
+            self.init_barriers(shared, warp, lane)
+        place = replace(place, write_slot=slot)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
-        if (slot < 0) | (slot >= state.shape[0]):
+        if not is_slot(slot, state.shape[0]):
             self.zero_output(tensors, place)
         else:
-            loaded = self.load_cursor(cache, num_accepted, accepted_nodes, slot, place)
-            token = cutlass.min(lane, cfg.T - 1)
-            gate_inputs = load_gates(a, b, A_log, dt_bias, request, hv, token)
+            if cutlass.const_expr(cfg.one_reader):
+                tokens, values, gate_inputs = early_tokens, early_values, early_gates
+            else:
+                ring = self.load_ring(cache, slot)
+                numbers = self.load_accepted(num_accepted, accepted_nodes, place)
+                gate_inputs = load_gates(*gate_tensors, request, hv, token)
+                tokens = self.load_tokens(tensors, place, head)
+                values = self.load_values(tensors, place, 0)
             parent = None
             if cutlass.const_expr(cfg.tree):
                 parent = read_l2(parent_indices[request, None].iterator + token, Int32)
@@ -186,9 +220,9 @@ class Verify(RingTiles):
             if cutlass.const_expr(cfg.tree and cfg.debug):
                 earlier = (lane >= count) | ((parent >= -1) & (parent < lane))
                 assert_(earlier, "gdn_mtp: parent_indices names neither -1 nor an earlier token")
-            tokens = self.load_tokens(tensors, place, head)
-            values = self.load_values(tensors, place, 0)
-            accepted = self.accept(loaded)
+            accepted = found
+            if cutlass.const_expr(not cfg.one_reader):
+                accepted = self.accept(ring, numbers)
             pending = self.pending(accepted, slot, head)
             pending_gate, pending_scale = self.fetch_pending(
                 cache, accepted, slot, head, block_row, shared, place
@@ -293,7 +327,8 @@ class Verify(RingTiles):
         """Write k_t.k_j and q_t.k_j of new chunk c and pending chunk p, unscaled."""
         key = self.key_pointer(pending, shared, p, place.g)
         products = self.key_products(key, shared.ring_keys.element_type, shared, place, c)
-        matrix = self.config.pending_matrix(0, c) + 2 * len(self.config.chunks) * p
+        step = self.config.pending_matrix(1, c) - self.config.pending_matrix(0, c)
+        matrix = self.config.pending_matrix(0, c) + step * p
         self.store_products(products[:2], products[2:], shared, place, c, matrix)
 
     def token_products(self, shared, place, count, c, d):

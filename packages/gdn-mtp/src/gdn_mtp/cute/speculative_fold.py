@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from .config import MMA_ROWS, WARP_LANES
-from .ring import Cache, RingTiles
+from .ring import Cache, RingTiles, is_slot
 from .speculative import allocate
 from .tiles import Place, with_dynamic_rows
 
@@ -56,15 +56,17 @@ class Fold(RingTiles):
             self.launch_dependents("start")
         slot = self.read_slot(state_indices, request, state.shape[0])
         self.init_ring_barrier(shared, tid)  # while the slot is on its way
+        cute.arch.sync_threads()
         self.init_barriers(shared, warp, lane)
         place = Place(request, hv, slot, row, warp, lane)
-        if (slot < 0) | (slot >= state.shape[0]):
+        if not is_slot(slot, state.shape[0]):
             if cutlass.const_expr(cfg.mode == "materialize"):
                 self.store_zeros(states, shared, place)
         else:
             if cutlass.const_expr(cfg.mode == "materialize"):
                 self.start_loads(state[slot, hv, None, None], shared, place)
-            accepted = self.accept(self.load_cursor(cache, num_accepted, accepted_nodes, slot, place))
+            ring = self.load_ring(cache, slot)
+            accepted = self.accept(ring, self.load_accepted(num_accepted, accepted_nodes, place))
             pending = self.pending(accepted, slot, head)
             pending_gate, pending_scale = self.fetch_pending(
                 cache, accepted, slot, head, block_row, shared, place
