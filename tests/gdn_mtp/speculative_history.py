@@ -24,6 +24,7 @@ from gdn_support import (
 from torch import Tensor
 
 SMEM_OPTIN_BYTES = 99 * 1024  # of SM120, and less than others have
+SM90_SMEM_OPTIN_BYTES = 227 * 1024
 
 # (config, launcher's arguments) -> None
 Launch = Callable[[SpeculativeConfig, tuple[Any, ...]], None]
@@ -56,10 +57,11 @@ class KernelSetup:
     tactic: Tactic = field(default_factory=lambda: Tactic(4, 1))
     pdl: bool = True
     debug: bool = False
+    crowded: bool = False  # with the shared memory of SM90, where more blocks fit on a multiprocessor
 
     def __str__(self) -> str:
         flags = "-tree" * self.tree + "-raw" * (not self.l2norm) + "-debug" * self.debug
-        flags += "-apart" * self.apart + "-forgets" * self.forgets
+        flags += "-apart" * self.apart + "-forgets" * self.forgets + "-crowded" * self.crowded
         dtypes = "-".join(str(x).removeprefix("torch.").replace("float", "fp") for x in (self.io, self.state))
         sizes = f"T{self.max_tokens}-R{self.capacity}-H{self.H}-HV{self.HV}-K{self.K}-V{self.V}"
         return f"{sizes}-{dtypes}{flags}-{self.tactic.name}"
@@ -74,7 +76,7 @@ class KernelSetup:
             dt_bias_dtype=bias, out_dtype=io, state_dtype=state, index_dtype=index,
             use_qk_l2norm=self.l2norm, accept=accept, variable_tokens=self.variable and mode == "verify",
             tree=self.tree and mode == "verify", tensor_scale=False, debug=self.debug, pdl=self.pdl,
-            smem_optin_bytes=SMEM_OPTIN_BYTES, tactic=self.tactic,
+            smem_optin_bytes=SM90_SMEM_OPTIN_BYTES if self.crowded else SMEM_OPTIN_BYTES, tactic=self.tactic,
         )  # fmt: skip
 
     @property

@@ -16,6 +16,8 @@ from gdn_support import BF16, DEVICE, FP16, FP32
 from kernel_dispatch import as_arch
 from speculative_history import MISUSES, USES, KernelHistory, KernelSetup
 
+# Where one warp of a block reads for all.
+CROWDED: dict[str, Any] = {"K": 128, "V": 128, "state": BF16, "crowded": True}
 SETUPS = (
     KernelSetup(K=128, V=128, variable=False),
     KernelSetup(
@@ -32,9 +34,12 @@ SETUPS = (
     KernelSetup(max_tokens=8, capacity=32, H=2, HV=6, K=128, V=128, tactic=TACTICS["w4t2"]),
     KernelSetup(max_tokens=6, capacity=29, tree=True, index=torch.int64, tactic=TACTICS["w2t1s"]),
     KernelSetup(max_tokens=6, capacity=24, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
-    KernelSetup(max_tokens=8, capacity=24, K=128, V=128, state=BF16, variable=False, tactic=TACTICS["w4t1s"]),
-    KernelSetup(max_tokens=4, capacity=16, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"]),
-    KernelSetup(max_tokens=4, capacity=16, K=128, V=128, state=BF16, tactic=TACTICS["w4t1sb7"], debug=True),
+    KernelSetup(max_tokens=4, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"], crowded=True),
+    KernelSetup(max_tokens=8, capacity=24, tactic=TACTICS["w4t1s"], **CROWDED),
+    KernelSetup(max_tokens=6, capacity=24, tree=True, tactic=TACTICS["w4t1s"], **CROWDED),
+    KernelSetup(max_tokens=3, H=2, HV=6, index=torch.int64, tactic=TACTICS["w4t1s"], **CROWDED),
+    KernelSetup(max_tokens=4, tactic=TACTICS["w4t1sb7"], debug=True, **CROWDED),
+    KernelSetup(max_tokens=4, tree=True, forgets=True, tactic=TACTICS["w4t1sb7"], **CROWDED),
     KernelSetup(max_tokens=16, capacity=32, H=2, HV=4, K=128, V=128, tree=True, tactic=TACTICS["w4t1s"]),
     KernelSetup(max_tokens=16, capacity=32, K=128, V=128, tactic=TACTICS["w4t2s"]),
     KernelSetup(max_tokens=11, capacity=32, K=128, V=128, tree=True, io=FP16, state=BF16, variable=False),
@@ -65,6 +70,8 @@ def launch(config: SpeculativeConfig, args: tuple[Any, ...]) -> None:
 
 def test_histories_have_every_tactic() -> None:
     assert {setup.tactic for setup in SETUPS} == set(TACTICS.values())
+    one_reader = [x for x in SETUPS if x.config("verify", x.max_tokens, "counts").one_reader]
+    assert {x.tree for x in one_reader} == {False, True}
 
 
 @pytest.mark.skipif(not has_kernels(), reason="needs a GPU of SM90 or newer")

@@ -11,6 +11,9 @@ from cutlass.cute.runtime import make_fake_stream
 from emulator_recording import TYPES
 from gdn_mtp.cute.config import Tactic
 from gdn_mtp.cute.config_speculative import SpeculativeConfig
+from gdn_mtp.cute.fragments import read_index
+from gdn_mtp.cute.kernels_speculative import TACTICS
+from gdn_mtp.cute.speculative import Verify
 from gdn_mtp.cute.trace import ASSERTIONS, arguments, kernel
 from gdn_support import BF16, FP16, FP32, assert_same_bits, rows_apart
 from ptx_emulator import Emulated, Launches, ScheduleError, compile_cute, emulate, explore
@@ -70,6 +73,7 @@ class Emulator:
         ("sm_90a", KernelSetup(max_tokens=8, capacity=24, H=2, HV=4, state=BF16, tactic=Tactic(2, 2))),
         ("sm_90a", KernelSetup(max_tokens=6, capacity=29, tree=True, index=torch.int64)),
         ("sm_90a", KernelSetup(max_tokens=6, capacity=24, tree=True, state=BF16, tactic=Tactic(4, 1))),
+        ("sm_90a", KernelSetup(max_tokens=6, capacity=24, K=128, V=128, tree=True, state=BF16, crowded=True)),
         ("sm_90a", KernelSetup(max_tokens=11, capacity=32, tree=True, io=FP16, variable=False)),
         ("sm_100a", KernelSetup(max_tokens=16, capacity=32, io=FP32, l2norm=False, tactic=Tactic(2, 2))),
         (
@@ -83,6 +87,16 @@ class Emulator:
             ),
         ),
         ("sm_90a", KernelSetup(max_tokens=5, capacity=16, tree=True, debug=True)),
+        (
+            "sm_90a",
+            KernelSetup(
+                K=128, V=128, HV=1, state=BF16, variable=False, tactic=TACTICS["w4t1sb7"], crowded=True
+            ),
+        ),
+        (
+            "sm_90a",
+            KernelSetup(max_tokens=8, capacity=24, K=128, V=128, state=BF16, debug=True, crowded=True),
+        ),
         ("sm_90a", KernelSetup(HV=3, V=128, gates=FP32, bias=BF16, forgets=True)),
         ("sm_90a", KernelSetup(max_tokens=11, capacity=32, K=128, tree=True, state=BF16, forgets=True)),
         ("sm_90a", KernelSetup(state=BF16, apart=True, tactic=Tactic(4, 1, row_copies=True))),
@@ -111,9 +125,16 @@ def test_what_is_passed_over_does_not_stop_the_kernel(name: str) -> None:
     USES[name].launch(Emulator("sm_90a"), torch.device("cpu"))
 
 
-def test_verifies_may_start_before_the_one_before_has_ended() -> None:
+@pytest.mark.parametrize(
+    "setup",
+    [
+        KernelSetup(tactic=TACTICS["w4t1s"], variable=False),
+        KernelSetup(K=128, V=128, HV=1, state=BF16, variable=False, tactic=TACTICS["w4t1s"], crowded=True),
+    ],
+    ids=str,
+)
+def test_verifies_may_start_before_the_one_before_has_ended(setup: KernelSetup) -> None:
     """Each takes states, cursors and pending tokens as the one before leaves them."""
-    setup = KernelSetup(tactic=Tactic(4, 1, trigger="start"), variable=False)
     emulator = Emulator("sm_90a")
     launches: list[tuple[SpeculativeConfig, tuple[Any, ...]]] = []
 
@@ -137,6 +158,18 @@ def test_verifies_may_start_before_the_one_before_has_ended() -> None:
     explore(chain, SCHEDULES, progress=False).raise_if_wrong()
     for x, value in zip(written, expected, strict=True):
         assert_same_bits(x, value, "a chain of verifies")
+
+
+@pytest.mark.parametrize("other", [1, 100])
+def test_a_slot_that_changes_before_the_kernel_reads_it_again(other: int, monkeypatch: Any) -> None:
+    """What one warp reads of the ring ahead is of the slot that was expected."""
+    setup = KernelSetup(K=128, V=128, state=BF16, variable=False, tactic=TACTICS["w4t1s"], crowded=True)
+    assert setup.config("verify", setup.max_tokens, "counts").one_reader
+    monkeypatch.setattr(Verify, "expected_slot", lambda *args: read_index(*args[1:]) + other)
+    history = KernelHistory(setup, Emulator("sm_90a"), pool_size=4, device=torch.device("cpu"))
+    for slots in ([2, -1, 0], [0, 2], [3, 0], [2, 3]):
+        history.verify(slots, setup.max_tokens, 4)
+    history.commit([0, 2, 3])
 
 
 def test_strides_that_the_kernel_does_not_take_are_refused() -> None:

@@ -33,7 +33,7 @@ TACTICS = {
 }
 
 # By regime, for tiles of 16 rows per SM of at most: a tactic. From times on an H100: benchmarks/results/
-# gdn_spec-h100-tactics, but for w4t1sb5, which a run without a record chose (docs/speed.md)
+# gdn_spec-h100-tactics, but for bf16 states and one chunk at most, runs without a record (docs/speed.md)
 HEURISTIC: dict[str, Rows] = {
     "one chunk": {NO_LIMIT: "w4t1s"},
     "half a chunk, bf16 state": {40: "w4t1sb5", 100: "w4t1sb7", NO_LIMIT: "w4t1s"},

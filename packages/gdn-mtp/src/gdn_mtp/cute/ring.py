@@ -70,6 +70,10 @@ class RingTiles(TokenChunks):
             assert_(slot < pool_size, "gdn_mtp: state_indices names a slot beyond the pool")
         return slot
 
+    def expected_slot(self, state_indices, request):
+        """The slot of a request before the previous grid has ended, which may still change it."""
+        return read_index(state_indices, request)
+
     def load_window(self, cache, slot):
         """Start and length of a slot's pending tokens, and the length of its last window."""
         return read_l2_words(cache.cursor[slot, None].iterator)[:3]

@@ -42,7 +42,6 @@ from .fragments import (
     NUMERIC,
     mma_split,
     parts,
-    read_index,
     read_l2,
     select,
 )
@@ -164,7 +163,7 @@ class Verify(RingTiles):
                 here = Place(request, hv, None, row, warp, lane)
                 if warp == 0:
                     if cutlass.const_expr(cfg.one_reader):
-                        expected = read_index(state_indices, request)
+                        expected = self.expected_slot(state_indices, request)
                     prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
                 if warp == cfg.tactic.warps - 1:
                     self.prefetch_pending(cache, state_indices, num_accepted, head, block_row, here)
