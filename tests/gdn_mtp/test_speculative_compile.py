@@ -41,6 +41,15 @@ PROBLEMS = {
     "T1-bf16state-int64-medium": problem(
         T=1, capacity=8, state_dtype=BF16, B=MEDIUM, index_dtype=torch.int64
     ),
+    "T6-bf16state-variable-medium": problem(
+        T=6, capacity=24, state_dtype=BF16, B=MEDIUM, variable_tokens=True
+    ),
+    "T7-bf16state-variable-K64": problem(
+        T=7, capacity=24, K=64, V=64, state_dtype=BF16, variable_tokens=True
+    ),
+    "T8-bf16state-tree-K64": problem(
+        T=8, capacity=24, K=64, V=64, state_dtype=BF16, variable_tokens=True, tree=True, accept="nodes"
+    ),
     "T6-tree-fp16": problem(T=6, capacity=24, tree=True, accept="nodes", io_dtype=FP16, gate_dtype=FP16),
     "T8": problem(T=8, capacity=24),
     "T8-bf16state": problem(T=8, capacity=24, state_dtype=BF16),

@@ -194,5 +194,10 @@ class SpeculativeConfig(TokenTiles):
         else:
             warps = 16
             if self.bf16_products and self.mode == "verify":
-                warps = FEW_WARPS if self.tactic.row_copies else 28
+                few_tokens = 2 * self.T <= CHUNK_TOKENS
+                warps = 28 if few_tokens and not self.debug else 24
+                if not few_tokens and self.K < 128:
+                    warps = 16 if self.tree else FEW_WARPS
+                if self.tactic.row_copies:
+                    warps = FEW_WARPS
         return warps - 4 if self.tactic.row_copies and warps > 8 else warps
