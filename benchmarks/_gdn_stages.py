@@ -185,7 +185,7 @@ class StatesRead(Verify):
         row = (v_block * cfg.tactic.warps + warp) * cfg.tactic.tiles_per_warp * MMA_ROWS
         self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
-            if among_first(cfg.early_blocks):
+            if among_first(cfg.prefetching_blocks):
                 self.prefetch_state(state, state_indices, Place(request, hv, None, row, warp, lane))
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")

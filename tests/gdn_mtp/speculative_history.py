@@ -26,6 +26,8 @@ from torch import Tensor
 SMEM_OPTIN_BYTES = 99 * 1024  # of SM120, and less than others have
 SM90_SMEM_OPTIN_BYTES = 227 * 1024
 
+# Fields of a `KernelSetup` of SM90 in which one warp of a block reads for all.
+CROWDED: dict[str, Any] = {"K": 128, "V": 128, "state": BF16, "crowded": True}
 # (config, launcher's arguments) -> None
 Launch = Callable[[SpeculativeConfig, tuple[Any, ...]], None]
 
@@ -344,8 +346,8 @@ class Misuse:
     tokens: int = 4
     parents: tuple[int, ...] | None = None
 
-    def launch(self, launch: Launch, device: torch.device) -> None:
-        setup = KernelSetup(tree=self.parents is not None, debug=True)
+    def launch(self, launch: Launch, device: torch.device, **fields: Any) -> None:
+        setup = KernelSetup(tree=self.parents is not None, debug=True, **fields)
         history = KernelHistory(setup, launch, 3, device)
         history.cursor[1, :3] = history.ints(list(self.cursor))
         nodes = None if isinstance(self.accepted, int) else history.ints([list(self.accepted)])

@@ -41,6 +41,12 @@ PROBLEMS = {
     "T1-bf16state-int64-medium": problem(
         T=1, capacity=8, state_dtype=BF16, B=MEDIUM, index_dtype=torch.int64
     ),
+    "T4-bf16state-variable-medium": problem(state_dtype=BF16, B=MEDIUM, variable_tokens=True),
+    "T4-bf16state-none-medium": problem(state_dtype=BF16, B=MEDIUM, accept="none"),
+    "T5-bf16state-R16-medium": problem(T=5, state_dtype=BF16, B=MEDIUM, variable_tokens=True),
+    "T8-bf16state-R16-tree-medium": problem(
+        T=8, state_dtype=BF16, B=MEDIUM, variable_tokens=True, tree=True, accept="nodes"
+    ),
     "T6-bf16state-variable-medium": problem(
         T=6, capacity=24, state_dtype=BF16, B=MEDIUM, variable_tokens=True
     ),

@@ -14,10 +14,8 @@ from gdn_mtp.cute.config_speculative import SpeculativeConfig
 from gdn_mtp.cute.kernels_speculative import TACTICS
 from gdn_support import BF16, DEVICE, FP16, FP32
 from kernel_dispatch import as_arch
-from speculative_history import MISUSES, USES, KernelHistory, KernelSetup
+from speculative_history import CROWDED, MISUSES, USES, KernelHistory, KernelSetup
 
-# Where one warp of a block reads for all.
-CROWDED: dict[str, Any] = {"K": 128, "V": 128, "state": BF16, "crowded": True}
 SETUPS = (
     KernelSetup(K=128, V=128, variable=False),
     KernelSetup(

@@ -18,7 +18,7 @@ from gdn_mtp.cute.trace import ASSERTIONS, arguments, kernel
 from gdn_support import BF16, FP16, FP32, assert_same_bits, rows_apart
 from ptx_emulator import Emulated, Launches, ScheduleError, compile_cute, emulate, explore
 from ptx_emulator.host.cute import Call, ptx_of
-from speculative_history import MISUSES, USES, KernelHistory, KernelSetup
+from speculative_history import CROWDED, MISUSES, USES, KernelHistory, KernelSetup
 from torch import Tensor
 
 SCHEDULES = 3  # fair, greedy, asynchronous copies late
@@ -114,10 +114,11 @@ def test_history(arch: str, setup: KernelSetup) -> None:
     history.commit([0, 1, 2])
 
 
+@pytest.mark.parametrize("fields", [{}, CROWDED], ids=["each warp reads", "one warp reads"])
 @pytest.mark.parametrize("name", MISUSES)
-def test_misuse_stops_the_kernel_in_debug_mode(name: str) -> None:
+def test_misuse_stops_the_kernel_in_debug_mode(name: str, fields: dict[str, Any]) -> None:
     with pytest.raises(ScheduleError, match=MISUSES[name].message):
-        MISUSES[name].launch(Emulator("sm_90a"), torch.device("cpu"))
+        MISUSES[name].launch(Emulator("sm_90a"), torch.device("cpu"), **fields)
 
 
 @pytest.mark.parametrize("name", USES)

@@ -21,7 +21,7 @@ KEY_SKEW_BYTES = 32
 UPDATE_SKEW = 4  # floats
 RING_WEIGHTS = WARP_LANES + 4
 REQUEST_WORDS = 4
-FEW_WARPS, EARLY_BLOCKS = 20, 5  # on a multiprocessor; docs/speed.md, "bf16 states at B = 32", has why
+FEW_WARPS = 20  # on a multiprocessor; docs/speed.md, "bf16 states at B = 32", has what is different with more
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,12 @@ class SpeculativeConfig(TokenTiles):
         return self.many_warps
 
     @property
-    def early_blocks(self) -> int:
+    def prefetching_blocks(self) -> int:
         """Blocks per multiprocessor that bring their states to L2 while the previous grid ends.
 
         The others have the memory read once that grid has ended and the former are at work.
         """
-        return min(EARLY_BLOCKS, self.blocks_per_sm)
+        return max(1, min(FEW_WARPS // self.warps, self.blocks_per_sm))
 
     @property
     def is_twin(self) -> bool:
@@ -176,8 +176,8 @@ class SpeculativeConfig(TokenTiles):
         if cap is None:
             return False
         unlimited = replace(self, tactic=replace(self.tactic, max_blocks_per_sm=None))
-        by_smem = self.blocks_by_smem(self.used_smem_bytes)
-        return unlimited.blocks_per_sm < cap or by_smem <= cap
+        # `blocks_per_sm` fit at least, and more if the compiler takes fewer registers than it may.
+        return unlimited.blocks_per_sm < cap or self.blocks_by_smem(self.used_smem_bytes) <= cap
 
     @property
     def warps_per_sm(self) -> int:
@@ -186,7 +186,7 @@ class SpeculativeConfig(TokenTiles):
 
     @property
     def most_warps_per_sm(self) -> int:
-        """Leaves 64 to 255 registers per thread, so that the compiler spills none; without a limit."""
+        """Leaves 72 to 255 registers per thread, so that the compiler spills none; without a limit."""
         if len(self.chunks) > 1:
             warps = 16 if self.bf16_products else 8
         elif self.tactic.tiles_per_warp > 1:
@@ -196,8 +196,10 @@ class SpeculativeConfig(TokenTiles):
             if self.bf16_products and self.mode == "verify":
                 few_tokens = 2 * self.T <= CHUNK_TOKENS
                 warps = 28 if few_tokens and not self.debug else 24
-                if not few_tokens and self.K < 128:
-                    warps = 16 if self.tree else FEW_WARPS
+                if not few_tokens and self.tree and (self.variable_tokens or self.K < 128):
+                    warps = 16
+                elif not few_tokens and self.K < 128:
+                    warps = 20
                 if self.tactic.row_copies:
-                    warps = FEW_WARPS
+                    warps = 20
         return warps - 4 if self.tactic.row_copies and warps > 8 else warps

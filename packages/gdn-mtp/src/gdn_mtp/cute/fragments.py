@@ -81,12 +81,8 @@ def load_vector(pointer, dtype) -> list:
     return load_values(pointer, dtype, VECTOR_BYTES * 8 // dtype.width)
 
 
-def load_words(pointer) -> list:
-    """The 16 bytes at `pointer` as four int32 registers."""
-    return _load_words(pointer, VECTOR_BYTES // 4)
-
-
-def _load_words(pointer, count: int) -> list:
+def load_words(pointer, count: int = VECTOR_BYTES // 4) -> list:
+    """As many int32 registers from `pointer` on, as one access of as many aligned bytes."""
     fragment = cute.make_rmem_tensor((count,), Int32)
     words = cute.make_tensor(cute.recast_ptr(pointer, dtype=Int32), cute.make_layout(fragment.shape))
     cute.autovec_copy(words, fragment)
@@ -148,7 +144,7 @@ def write_l2(pointer, value) -> None:
 def load_values(pointer, dtype, count: int) -> list:
     """`count` consecutive values at `pointer` as float32, as one access of as many aligned bytes."""
     if dtype is BFloat16 and count % 2 == 0:  # cheaper than conversions
-        return [x for word in _load_words(pointer, count // 2) for x in unpack(word, dtype)]
+        return [x for word in load_words(pointer, count // 2) for x in unpack(word, dtype)]
     fragment = cute.make_rmem_tensor((count,), dtype)
     cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout((count,))), fragment)
     return [fragment[i].to(Float32) for i in range(count)]

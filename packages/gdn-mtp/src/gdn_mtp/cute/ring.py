@@ -2,9 +2,10 @@
 
 Of each token a ring keeps k, the corrected value u, the log decay g and the factor of k, so that
     S' = D(end) S + sum_j w_j u_j k_j^T,    w_j = exp(g_{j+1} + ... + g_end) k_scale_j
-is the state after them. Every warp finds the pending tokens, a lane for each token of the ring, and has some
-of them copied to shared memory, where they are in order: in the ring they may lie apart, where nodes between
-them were rejected. What follows takes them in chunks of eight.
+is the state after them. Every warp finds the pending tokens, a lane for each token of the ring; where many
+share a multiprocessor, one does for its block. Each has some of them copied to shared memory, where they are
+in order: in the ring they may lie apart, where nodes between them were rejected. What follows takes them in
+chunks of eight.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Verify(RingTiles):
                     prefetch_tokens(cfg, (q, k), v, (a, b), (A_log, dt_bias), here, head)
                 if warp == cfg.tactic.warps - 1:
                     self.prefetch_pending(cache, state_indices, num_accepted, head, block_row, here)
-                if among_first(cfg.early_blocks):
+                if among_first(cfg.prefetching_blocks):
                     self.prefetch_state(state, state_indices, here)
             cute.arch.griddepcontrol_wait()
             self.launch_dependents("start")
@@ -193,7 +193,6 @@ class Verify(RingTiles):
             self.init_ring_barrier(shared, tid)  # while the slot is on its way
             cute.arch.sync_threads()
             self.init_barriers(shared, warp, lane)
-        place = replace(place, write_slot=slot)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
         if not is_slot(slot, state.shape[0]):
@@ -326,8 +325,7 @@ class Verify(RingTiles):
         """Write k_t.k_j and q_t.k_j of new chunk c and pending chunk p, unscaled."""
         key = self.key_pointer(pending, shared, p, place.g)
         products = self.key_products(key, shared.ring_keys.element_type, shared, place, c)
-        step = self.config.pending_matrix(1, c) - self.config.pending_matrix(0, c)
-        matrix = self.config.pending_matrix(0, c) + step * p
+        matrix = self.config.pending_matrix(p, c)
         self.store_products(products[:2], products[2:], shared, place, c, matrix)
 
     def token_products(self, shared, place, count, c, d):
