@@ -22,6 +22,7 @@ from .config import (
 )
 from .fragments import (
     dot,
+    is_slot,
     load_shared,
     load_values,
     load_words,
@@ -64,7 +65,7 @@ class TokenChunks(TileCopies):
         slot = Int64(place.request)
         if cutlass.const_expr(state_indices is not None):
             slot = read_index(state_indices, place.request)
-        if slot >= 0 and slot < state.shape[0]:
+        if is_slot(slot, state.shape[0]):
             matrix = state[slot, place.hv, None, None]
             rows = cfg.tactic.tiles_per_warp * MMA_ROWS
             if cutlass.const_expr(not cfg.tactic.row_copies):

@@ -120,6 +120,11 @@ def read_index(indices, i):
     return Int64(cute.arch.load(pointer, indices.element_type, cop="cg"))
 
 
+def is_slot(slot, pool_size):
+    """Whether a state index names a slot of the pool."""
+    return (slot >= 0) & (slot < pool_size)
+
+
 def read_l2(pointer, dtype):
     """The value at `pointer` past L1, for what other blocks or the previous grid may write meanwhile."""
     return dtype(cute.arch.load(pointer, dtype, sem="relaxed", scope="gpu"))

@@ -59,7 +59,7 @@ from .gates import (
     stage_gates,
 )
 from .prefetch import out_of_the_way, prefetch_tokens
-from .tiles import Place, Shared, allocate_tokens, with_dynamic_rows
+from .tiles import Place, Shared, allocate_slack, allocate_tokens, with_dynamic_rows
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ class GatedDeltaRule(TokenChunks):
             gate=floats(cfg.T * GATE_COLUMNS),
             mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
         )
-        if cfg.smem_bytes > cfg.used_smem_bytes:
-            smem.allocate(cfg.smem_bytes - cfg.used_smem_bytes)
+        allocate_slack(cfg, smem)
         return shared
 
     # Global memory

@@ -24,6 +24,7 @@ from .config_speculative import REQUEST_WORDS
 from .fragments import (
     bulk_load,
     increment,
+    is_slot,
     load_values,
     load_words,
     mma_split,
@@ -348,11 +349,6 @@ class RingTiles(TokenChunks):
         cute.arch.sync_warp()
         self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
         cute.arch.cp_async_bulk_commit_group()
-
-
-def is_slot(slot, pool_size):
-    """Whether a state index names a slot of the pool."""
-    return (slot >= 0) & (slot < pool_size)
 
 
 def highest_before(x):

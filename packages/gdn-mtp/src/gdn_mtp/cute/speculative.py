@@ -40,6 +40,7 @@ from .config import (
 from .config_speculative import REQUEST_WORDS, RING_WEIGHTS
 from .fragments import (
     NUMERIC,
+    is_slot,
     mma_split,
     parts,
     read_l2,
@@ -47,8 +48,8 @@ from .fragments import (
 )
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, no_gates, stage_path_gates
 from .prefetch import among_first, prefetch_tokens
-from .ring import Cache, RingTiles, is_slot
-from .tiles import Place, allocate_tokens, with_dynamic_rows
+from .ring import Cache, RingTiles
+from .tiles import Place, allocate_slack, allocate_tokens, with_dynamic_rows
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ def allocate(cfg) -> Shared:
         mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
         **tokens,
     )
-    if cfg.smem_bytes > cfg.used_smem_bytes:
-        smem.allocate(cfg.smem_bytes - cfg.used_smem_bytes)
+    allocate_slack(cfg, smem)
     return shared
 
 

@@ -11,7 +11,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from .config import MMA_ROWS, WARP_LANES
-from .ring import Cache, RingTiles, is_slot
+from .fragments import is_slot
+from .ring import Cache, RingTiles
 from .speculative import allocate
 from .tiles import Place, with_dynamic_rows
 

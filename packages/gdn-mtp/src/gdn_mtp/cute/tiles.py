@@ -68,6 +68,12 @@ def allocate_tokens(cfg, smem):
     return smem.allocate_tensor(NUMERIC[cfg.token_dtype], cute.make_layout(size), 16)
 
 
+def allocate_slack(cfg, smem):
+    """What a block asks for beyond what it uses."""
+    if cfg.smem_bytes > cfg.used_smem_bytes:
+        smem.allocate(cfg.smem_bytes - cfg.used_smem_bytes)
+
+
 class TileCopies:
     """Moves tiles for one `TokenTiles`, a configuration.
 
