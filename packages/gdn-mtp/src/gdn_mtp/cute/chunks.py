@@ -13,7 +13,7 @@ from gdn_mtp.problem import L2NORM_EPSILON
 
 from .config import (
     CHUNK_TOKENS,
-    GATE_COLUMNS,
+    GATE_STRIDE,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
@@ -36,8 +36,9 @@ from .gates import BETA, CHUNK_DECAY, K_SCALE, Q_SCALE, QK
 from .prefetch import bulk_prefetch_l2
 from .tiles import TileCopies
 
-# Matrices of a chunk in shared memory, [8, 8] each: what turns w into u, what turns w into o, L, and q.k
-SOLVE, READ, LOWER, QUERY = range(MATRICES_PER_CHUNK)
+# Matrices of a chunk in shared memory, [8, 8] each: L and q.k, in whose places come what turns w into u and
+# what turns w into o.
+LOWER, QUERY = SOLVE, READ = range(MATRICES_PER_CHUNK)
 
 
 class TokenChunks(TileCopies):
@@ -150,7 +151,7 @@ class TokenChunks(TileCopies):
                 for is_q in cutlass.range_constexpr(2):
                     x = token[is_q]
                     staged = tokens[i][is_q] if cfg.bf16_products else x
-                    offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t % CHUNK_TOKENS)
+                    offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t & (CHUNK_TOKENS - 1))
                     for j in cutlass.range_constexpr(len(x)):
                         shared.kq[offset + place.lane + WARP_LANES * j] = staged[j]
                     if cutlass.const_expr(is_q == 0 and shared.pairs is not None):
@@ -158,11 +159,11 @@ class TokenChunks(TileCopies):
                     factor = Float32(1.0)
                     if cutlass.const_expr(cfg.use_qk_l2norm):
                         squares = cute.arch.warp_reduction_sum(dot(x, x))
-                        factor = cute.math.rsqrt(squares + L2NORM_EPSILON)
+                        factor = cute.math.rsqrt(squares + L2NORM_EPSILON, approx=True, ftz=True)
                     if cutlass.const_expr(is_q == 1):
                         factor = factor * scale
                     if place.lane == is_q:
-                        shared.gate[t * GATE_COLUMNS + K_SCALE + is_q] = factor
+                        shared.gate[t * GATE_STRIDE + K_SCALE + is_q] = factor
                 if cutlass.const_expr(cfg.T == 1):
                     qk = cute.arch.warp_reduction_sum(dot(*token))
                     if place.lane == 0:
@@ -182,20 +183,16 @@ class TokenChunks(TileCopies):
                 shared.pairs[offset + 2 * WARP_LANES * j + 1] = k[j]
 
     def gate(self, shared, t, column):
-        return shared.gate[t * GATE_COLUMNS + column]
+        return shared.gate[t * GATE_STRIDE + column]
 
     # Chunks of tokens
 
-    def quads(self, t, columns=None):
-        """(column, index in s[half]) of each run of four columns that lane position t has, or of `columns`.
-
-        columns: as `TileCopies.columns` gives them, where s has no others.
-        """
+    def quads(self, t):
+        """(column, index in s[half]) of each run of four columns that lane position t has."""
         vec = self.config.vector_elements
-        columns = columns or self.columns()
         return [
-            ((4 * i + t) * vec + 4 * quad, vec * (i - columns[0]) + 4 * quad)
-            for i in columns
+            ((4 * i + t) * vec + 4 * quad, vec * i + 4 * quad)
+            for i in range(self.config.K // (4 * vec))
             for quad in range(vec // 4)
         ]
 
@@ -211,37 +208,44 @@ class TokenChunks(TileCopies):
 
     @cute.jit
     def invert(self, shared, place, c):
-        """One warp: from L and QUERY of chunk c, the matrices that turn w into u and o.
+        """One warp: from L and QUERY of chunk c, the matrices that turn w into u and o, in their places.
 
         SOLVE = (I + L)^-1 and READ = QUERY (I + L)^-1; packed, SOLVE is [[(I + L)^-1, 0], [READ, I]] in
-        blocks of four tokens.
+        blocks of four tokens. Each group of eight lanes makes one or two rows of READ.
         """
-        cfg = self.config
-        n = cfg.chunks[c][1]
+        n = self.config.chunks[c][1]
+        half = CHUNK_TOKENS // 2
         base = MATRICES_PER_CHUNK * c * MATRIX_FLOATS
+        solve, read = base + SOLVE * MATRIX_FLOATS, base + READ * MATRIX_FLOATS
         lower, query = base + LOWER * MATRIX_FLOATS, base + QUERY * MATRIX_FLOATS
-        column = place.lane % CHUNK_TOKENS
-        x, y = [], []
+        column, group = place.lane % CHUNK_TOKENS, place.lane // CHUNK_TOKENS
+        x = []
         for i in cutlass.range_constexpr(n):
             solved = select(column == i, Float32(1.0), Float32(0.0))
             for j in cutlass.range_constexpr(i):
                 solved = solved - shared.matrices[lower + CHUNK_TOKENS * i + j] * x[j]
             x.append(solved)
-            read = Float32(0.0)
-            for j in cutlass.range_constexpr(i + 1):
-                read = read + shared.matrices[query + CHUNK_TOKENS * i + j] * x[j]
-            y.append(read)
-        x += [Float32(0.0)] * (CHUNK_TOKENS - n)
-        y += [Float32(0.0)] * (CHUNK_TOKENS - n)
-        half = CHUNK_TOKENS // 2
         if cutlass.const_expr(self.packed(c)):
-            x = x[:half] + [
-                y[i] + select(column == i + half, Float32(1.0), Float32(0.0)) for i in range(half)
-            ]
+            x += [Float32(0.0)] * (half - n)
+            unit = select(column == group + half, Float32(1.0), Float32(0.0))
+            rows = [(solve + CHUNK_TOKENS * (group + half), unit + self.query_row(shared, query, group, x))]
+        else:
+            x += [Float32(0.0)] * (CHUNK_TOKENS - n)
+            own = [2 * group + e for e in range(2)]
+            rows = [(read + CHUNK_TOKENS * i, self.query_row(shared, query, i, x)) for i in own]
+        cute.arch.sync_warp()
         if place.lane < CHUNK_TOKENS:
-            for i in cutlass.range_constexpr(CHUNK_TOKENS):
-                shared.matrices[base + SOLVE * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = x[i]
-                shared.matrices[base + READ * MATRIX_FLOATS + CHUNK_TOKENS * i + column] = y[i]
+            for i in cutlass.range_constexpr(len(x)):
+                shared.matrices[solve + CHUNK_TOKENS * i + column] = x[i]
+        for first, value in rows:
+            shared.matrices[first + column] = value
+
+    def query_row(self, shared, query, row, x):
+        """What row `row` of QUERY makes of a column x."""
+        first = query + CHUNK_TOKENS * row
+        count = CHUNK_TOKENS // 2
+        parts_of_row = [load_shared(shared.matrices, first + i, count) for i in range(0, len(x), count)]
+        return dot(x, [value for part in parts_of_row for value in part])
 
     def load_operand(self, shared, place, buffer):
         """A tile as `operand_products` takes it."""

@@ -22,9 +22,10 @@ SMEM_RESERVED_BYTES = 1024  # of every block, by the driver
 SMEM_ALIGNMENT = 128  # of what a block takes
 MBARRIER_BYTES = 8
 GATE_COLUMNS = 8
+GATE_STRIDE = 12  # floats from one token's to the next, which avoids bank conflicts
 LOWEST_LOG_DECAY = -104.0  # that kernels work with: exp of it is 0 in float32
 MATRIX_FLOATS = CHUNK_TOKENS * CHUNK_TOKENS
-MATRICES_PER_CHUNK = 4
+MATRICES_PER_CHUNK = 2
 TRIGGER_SUFFIX = {"late": "", "early": "e", "start": "s"}
 
 
@@ -232,7 +233,7 @@ class TokenTiles(Footprint):
     @property
     def token_stride(self) -> int:
         """Elements from one token's k or q to the next in shared memory; the slack takes `token_skew`."""
-        return self.K + 32
+        return self.K + (16 if self.bf16_products else 32)
 
     @property
     def bf16_products(self) -> bool:
@@ -253,10 +254,10 @@ class TokenTiles(Footprint):
         """Offset in elements of chunk token x (also a traced integer) that avoids bank conflicts.
 
         k is read as rows x and x + 1 side by side, in 16-byte vectors, which the skew of a token spreads over
-        the 32 banks. The stride does it for bfloat16.
+        the 32 banks.
         """
         if self.bf16_products:
-            return 0
+            return 16 * (x & 1)
         if self.vector_elements == 4:
             return (8 * (x // 2) + 16 * (x % 2)) % 32
         return 16 * (x // 4) + 4 * ((x // 2) % 2) + 4 * (x % 2)
@@ -344,7 +345,7 @@ class KernelConfig(TokenTiles, Config):
     @property
     def used_smem_bytes(self) -> int:
         """What a block uses of its shared memory: tile buffers, k and q, pairs, matrices, gates, barriers."""
-        floats = self.T * GATE_COLUMNS + self.pairs_floats
+        floats = self.T * GATE_STRIDE + self.pairs_floats
         floats += len(self.chunks) * MATRICES_PER_CHUNK * MATRIX_FLOATS
         barriers = MBARRIER_BYTES * self.warps * self.tactic.tiles_per_warp
         return self.tiles_bytes + self.token_bytes + 4 * floats + barriers

@@ -8,7 +8,7 @@ from gdn_mtp.speculative.problem import Accept, Mode
 
 from .config import (
     CHUNK_TOKENS,
-    GATE_COLUMNS,
+    GATE_STRIDE,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MBARRIER_BYTES,
@@ -17,8 +17,6 @@ from .config import (
     TokenTiles,
 )
 
-KEY_SKEW_BYTES = 32
-UPDATE_SKEW = 4  # floats
 RING_WEIGHTS = WARP_LANES + 4
 REQUEST_WORDS = 4
 FEW_WARPS = 20  # on a multiprocessor; docs/speed.md, "bf16 states at B = 32", has what is different with more
@@ -93,18 +91,31 @@ class SpeculativeConfig(TokenTiles):
     @property
     def key_stride(self) -> int:
         """Elements from one pending key to the next in shared memory; the slack avoids bank conflicts."""
-        return self.K + KEY_SKEW_BYTES // self.io_bytes
+        return self.K + self.key_slack_bytes // self.io_bytes
 
     @property
-    def update_stride(self) -> int:
-        """Floats from one pending u to the next in shared memory; the slack avoids bank conflicts."""
-        return self.tactic.rows + UPDATE_SKEW
+    def key_slack_bytes(self) -> int:
+        """Folds read keys in vectors of 16 bytes in products of bfloat16, else in pairs of values."""
+        return 16 if self.bf16_products else 32
+
+    @property
+    def updates_floats(self) -> int:
+        """Shared memory of the rows of u of all pending tokens."""
+        return self.update_offset(self.ring_rows - 1) + self.tactic.rows
 
     @property
     def ring_bytes(self) -> int:
         """Shared memory of the pending tokens; the slack does not follow the last."""
-        strides = self.key_stride * self.io_bytes + 4 * self.update_stride
-        return self.ring_rows * strides - KEY_SKEW_BYTES - 4 * UPDATE_SKEW
+        keys = self.ring_rows * self.key_stride * self.io_bytes - self.key_slack_bytes
+        return keys + 4 * self.updates_floats
+
+    def update_offset(self, rank):
+        """Floats before the rows of u of a pending token in shared memory; also of a traced integer.
+
+        Pairs of tokens start in banks 0, 4, 16 and 20, and so on again: a warp reads two rows a lane, of
+        every other of eight tokens, and those of odd g are eight banks after those of even g.
+        """
+        return self.tactic.rows * rank + 4 * (rank >> 1 & 1) + 16 * (rank >> 2)
 
     @property
     def matrices_per_product(self) -> int:
@@ -131,7 +142,7 @@ class SpeculativeConfig(TokenTiles):
     @property
     def used_smem_bytes(self) -> int:
         """What a block uses: tiles, k and q, matrices, gates, its request, pending tokens, barriers."""
-        floats = REQUEST_WORDS + RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS + self.T * GATE_COLUMNS
+        floats = REQUEST_WORDS + RING_WEIGHTS + self.num_matrices * MATRIX_FLOATS + self.T * GATE_STRIDE
         barriers = MBARRIER_BYTES * (self.warps * self.tactic.tiles_per_warp + 1)
         return self.tiles_bytes + self.token_bytes + 4 * floats + self.ring_bytes + barriers
 
@@ -148,11 +159,6 @@ class SpeculativeConfig(TokenTiles):
     def many_warps(self) -> bool:
         """Whether so many warps are to share a multiprocessor that registers and L2 lines are scarce."""
         return self.blocks_per_sm * self.warps > FEW_WARPS
-
-    @property
-    def fold_parts(self) -> int:
-        """Parts of a tile's columns that are folded one after the other: more take fewer registers."""
-        return 2 if self.many_warps else 1
 
     @property
     def one_reader(self) -> bool:
@@ -194,12 +200,9 @@ class SpeculativeConfig(TokenTiles):
         else:
             warps = 16
             if self.bf16_products and self.mode == "verify":
-                few_tokens = 2 * self.T <= CHUNK_TOKENS
-                warps = 28 if few_tokens and not self.debug else 24
-                if not few_tokens and self.tree and (self.variable_tokens or self.K < 128):
-                    warps = 16
-                elif not few_tokens and self.K < 128:
+                warps = 28
+                if self.T > CHUNK_TOKENS // 2 and (self.debug or self.K < 128):
                     warps = 20
-                if self.tactic.row_copies:
-                    warps = 20
+                elif self.debug or self.tactic.row_copies:
+                    warps = 24
         return warps - 4 if self.tactic.row_copies and warps > 8 else warps

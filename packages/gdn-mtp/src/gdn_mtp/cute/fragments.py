@@ -20,6 +20,7 @@ NUMERIC = {
 }
 
 _TF32_MASK = 0xFFFFE000 - (1 << 32)  # sign, exponent and the ten mantissa bits that tf32 keeps, as int32
+BF16_PARTS = 3  # bfloat16 values whose sum is a float32
 _EVICT_FIRST = 0x12F0000000000000  # what createpolicy.fractional.L2::evict_first gives for all of an access
 _MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 _MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
@@ -74,6 +75,28 @@ def parts(values: Sequence, exact: bool) -> list[list]:
         return [list(values)]
     pairs = [split_tf32(x) for x in values]
     return [[high for high, _ in pairs], [low for _, low in pairs]]
+
+
+def same_halves(x, y, half):
+    """The low values of two registers of two 16-bit values each, in one register; the high for half 1."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Int32],
+        read_only_args=[x, y, select(half == 0, Int32(0x5410), Int32(0x7632))],
+    )
+
+
+def split_bf16(x, y) -> list:
+    """Registers of two bfloat16 values each, whose sums are the float32 x and y; the largest first."""
+    result = []
+    for _ in range(BF16_PARTS):
+        words = [value.bitcast(Int32) for value in (x, y)]
+        result.append(same_halves(*words, Int32(1)))
+        x, y = (
+            value - (word & Int32(-(1 << 16))).bitcast(Float32)
+            for value, word in zip((x, y), words, strict=True)
+        )
+    return result
 
 
 def load_vector(pointer, dtype) -> list:

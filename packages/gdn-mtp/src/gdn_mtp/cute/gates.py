@@ -8,11 +8,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from .config import CHUNK_TOKENS, GATE_COLUMNS, LOWEST_LOG_DECAY
-from .fragments import select
+from .config import CHUNK_TOKENS, GATE_STRIDE, LOWEST_LOG_DECAY
+from .fragments import opaque, select
 
-# Columns of the table [T, GATE_COLUMNS] in shared memory. LOG_DECAY and CHUNK_DECAY accumulate from the start
-# of the chunk; K_SCALE and Q_SCALE are what k and q are multiplied with; QK is q.k of a single token.
+# Columns of a table in shared memory, whose rows, one for each token, are GATE_STRIDE floats apart. LOG_DECAY
+# and CHUNK_DECAY accumulate from the start of the chunk; K_SCALE and Q_SCALE are what k and q are multiplied
+# with; QK is q.k of a single token.
 LOG_DECAY, DECAY, BETA, CHUNK_DECAY, K_SCALE, Q_SCALE, QK = range(7)
 PATH = DECAY  # in a table of `stage_path_gates`: the bits of an int32, one for each token on the path
 
@@ -34,8 +35,12 @@ def load_gates(a, b, A_log, dt_bias, request, hv, t) -> GateInputs:
 
 
 def no_gates(gates) -> GateInputs:
-    """Zeros for a warp that needs none; `gates` are the tensors a, b, A_log, dt_bias."""
-    return GateInputs(*(x.element_type(0.0) for x in gates))
+    """Any values, for a warp that needs none; `gates` are the tensors a, b, A_log, dt_bias.
+
+    Of constants the compiler would convert the others where they are loaded, and wait for them there.
+    """
+    unknown = opaque(Int32(0)).bitcast(Float32)
+    return GateInputs(*(unknown.to(x.element_type) for x in gates))
 
 
 @cute.jit
@@ -47,7 +52,7 @@ def stage_gates(gates, table, lane, num_tokens):
         before = cute.arch.shuffle_sync_up(total, 1 << i)
         total = select(lane % CHUNK_TOKENS >= (1 << i), total + before, total)
     if lane < num_tokens:
-        row = lane * GATE_COLUMNS
+        row = lane * GATE_STRIDE
         table[row + LOG_DECAY] = total
         table[row + DECAY] = cute.math.exp(log_decay)
         table[row + BETA] = token_beta(gates)
@@ -80,7 +85,7 @@ def stage_path_gates(gates, parent, table, lane, num_tokens):
             path = select(above >= 0, path | paths, path)
             above = select(above >= 0, next_above, above)
     if lane < num_tokens:
-        row = lane * GATE_COLUMNS
+        row = lane * GATE_STRIDE
         table[row + LOG_DECAY] = total
         table[row + PATH] = path.bitcast(Float32)
         table[row + BETA] = token_beta(gates)

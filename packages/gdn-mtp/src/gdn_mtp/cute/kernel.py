@@ -30,7 +30,7 @@ from cutlass.memory import SmemAllocator
 from .chunks import LOWER, QUERY, TokenChunks, as_operand
 from .config import (
     CHUNK_TOKENS,
-    GATE_COLUMNS,
+    GATE_STRIDE,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
@@ -177,7 +177,7 @@ class GatedDeltaRule(TokenChunks):
             kq=allocate_tokens(cfg, smem),
             pairs=floats(cfg.pairs_floats) if cfg.pairs_floats else None,
             matrices=floats(matrices),
-            gate=floats(cfg.T * GATE_COLUMNS),
+            gate=floats(cfg.T * GATE_STRIDE),
             mbars=smem.allocate_array(Int64, tactic.warps * tactic.tiles_per_warp),
         )
         allocate_slack(cfg, smem)

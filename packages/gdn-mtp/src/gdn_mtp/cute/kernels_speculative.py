@@ -37,7 +37,7 @@ TACTICS = {
 HEURISTIC: dict[str, Rows] = {
     "one chunk": {NO_LIMIT: "w4t1s"},
     "half a chunk, bf16 state": {40: "w4t1sb5", 100: "w4t1sb7", NO_LIMIT: "w4t1s"},
-    "one chunk, bf16 state": {20: "w4t1sb5", 100: "w4t1s", NO_LIMIT: "w4t2s"},
+    "one chunk, bf16 state": {32: "w4t1sb5", NO_LIMIT: "w4t1s"},
     "many chunks": {8: "w4t1s", NO_LIMIT: "w4t2s"},
     "many chunks, bf16 state": {100: "w4t1s", NO_LIMIT: "w4t2s"},
 }

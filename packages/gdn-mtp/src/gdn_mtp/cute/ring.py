@@ -15,24 +15,31 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int32, Int64
 from cutlass.cute.testing import assert_
 
 from .chunks import TokenChunks, as_operand
 from .config import CHUNK_TOKENS, MMA_ROWS, WARP_LANES
 from .config_speculative import REQUEST_WORDS
 from .fragments import (
+    BF16_PARTS,
     bulk_load,
     increment,
     is_slot,
+    load_shared,
     load_values,
     load_words,
+    mma_bf16,
     mma_split,
     parts,
     read_index,
     read_l2,
     read_l2_words,
+    same_halves,
     select,
+    split_bf16,
+    store_vector,
+    unpack,
     write_l2,
 )
 from .prefetch import bulk_prefetch_l2, prefetch_l2
@@ -89,7 +96,6 @@ class RingTiles(TokenChunks):
         """
         pool_size = cache.live.shape[0]
         slot = self.read_slot(state_indices, place.request, pool_size)
-        self.init_ring_barrier(shared, place.lane)
         accepted = self.load_accepted(num_accepted, accepted_nodes, place)
         ring = (Int32(0),) * 4
         if is_slot(expected, pool_size):
@@ -203,7 +209,8 @@ class RingTiles(TokenChunks):
             bulk_load(shared.ring_keys[None, rank].iterator, key, cfg.key_bytes, mbar)
             update = cache.updates[slot, position, place.hv, None].iterator
             update = update + cute.assume(block_row, divby=MMA_ROWS)
-            bulk_load(shared.ring_updates[None, rank].iterator, update, cfg.update_bytes, mbar)
+            rows = shared.ring_updates.iterator + cute.assume(cfg.update_offset(rank), divby=4)
+            bulk_load(rows, update, cfg.update_bytes, mbar)
         gate, k_scale = Float32(0.0), Float32(0.0)
         if place.warp == 0:
             if lane == 0:
@@ -217,18 +224,19 @@ class RingTiles(TokenChunks):
 
     @cute.jit
     def stage_weights(self, gate, k_scale, pending, shared, lane):
-        """The first warp: write the weights of the pending tokens and their decay."""
+        """The first warp: write the weights of the pending tokens, zeros behind them, and their decay."""
         after = cute.arch.shuffle_sync_down(gate, 1)
         after = select(lane + 1 < WARP_LANES, after, Float32(0.0))
         for i in cutlass.range_constexpr(WARP_LANES.bit_length() - 1):
             further = cute.arch.shuffle_sync_down(after, 1 << i)
             after = select(lane + (1 << i) < WARP_LANES, after + further, after)
-        decay = cute.math.exp(cute.arch.warp_reduction_sum(gate))
         rank = cute.arch.popc(pending.live & bits_below(lane))
         if (((pending.live >> lane) & 1) == 1) & (rank < pending.count):
             shared.weights[rank] = cute.math.exp(after) * k_scale
+        if lane >= pending.count:
+            shared.weights[lane] = Float32(0.0)
         if lane == 0:
-            shared.weights[WARP_LANES] = decay
+            shared.weights[WARP_LANES] = cute.math.exp(gate + after)
 
     def ring_barrier(self, shared):
         """The barrier on which copies of pending tokens are counted, after those of the tiles."""
@@ -291,31 +299,49 @@ class RingTiles(TokenChunks):
 
     def load_updates(self, pending, shared, place, tile, p):
         """w_j u_j of pending chunk p as an accumulator, zero for tokens that do not exist."""
+        cfg = self.config
+        first = (place.warp * cfg.tactic.tiles_per_warp + tile) * MMA_ROWS + place.row_in_tile(0)
+        weights = load_shared(shared.weights, CHUNK_TOKENS * p + 2 * place.t, 2)
+        of_lane, last = cfg.update_offset(2 * place.t), cfg.update_offset(pending.count - 1)
         values = [None] * 4
-        first = (place.warp * self.config.tactic.tiles_per_warp + tile) * MMA_ROWS
         for e in range(2):
-            rank = self.rank(pending, p, 2 * place.t + e)
-            exists = CHUNK_TOKENS * p + 2 * place.t + e < pending.count
-            weight = shared.weights[rank]
-            for half in range(2):
-                u = shared.ring_updates[first + place.row_in_tile(half), rank]
-                values[2 * half + e] = select(exists, u * weight, Float32(0.0))
+            at = cutlass.min(of_lane + cfg.update_offset(CHUNK_TOKENS * p + e), last) + first
+            u = load_shared(shared.ring_updates, at, 2)
+            values[e], values[2 + e] = (weights[e] * x for x in u)
         return values
 
     @cute.jit
-    def advanced(self, s, columns, pending, shared, place, tile):
-        """`columns` of a tile of the state, which s holds, after all pending tokens."""
-        count, decay = len(s[0]), self.pending_decay(shared)
+    def store_advanced(self, matrix, pending, shared, place, tile):
+        """Start storing a tile of the state, which is in its buffer, after all pending tokens, to `matrix`.
+
+        matrix: [V, K].
+        """
+        if pending.count > 0:
+            if cutlass.const_expr(self.config.bf16_products):
+                self.advance_bf16(pending, shared, place, tile)
+            else:
+                self.advance(pending, shared, place, tile)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
+        cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def advance(self, pending, shared, place, tile):
+        """S <- D(end) S + sum_j w_j u_j k_j^T over the pending tokens, for a tile in its buffer."""
+        s, decay = self.load_tile(shared, place, tile), self.pending_decay(shared)
+        count = len(s[0])
         state = cute.make_rmem_tensor((2 * count,), Float32)
         for half in cutlass.range_constexpr(2):
             for x in cutlass.range_constexpr(count):
                 state[half * count + x] = decay * s[half][x]
         chunks = (pending.count + CHUNK_TOKENS - 1) // CHUNK_TOKENS
         for p in cutlass.range(chunks, unroll=1):
-            self.advance_by_chunk(state, columns, pending, shared, place, tile, p)
-        return [[state[half * count + x] for x in range(count)] for half in range(2)]
+            self.advance_by_chunk(state, pending, shared, place, tile, p)
+        advanced = [[state[half * count + x] for x in range(count)] for half in range(2)]
+        self.write_tile(advanced, shared, place, tile)
 
-    def advance_by_chunk(self, state, columns, pending, shared, place, tile, p):
+    def advance_by_chunk(self, state, pending, shared, place, tile, p):
         """state <- state + sum_j w_j u_j k_j^T over pending chunk p; state holds rows g, then rows g + 8.
 
         Product h of a run of four columns has columns h and h + 2 of each lane's run.
@@ -323,8 +349,8 @@ class RingTiles(TokenChunks):
         u = self.load_updates(pending, shared, place, tile, p)
         a_parts = parts(as_operand(u), False)
         keys = [self.key_pointer(pending, shared, p, 2 * place.t + e) for e in range(2)]
-        count = len(columns) * self.config.vector_elements
-        for column, at in self.quads(place.g // 2, columns):
+        count = self.config.K // 4
+        for column, at in self.quads(place.g // 2):
             offset = cute.assume(column + 2 * (place.g % 2), divby=2)
             k = [load_values(key + offset, shared.ring_keys.element_type, 2) for key in keys]
             for h in range(2):
@@ -333,22 +359,37 @@ class RingTiles(TokenChunks):
                 for x, value in zip(places, acc, strict=True):
                     state[x] = value
 
-    @cute.jit
-    def store_advanced(self, matrix, pending, shared, place, tile):
-        """Start storing a tile of the state, which is in its buffer, after all pending tokens, to `matrix`.
+    def advance_bf16(self, pending, shared, place, tile):
+        """`advance` of a bfloat16 tile by bfloat16 keys, in products of two chunks.
 
-        matrix: [V, K].
+        Product j of a run of eight columns has columns 2j and 2j + 1 of each lane's run.
         """
-        count = self.config.fold_parts
-        for part in cutlass.range_constexpr(count):
-            columns = self.columns(part, count)
-            s = self.load_tile(shared, place, tile, columns)
-            advanced = self.advanced(s, columns, pending, shared, place, tile)
-            self.write_tile(advanced, shared, place, tile, columns)
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        self.store_rows(matrix, self.tile_row(place, tile), shared, place, tile)
-        cute.arch.cp_async_bulk_commit_group()
+        decay, chunks = self.pending_decay(shared), self.config.pending_chunks
+        updates, keys = [], []
+        for p in range(chunks):
+            u = self.load_updates(pending, shared, place, tile, p)
+            updates.append(zip(split_bf16(u[0], u[1]), split_bf16(u[2], u[3]), strict=True))
+            keys += [self.key_pointer(pending, shared, p, 2 * place.t + e) for e in range(2)]
+        if chunks % 2:
+            updates.append([(Int32(0), Int32(0))] * BF16_PARTS)
+        pairs = [[(*x, *y) for x, y in zip(*updates[p : p + 2], strict=True)] for p in range(0, chunks, 2)]
+        for i, _ in self.runs(place):
+            pointers = [self.vector_pointer(shared, place, tile, half, i) for half in range(2)]
+            rows = [load_words(pointer) for pointer in pointers]
+            column = cute.assume(32 * i + 8 * (place.g // 2), divby=8)
+            k = [load_words(key + column) for key in keys]
+            columns = []
+            for j in range(4):
+                acc = [decay * x for row in rows for x in unpack(row[j], BFloat16)]
+                b = [same_halves(k[2 * p][j], k[2 * p + 1][j], place.g % 2) for p in range(chunks)]
+                b += [Int32(0)] * (chunks % 2)
+                for p, a_parts in enumerate(pairs):
+                    for a in a_parts:
+                        acc = mma_bf16(acc, a, b[2 * p : 2 * p + 2])
+                columns.append(acc)
+            for half in range(2):
+                values = [x for acc in columns for x in acc[2 * half : 2 * half + 2]]
+                store_vector(pointers[half], values, BFloat16)
 
 
 def highest_before(x):

@@ -30,7 +30,7 @@ from cutlass.memory import SmemAllocator
 from .chunks import LOWER, QUERY, as_operand
 from .config import (
     CHUNK_TOKENS,
-    GATE_COLUMNS,
+    GATE_STRIDE,
     MATRICES_PER_CHUNK,
     MATRIX_FLOATS,
     MMA_ROWS,
@@ -45,6 +45,7 @@ from .fragments import (
     parts,
     read_l2,
     select,
+    store_vector,
 )
 from .gates import BETA, K_SCALE, LOG_DECAY, PATH, Q_SCALE, load_gates, no_gates, stage_path_gates
 from .prefetch import among_first, prefetch_tokens
@@ -70,7 +71,7 @@ class Shared:
     tiles: Any  # [K, (8, 2), tiles per warp, warps], the state's dtype
     weights: Any  # w of each pending token; at 32 their decay
     ring_keys: Any  # [K, tokens]: k of each pending token, as given
-    ring_updates: Any  # [rows, tokens] float32: u of each pending token
+    ring_updates: Any  # float32, rows of u of each pending token at `SpeculativeConfig.update_offset`
     request: Any  # int32: what `RingTiles.share_request` found
     mbars: Any  # one per tile, warp-major, and that of the ring
     kq: Any = None
@@ -102,7 +103,7 @@ def allocate(cfg) -> Shared:
         tokens = {
             "kq": allocate_tokens(cfg, smem),
             "matrices": floats(cfg.num_matrices * MATRIX_FLOATS),
-            "gate": floats(cfg.T * GATE_COLUMNS),
+            "gate": floats(cfg.T * GATE_STRIDE),
         }
     shared = Shared(
         tiles=state_tiles,
@@ -110,9 +111,7 @@ def allocate(cfg) -> Shared:
         ring_keys=smem.allocate_tensor(
             NUMERIC[cfg.io_dtype], cute.make_layout((cfg.K, cfg.ring_rows), stride=(1, cfg.key_stride)), 16
         ),
-        ring_updates=smem.allocate_tensor(
-            Float32, cute.make_layout((tactic.rows, cfg.ring_rows), stride=(1, cfg.update_stride)), 16
-        ),
+        ring_updates=floats(cfg.updates_floats),
         request=smem.allocate_tensor(Int32, cute.make_layout(REQUEST_WORDS), 16),
         mbars=smem.allocate_array(Int64, tactic.warps * count + 1),
         **tokens,
@@ -130,7 +129,7 @@ class Verify(RingTiles):
         cursor, live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output, stream,
     ):  # fmt: skip
         cfg = self.config
-        state = with_dynamic_rows(state_pool)
+        state = state_pool if cfg.many_warps else with_dynamic_rows(state_pool)
         self.kernel(
             q, k, v, a, b, A_log, dt_bias, scale, state, state_indices, keys, updates, gates, k_scale, cursor,
             live, num_accepted, accepted_nodes, num_tokens, parent_indices, fold_above, output,
@@ -158,6 +157,8 @@ class Verify(RingTiles):
         block_row = v_block * cfg.tactic.rows
         row = block_row + warp * cfg.tactic.tiles_per_warp * MMA_ROWS
         expected = Int64(-1)
+        self.init_ring_barrier(shared, tid)
+        self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.pdl):
             if among_first(cfg.blocks_per_sm):
                 here = Place(request, hv, None, row, warp, lane)
@@ -178,21 +179,17 @@ class Verify(RingTiles):
                 self.share_request(
                     cache, state_indices, expected, num_accepted, accepted_nodes, shared, place
                 )
-            self.init_barriers(shared, warp, lane)
-            early_tokens = self.load_tokens(tensors, place, head)
-            early_values = self.load_values(tensors, place, 0)
             early_gates = no_gates(gate_tensors)
-            # Last, as a warp that has gates under way waits for them where it makes addresses.
             if warp == cfg.tactic.warps - 1:
                 early_gates = load_gates(*gate_tensors, request, hv, token)
+            early_tokens = self.load_tokens(tensors, place, head)
+            early_values = self.load_values(tensors, place, 0)
             cute.arch.sync_threads()
             slot, found = self.shared_request(shared)
         else:
             early_tokens = early_values = early_gates = found = None
             slot = self.read_slot(state_indices, request, state.shape[0])
-            self.init_ring_barrier(shared, tid)  # while the slot is on its way
             cute.arch.sync_threads()
-            self.init_barriers(shared, warp, lane)
         if cutlass.const_expr(cfg.tensor_scale):
             scale = scale[0]
         if not is_slot(slot, state.shape[0]):
@@ -281,16 +278,19 @@ class Verify(RingTiles):
         for e in cutlass.range_constexpr(2):
             if (first + e < n) & (t0 + first + e < count):
                 position = self.wrapped(window + t0 + first + e)
-                for half in cutlass.range_constexpr(2):
-                    updates[position, row + place.row_in_tile(half)] = u[2 * half + e]
+                rows = cute.assume(row + place.row_in_tile(0), divby=2)
+                store_vector(updates[position, None].iterator + rows, [u[e], u[2 + e]], Float32)
 
     # Matrices: products of keys and queries, no state
 
     @cute.jit
     def make_matrices(self, pending, count, shared, place):
-        """The first warp makes those of the new tokens, the others begin with those of the pending."""
+        """One warp makes those of the new tokens, the others begin with those of the pending.
+
+        The first has the weights of the pending tokens to stage besides, and is none of them.
+        """
         cfg = self.config
-        if place.warp == 0:
+        if place.warp == 1:
             for c in cutlass.range_constexpr(len(cfg.chunks)):
                 self.token_products(shared, place, count, c, c)
                 if cutlass.const_expr(c > 0):
@@ -301,7 +301,7 @@ class Verify(RingTiles):
         cute.arch.mbarrier_wait(self.ring_barrier(shared), 0)
         warps = cfg.tactic.warps
         for i in cutlass.range_constexpr(-(-cfg.pending_chunks // warps)):
-            p = (place.warp + warps - 1) % warps + i * warps
+            p = ((place.warp + warps - 2) & (warps - 1)) + i * warps
             if (p < cfg.pending_chunks) & (CHUNK_TOKENS * p < pending.count):
                 for c in cutlass.range_constexpr(len(cfg.chunks)):
                     self.pending_products(pending, shared, place, p, c)

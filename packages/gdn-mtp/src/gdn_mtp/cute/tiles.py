@@ -21,7 +21,7 @@ class Shared:
     kq: Any  # k then q of every token, unscaled, `token_stride` apart, in `TokenTiles.token_dtype`
     pairs: Any  # float32 k of tokens 2p and 2p + 1 side by side; columns 4i, 4i + 2, 4i + 1, 4i + 3, or None
     matrices: Any  # [chunks, 4, 8, 8]
-    gate: Any  # [T, GATE_COLUMNS]
+    gate: Any  # GATE_COLUMNS of each token, GATE_STRIDE apart
     mbars: Any  # one per tile, warp-major
 
 
@@ -45,8 +45,8 @@ class Place:
         return self.lane % 4
 
     def row_in_tile(self, half):
-        """The row of a tile that stands in row g + 8 * half of a product."""
-        return PART_ROWS * (self.g % 2) + self.g // 2 + PART_ROWS // 2 * half
+        """The row of a tile that stands in row g + 8 * half of a product; a lane's two lie side by side."""
+        return PART_ROWS * (self.g % 2) + 2 * (self.g // 2) + half
 
 
 def with_dynamic_rows(states):
@@ -118,7 +118,7 @@ class TileCopies:
         cfg = self.config
         count = cfg.tactic.tiles_per_warp
         mbars = shared.mbars + place.warp * count
-        if place.lane == 0:
+        with cute.arch.elect_one():
             for tile in cutlass.range_constexpr(count):
                 cute.arch.mbarrier_arrive_and_expect_tx(mbars + tile, cfg.tile_bytes)
                 if cutlass.const_expr(not cfg.tactic.row_copies):
@@ -149,29 +149,25 @@ class TileCopies:
                 source = self.row_pointer(shared, place, buffer, place.lane)
                 bulk_store(matrix[row + place.lane, None].iterator, source, cfg.row_bytes, to_evict)
         else:
-            if place.lane == 0:
+            with cute.arch.elect_one():
                 for part in cutlass.range_constexpr(0, MMA_ROWS, PART_ROWS):
                     source = self.row_pointer(shared, place, buffer, part)
                     bulk_store(matrix[row + part, None].iterator, source, PART_ROWS * cfg.row_bytes, to_evict)
 
-    def columns(self, part=0, of=1):
-        """Indices of the 16-byte vectors that a lane has of a row: of `of` equal parts number `part`."""
-        count = self.config.K // (4 * self.config.vector_elements) // of
-        return range(part * count, (part + 1) * count)
-
-    def vectors(self, columns=None):
-        """(row half, vector index) of each 16-byte vector of a lane, or of those in `columns`."""
-        return [(half, i) for i in columns or self.columns() for half in range(2)]
+    def vectors(self):
+        """(row half, vector index) of each 16-byte vector of a lane."""
+        count = self.config.K // (4 * self.config.vector_elements)
+        return [(half, i) for i in range(count) for half in range(2)]
 
     def vector_pointer(self, shared, place, buffer, half, i):
         vec = self.config.vector_elements
-        row = self.row_pointer(shared, place, buffer, place.row_in_tile(half))
+        row = self.row_pointer(shared, place, buffer, place.row_in_tile(0)) + half * self.config.K
         return row + cute.assume((4 * i + place.t) * vec, divby=vec)
 
-    def load_tile(self, shared, place, buffer, columns=None):
-        """s[half][column of the lane] as float32: rows g and g + 8 of a tile, or `columns` of them."""
+    def load_tile(self, shared, place, buffer):
+        """s[half][column of the lane] as float32: rows g and g + 8 of a tile."""
         s = [[], []]
-        for half, i in self.vectors(columns):
+        for half, i in self.vectors():
             pointer = self.vector_pointer(shared, place, buffer, half, i)
             s[half] += load_vector(pointer, shared.tiles.element_type)
         return s
@@ -183,13 +179,12 @@ class TileCopies:
             words[half] += load_words(self.vector_pointer(shared, place, buffer, half, i))
         return words
 
-    def write_tile(self, s, shared, place, buffer, columns):
-        """Write `columns` of a tile, which s holds, to where `load_tile` reads them."""
+    def write_tile(self, s, shared, place, buffer):
+        """Write s to where `load_tile` reads it."""
         vec = self.config.vector_elements
-        for half, i in self.vectors(columns):
-            first = vec * (i - columns[0])
+        for half, i in self.vectors():
             pointer = self.vector_pointer(shared, place, buffer, half, i)
-            store_vector(pointer, s[half][first : first + vec], shared.tiles.element_type)
+            store_vector(pointer, s[half][vec * i : vec * (i + 1)], shared.tiles.element_type)
 
     @cute.jit
     def stage_tile(self, s, shared, place, buffer, pending):
@@ -200,6 +195,6 @@ class TileCopies:
         if cutlass.const_expr(pending is not None):
             cute.arch.cp_async_bulk_wait_group(pending, read=True)
         cute.arch.sync_warp()
-        self.write_tile(s, shared, place, buffer, self.columns())
+        self.write_tile(s, shared, place, buffer)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()

@@ -154,7 +154,6 @@ def slots(dtype: Any, shape: tuple[Any, ...], aligned_elements: int = 1) -> Any:
         size = shape[dim]
         known = isinstance(size, int) and isinstance(strides[0], int)
         factor *= size if isinstance(size, int) else 1
-        symbol = cute.sym_int64 if dim == 1 else cute.sym_int32
-        strides.insert(0, factor if known else symbol(divisibility=factor))
+        strides.insert(0, factor if known else cute.sym_int32(divisibility=factor))
     align = aligned_elements * dtype.width // 8
     return make_fake_tensor(dtype, shape, tuple(strides), assumed_align=align)
