@@ -287,10 +287,10 @@ class Verify(RingTiles):
     def make_matrices(self, pending, count, shared, place):
         """One warp makes those of the new tokens, the others begin with those of the pending.
 
-        The first has the weights of the pending tokens to stage besides, and is none of them.
+        The first warp has the weights of the pending tokens to stage, so the new ones are the second's.
         """
         cfg = self.config
-        if place.warp == 1:
+        if place.warp == min(1, cfg.tactic.warps - 1):
             for c in cutlass.range_constexpr(len(cfg.chunks)):
                 self.token_products(shared, place, count, c, c)
                 if cutlass.const_expr(c > 0):
