@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Driver:
     stream: int = 0x100
     current_device: int = CPU_INDEX
     status: str = "CUDA_SUCCESS"
+    context: int = 1  # of the calling thread, 0: none
     launched: list[tuple[int, int, bytes]] = field(default_factory=list)
     maps: list[launch.MapKey] = field(default_factory=list)
 
@@ -48,7 +50,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
     from cuda.bindings import driver as bindings
 
-    fake = Driver()
+    fake, SUCCESS = Driver(), bindings.CUresult.CUDA_SUCCESS
 
     def launch_kernel(config: Any, function: Any, pointers: int, extra: int) -> tuple[Any]:
         parameters = c_void_p.from_address(pointers).value
@@ -63,6 +65,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         return key.address.to_bytes(8, "little") * (launch.TENSOR_MAP_BYTES // 8)
 
     monkeypatch.setattr(bindings, "cuLaunchKernelEx", launch_kernel)
+    monkeypatch.setattr(bindings, "cuCtxGetCurrent", lambda: (SUCCESS, bindings.CUcontext(fake.context)))
     monkeypatch.setattr(launch, "encode_map", encode_map)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: fake.current_device, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: fake.stream, raising=False)
@@ -296,13 +299,12 @@ def test_a_thread_without_a_context_gets_the_devices(driver: Driver, monkeypatch
 
     inputs, calls = Inputs(CASE), []
     launcher = launcher_of(inputs)
-    driver.status = "CUDA_ERROR_INVALID_CONTEXT"
 
     def answer(name: str, *values: object) -> Callable[..., tuple[Any, ...]]:
         def called(*arguments: object) -> tuple[Any, ...]:
             calls.append((name, *arguments))
-            if name == "cuCtxSetCurrent":
-                driver.status = "CUDA_SUCCESS"
+            assert not driver.maps  # which the driver refuses without a context, as it does launches
+            driver.context = int(name == "cuCtxSetCurrent" or driver.context)
             return bindings.CUresult.CUDA_SUCCESS, *values
 
         return called
@@ -314,18 +316,23 @@ def test_a_thread_without_a_context_gets_the_devices(driver: Driver, monkeypatch
         ("cuDevicePrimaryCtxRelease",),
     ):
         monkeypatch.setattr(bindings, name, answer(name, *values))
-    launcher(*arguments_of(inputs, launcher))
+    driver.context = 0
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            pool.submit(launcher, *arguments_of(inputs, launcher)).result()
     assert calls == [
         ("cuDeviceGet", CPU_INDEX),
         ("cuDevicePrimaryCtxRetain", "device"),
         ("cuCtxSetCurrent", "context"),
         ("cuDevicePrimaryCtxRelease", "device"),
     ]
-    assert [kernel for kernel, _, _ in driver.launched] == [1, 1, 2]  # the first was refused
-    driver.status = "CUDA_ERROR_INVALID_CONTEXT"
-    monkeypatch.setattr(bindings, "cuCtxSetCurrent", lambda context: (bindings.CUresult.CUDA_SUCCESS,))
-    with pytest.raises(RuntimeError, match="launch failed, CUDA_ERROR_INVALID_CONTEXT"):
-        launcher(*arguments_of(inputs, launcher))
+    assert len(driver.maps) == 1
+    assert [kernel for kernel, _, _ in driver.launched] == [1, 2] * 2
+    driver.context, driver.maps = 0, []
+    refused = (bindings.CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE,)
+    monkeypatch.setattr(bindings, "cuCtxSetCurrent", lambda context: refused)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="CUDA_ERROR_DEVICE_UNAVAILABLE"):
+        pool.submit(launcher, *arguments_of(inputs, launcher)).result()
 
 
 def test_the_stride_of_one_page_means_nothing(driver: Driver) -> None:

@@ -483,6 +483,8 @@ def test_launches_of_mla_sm120_by_other_means(monkeypatch: pytest.MonkeyPatch) -
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(driver, "cuLaunchKernelEx", launch_kernel)
+    context = (driver.CUresult.CUDA_SUCCESS, driver.CUcontext(1))
+    monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda: context)
     monkeypatch.setattr(launch, "encode_map", lambda key, problem: bytes(launch.TENSOR_MAP_BYTES))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x100, raising=False)

@@ -37,7 +37,6 @@ CHUNKS = (KV_LORA_RANK + QK_ROPE_HEAD_DIM) // CHUNK_ELEMENTS
 TENSOR_MAP_BYTES = 128
 CALLS_KEPT = MAPS_KEPT = 256  # of a plan: more than a model has layers
 STRIDE_ALIGN_BYTES = 16  # of the address and the strides of what TMA reads
-INVALID_CONTEXT = "CUDA_ERROR_INVALID_CONTEXT"  # of a launch by a thread that has not used CUDA yet
 OUT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
 
 # DecodeParams after the tensor map: pointers, strides in elements, scales, sizes and flags.
@@ -165,6 +164,7 @@ class Launcher:
                 lse,
                 workspace,
             )
+            enter_context(index)  # a thread's first call comes here
             parameters = self._parameters(arguments)
             if len(state.calls) == CALLS_KEPT:
                 del state.calls[next(iter(state.calls))]
@@ -177,9 +177,6 @@ class Launcher:
             state.stream = stream
         for config, function in state.configs:
             (status,) = state.launch(config, function, parameters.address, 0)
-            if status and status.name == INVALID_CONTEXT:
-                enter_context(index)
-                (status,) = state.launch(config, function, parameters.address, 0)
             if status:
                 raise RuntimeError(f"mla-sm120: launch failed, {status.name}")
 
@@ -390,11 +387,14 @@ def encode_map(key: MapKey, problem: DecodeProblem) -> bytes:
 
 
 def enter_context(device_index: int) -> None:
-    """Make the device's primary context, the one that PyTorch uses, the current one of this thread.
+    """Give this thread the device's primary context, the one that PyTorch uses, if it has none.
 
-    The CUDA runtime does so at a thread's first call that needs it, the driver never. Raises RuntimeError.
+    The CUDA runtime does so at a thread's first call that needs it; the driver never does, and refuses tensor
+    maps and launches. Raises RuntimeError.
     """
     driver = _driver()
+    if int(checked(driver.cuCtxGetCurrent())):
+        return
     device = checked(driver.cuDeviceGet(device_index))
     context = checked(driver.cuDevicePrimaryCtxRetain(device))
     checked(driver.cuCtxSetCurrent(context))

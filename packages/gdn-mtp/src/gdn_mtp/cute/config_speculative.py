@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gdn_mtp.speculative.problem import Accept, Mode
 
@@ -101,7 +102,7 @@ class SpeculativeConfig(TokenTiles):
     @property
     def updates_floats(self) -> int:
         """Shared memory of the rows of u of all pending tokens."""
-        return self.update_offset(self.ring_rows - 1) + self.tactic.rows
+        return int(self.update_offset(self.ring_rows - 1)) + self.tactic.rows
 
     @property
     def ring_bytes(self) -> int:
@@ -109,7 +110,7 @@ class SpeculativeConfig(TokenTiles):
         keys = self.ring_rows * self.key_stride * self.io_bytes - self.key_slack_bytes
         return keys + 4 * self.updates_floats
 
-    def update_offset(self, rank):
+    def update_offset(self, rank: Any) -> Any:
         """Floats before the rows of u of a pending token in shared memory; also of a traced integer.
 
         Pairs of tokens start in banks 0, 4, 16 and 20, and so on again: a warp reads two rows a lane, of
