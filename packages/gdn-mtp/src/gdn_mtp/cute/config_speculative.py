@@ -20,7 +20,7 @@ from .config import (
 
 RING_WEIGHTS = WARP_LANES + 4
 REQUEST_WORDS = 4
-FEW_WARPS = 20  # on a multiprocessor; docs/speed.md, "bf16 states at B = 32", has what is different with more
+FEW_WARPS = 20  # on a multiprocessor; docs/speed.md, "Blocks on an SM", has what is different with more
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class SpeculativeConfig(TokenTiles):
     def __post_init__(self) -> None:
         assert self.ring_rows > 0, "a ring has room for a window beside the new one"
         assert self.tactic.ahead is None, "is of calls alone"
+        assert self.warps & (self.warps - 1) == 0, "warps share pending chunks out by a mask"
 
     @property
     def pending_chunks(self) -> int:

@@ -120,7 +120,7 @@ def unpack(word, dtype) -> list:
 
 
 def store_vector(pointer, values: Sequence, dtype) -> None:
-    """Store float32 `values` at `pointer`, 16 aligned bytes of `dtype`, rounded to nearest even."""
+    """Store float32 `values` at `pointer`, as so many aligned bytes of `dtype`, rounded to nearest even."""
     fragment = cute.make_rmem_tensor((len(values),), dtype)
     for i, value in enumerate(values):
         fragment[i] = value.to(dtype)

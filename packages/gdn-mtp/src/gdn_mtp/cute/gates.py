@@ -37,7 +37,8 @@ def load_gates(a, b, A_log, dt_bias, request, hv, t) -> GateInputs:
 def no_gates(gates) -> GateInputs:
     """Any values, for a warp that needs none; `gates` are the tensors a, b, A_log, dt_bias.
 
-    Of constants the compiler would convert the others where they are loaded, and wait for them there.
+    Were they constants, the compiler would convert the other warp's gates where it loads them, and wait for
+    them there.
     """
     unknown = opaque(Int32(0)).bitcast(Float32)
     return GateInputs(*(unknown.to(x.element_type) for x in gates))

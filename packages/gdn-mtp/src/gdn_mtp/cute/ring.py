@@ -89,7 +89,7 @@ class RingTiles(TokenChunks):
 
     @cute.jit
     def share_request(self, cache, state_indices, expected, num_accepted, accepted_nodes, shared, place):
-        """One warp: find the slot and what the request accepts, for all, and make the ring's barrier ready.
+        """One warp: find the slot and what the request accepts, for all.
 
         expected: the slot before the previous grid ended, or none of the pool. Its ring is read beside the
         slot, and again of another slot. `shared_request` gives what was found, past a barrier of the block.

@@ -6,8 +6,8 @@ as in `ring`, the state that meets the new tokens is S' = D(end) S + sum_j w_j u
 so the state is read once and meets the new keys and queries alone, and the products of pending keys with new
 ones are made while it is on its way; likewise those of a second chunk of tokens with the first. From there on
 it is the chunk form of `kernel`, with D and L along the paths of a tree where tokens have parents. Where the
-fold is due, the tile in registers is advanced and stored after the outputs: u of new tokens is that of the
-state before a bfloat16 pool rounds it.
+fold is due, the tile is read again from its buffer, advanced and stored after the outputs: u of new tokens is
+that of the state before a bfloat16 pool rounds it.
 
 Loads are started in the order in which they are waited for: what comes late delays what comes after it. First
 the cursor, then the new tokens, the pending ones as soon as the cursor says which, the state last.

@@ -20,7 +20,7 @@ class Shared:
     tiles: Any  # [K, (8, 2), buffers per warp, warps], the state's dtype
     kq: Any  # k then q of every token, unscaled, `token_stride` apart, in `TokenTiles.token_dtype`
     pairs: Any  # float32 k of tokens 2p and 2p + 1 side by side; columns 4i, 4i + 2, 4i + 1, 4i + 3, or None
-    matrices: Any  # [chunks, 4, 8, 8]
+    matrices: Any  # [chunks, MATRICES_PER_CHUNK, 8, 8]
     gate: Any  # GATE_COLUMNS of each token, GATE_STRIDE apart
     mbars: Any  # one per tile, warp-major
 
