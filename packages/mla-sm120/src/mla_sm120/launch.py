@@ -164,7 +164,8 @@ class Launcher:
                 lse,
                 workspace,
             )
-            enter_context(index)  # a thread's first call comes here
+            if not state.calls:  # the thread's first
+                enter_context(index)
             parameters = self._parameters(arguments)
             if len(state.calls) == CALLS_KEPT:
                 del state.calls[next(iter(state.calls))]

@@ -216,8 +216,7 @@ class TokenChunks(TileCopies):
         n = self.config.chunks[c][1]
         half = CHUNK_TOKENS // 2
         base = MATRICES_PER_CHUNK * c * MATRIX_FLOATS
-        solve, read = base + SOLVE * MATRIX_FLOATS, base + READ * MATRIX_FLOATS
-        lower, query = base + LOWER * MATRIX_FLOATS, base + QUERY * MATRIX_FLOATS
+        lower, query = solve, read = base + LOWER * MATRIX_FLOATS, base + QUERY * MATRIX_FLOATS
         column, group = place.lane % CHUNK_TOKENS, place.lane // CHUNK_TOKENS
         x = []
         for i in cutlass.range_constexpr(n):

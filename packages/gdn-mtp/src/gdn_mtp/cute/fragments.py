@@ -92,10 +92,7 @@ def split_bf16(x, y) -> list:
     for _ in range(BF16_PARTS):
         words = [value.bitcast(Int32) for value in (x, y)]
         result.append(same_halves(*words, Int32(1)))
-        x, y = (
-            value - (word & Int32(-(1 << 16))).bitcast(Float32)
-            for value, word in zip((x, y), words, strict=True)
-        )
+        x, y = (value - high_half(word) for value, word in zip((x, y), words, strict=True))
     return result
 
 
@@ -116,7 +113,12 @@ def unpack(word, dtype) -> list:
     """The one float32 or two bfloat16 values in an int32, as float32."""
     if dtype.width == 32:
         return [word.bitcast(Float32)]
-    return [(word << 16).bitcast(Float32), (word & Int32(-(1 << 16))).bitcast(Float32)]
+    return [(word << 16).bitcast(Float32), high_half(word)]
+
+
+def high_half(word):
+    """The bfloat16 value in the high half of an int32, as float32."""
+    return (word & Int32(-(1 << 16))).bitcast(Float32)
 
 
 def store_vector(pointer, values: Sequence, dtype) -> None:
