@@ -152,7 +152,7 @@ SERVED = {  # kernels that calls of 1 to 256 requests of Qwen3-Next need, with f
     "T8, kept": (KERNELS, problem(T=8, **KEPT), 4, 4),
     "T4, updated": (KERNELS, problem(T=4), 3, 3),
     "T8, updated": (KERNELS, problem(T=8), 3, 3),
-    "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 3),
+    "verify": (SPECULATIVE_KERNELS, WINDOW, 1, 4),
     "commit": (SPECULATIVE_KERNELS, replace(WINDOW, mode="commit", T=0), 1, 1),
     "materialize": (SPECULATIVE_KERNELS, replace(WINDOW, mode="materialize", T=0), 1, 1),
 }

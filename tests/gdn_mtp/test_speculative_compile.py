@@ -102,10 +102,12 @@ def check_compiled(arch: str, asked: SpeculativeProblem) -> None:
 
 def test_the_heuristic_reaches_every_row_of_its_table() -> None:
     hopper = Arch.from_name("sm_90a")
-    tokens = ((4, 16), (8, 24), (16, 32))  # and the capacity
+    tokens = ((4, 16), (7, 16), (16, 32))  # and the capacity
     asked = [problem(T=t, capacity=r, state_dtype=x) for t, r in tokens for x in (torch.float32, BF16)]
+    asked.append(PROBLEMS["commit"])
     assert {regime(one) for one in asked} == set(HEURISTIC)
     for one in asked:
         rows = HEURISTIC[regime(one)]
-        check_every_row_is_chosen(KERNELS, rows, [replace(one, B=b) for b in (SMALL, MEDIUM, LARGE)], hopper)
+        batches = (1, 8, 10, 12, 14, 16, 24, 32, 128)
+        check_every_row_is_chosen(KERNELS, rows, [replace(one, B=b) for b in batches], hopper)
         assert set(rows.values()) <= set(TACTICS)

@@ -34,7 +34,7 @@ SETUPS = (
     KernelSetup(max_tokens=6, capacity=24, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1s"]),
     KernelSetup(max_tokens=4, K=128, V=128, tree=True, state=BF16, tactic=TACTICS["w4t1sb5"], crowded=True),
     KernelSetup(max_tokens=8, capacity=24, tactic=TACTICS["w4t1s"], **CROWDED),
-    KernelSetup(max_tokens=6, capacity=24, tree=True, tactic=TACTICS["w4t1s"], **CROWDED),
+    KernelSetup(max_tokens=6, capacity=24, tree=True, tactic=TACTICS["w4t1sb6"], **CROWDED),
     KernelSetup(max_tokens=3, H=2, HV=6, index=torch.int64, tactic=TACTICS["w4t1s"], **CROWDED),
     KernelSetup(max_tokens=4, tactic=TACTICS["w4t1sb7"], debug=True, **CROWDED),
     KernelSetup(max_tokens=4, tree=True, forgets=True, tactic=TACTICS["w4t1sb7"], **CROWDED),
@@ -46,7 +46,7 @@ SETUPS = (
     KernelSetup(max_tokens=5, capacity=16, K=128, V=128, tactic=TACTICS["w2t2s"]),
     KernelSetup(max_tokens=1, capacity=9, state=BF16, variable=False, tactic=TACTICS["w2t1r"]),
     KernelSetup(max_tokens=6, capacity=29, tree=True, tactic=TACTICS["w4t1s"], debug=True),
-    KernelSetup(HV=3, V=128, gates=FP32, bias=BF16, forgets=True, tactic=TACTICS["w4t1s"]),
+    KernelSetup(HV=3, V=128, gates=FP32, bias=BF16, forgets=True, tactic=TACTICS["w4t1sb4"]),
     KernelSetup(max_tokens=11, capacity=32, K=128, tree=True, state=BF16, forgets=True),
     KernelSetup(K=128, V=128, state=BF16, apart=True, tactic=TACTICS["w4t1r"]),
 )

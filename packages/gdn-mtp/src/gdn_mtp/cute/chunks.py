@@ -150,7 +150,7 @@ class TokenChunks(TileCopies):
                 token = [[value.to(Float32) for value in x] for x in tokens[i]]
                 for is_q in cutlass.range_constexpr(2):
                     x = token[is_q]
-                    staged = tokens[i][is_q] if cfg.bf16_products else x
+                    staged = tokens[i][is_q] if cfg.bf16_tokens else x
                     offset = (t + is_q * cfg.T) * cfg.token_stride + cfg.token_skew(t & (CHUNK_TOKENS - 1))
                     for j in cutlass.range_constexpr(len(x)):
                         shared.kq[offset + place.lane + WARP_LANES * j] = staged[j]
@@ -281,10 +281,10 @@ class TokenChunks(TileCopies):
         """`state_products` of a tile as it is in memory."""
         operands = self.token_operands(shared, place, c)
         chains = [[[Float32(0.0)] * 4 for _ in range(2)] for _ in operands]
-        for i, column in self.runs(place):
+        for i, column in self.runs(place.t):
             rows = [x[4 * i : 4 * i + 4] for x in words]
             for x, pointer in zip(chains, operands, strict=True):
-                add_products_bf16(x, rows, load_words(pointer + column))
+                add_products_bf16(x, i, rows, self.load_run(pointer + column))
         return [sum_chains(x) for x in chains]
 
     def token_operands(self, shared, place, c):
@@ -300,7 +300,7 @@ class TokenChunks(TileCopies):
         """k_g.x_j and q_g.x_j of chunk c as an accumulator; `key` points to x_g, of `dtype`."""
         mine = cutlass.min(place.g, self.config.chunks[c][1] - 1)
         k, q = (self.token_pointer(shared, self.token_offset(x, c, mine)) for x in (False, True))
-        if self.config.bf16_products:
+        if self.config.bf16_tokens:
             return self.bf16_key_products(key, k, q, place)
         chains = [[Float32(0.0)] * 4 for _ in range(4)]
         for i in range(self.config.K // 16):
@@ -316,13 +316,19 @@ class TokenChunks(TileCopies):
     def bf16_key_products(self, key, k, q, place):
         """`key_products` of bfloat16 keys at `key`, and k and q."""
         chains = [[Float32(0.0)] * 4 for _ in range(2)]
-        for _, column in self.runs(place):
-            add_products_bf16(chains, [load_words(x + column) for x in (k, q)], load_words(key + column))
+        for i, column in self.runs(place.t):
+            rows = [self.load_run(x + column) for x in (k, q)]
+            add_products_bf16(chains, i, rows, self.load_run(key + column))
         return sum_chains(chains)
 
-    def runs(self, place):
-        """(number, first column) of each run of eight columns that a lane has."""
-        return [(i, cute.assume(32 * i + 8 * place.t, divby=8)) for i in range(self.config.K // 32)]
+    def runs(self, t):
+        """(number, first column) of each run of columns, a vector of the state, that lane position t has."""
+        vec = self.config.vector_elements
+        return [(i, cute.assume(vec * (4 * i + t), divby=vec)) for i in range(self.config.K // (4 * vec))]
+
+    def load_run(self, pointer):
+        """A run of bfloat16 columns, two values a register."""
+        return load_words(pointer, self.config.vector_elements // 2)
 
     def solve(self, products, v, shared, place, c):
         """(u, o) of chunk c as accumulators; packed, both are one, laid out as the products are."""
@@ -359,11 +365,13 @@ class TokenChunks(TileCopies):
         return parts(values, False)
 
 
-def add_products_bf16(chains, rows, columns):
-    """Add to two accumulators the products of eight columns: of rows g and g + 8 with token g."""
-    for e in range(2):
+def add_products_bf16(chains, run, rows, columns):
+    """Add to accumulators in turn the products of a run of columns: of rows g and g + 8 with token g."""
+    steps = len(columns) // 2
+    for e in range(steps):
+        chain = (run * steps + e) % len(chains)
         a = [row[x] for x in (2 * e, 2 * e + 1) for row in rows]
-        chains[e] = mma_bf16(chains[e], a, columns[2 * e : 2 * e + 2])
+        chains[chain] = mma_bf16(chains[chain], a, columns[2 * e : 2 * e + 2])
 
 
 def sum_chains(chains):

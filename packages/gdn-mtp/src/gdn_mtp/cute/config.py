@@ -233,7 +233,7 @@ class TokenTiles(Footprint):
     @property
     def token_stride(self) -> int:
         """Elements from one token's k or q to the next in shared memory; the slack takes `token_skew`."""
-        return self.K + (16 if self.bf16_products else 32)
+        return self.K + (16 if self.bf16_tokens else 32)
 
     @property
     def bf16_products(self) -> bool:
@@ -241,23 +241,28 @@ class TokenTiles(Footprint):
         return self.state_dtype == self.io_dtype == "bfloat16"
 
     @property
+    def bf16_tokens(self) -> bool:
+        """Whether k and q stay in bfloat16, as they are given, and meet other keys in products of it."""
+        return self.bf16_products
+
+    @property
     def token_dtype(self) -> str:
         """Of k and q in shared memory."""
-        return "bfloat16" if self.bf16_products else "float32"
+        return "bfloat16" if self.bf16_tokens else "float32"
 
     @property
     def token_bytes(self) -> int:
         """Shared memory of k and q of all tokens."""
-        return 2 * self.T * self.token_stride * (2 if self.bf16_products else 4)
+        return 2 * self.T * self.token_stride * (2 if self.bf16_tokens else 4)
 
     def token_skew(self, x: int) -> int:
         """Offset in elements of chunk token x (also a traced integer) that avoids bank conflicts.
 
         k is read as rows x and x + 1 side by side, in 16-byte vectors, which the skew of a token spreads over
-        the 32 banks.
+        the 32 banks; in 8-byte ones, of bfloat16 tokens beside float32 states, four rows do without.
         """
-        if self.bf16_products:
-            return 16 * (x & 1)
+        if self.bf16_tokens:
+            return 16 * (x & 1) if self.bf16_products else 0
         if self.vector_elements == 4:
             return (8 * (x // 2) + 16 * (x % 2)) % 32
         return 16 * (x // 4) + 4 * ((x // 2) % 2) + 4 * (x % 2)

@@ -61,6 +61,10 @@ class SpeculativeConfig(TokenTiles):
         assert self.warps & (self.warps - 1) == 0, "warps share pending chunks out by a mask"
 
     @property
+    def bf16_tokens(self) -> bool:
+        return self.io_dtype == "bfloat16"
+
+    @property
     def pending_chunks(self) -> int:
         """Chunks that the pending tokens of a verify fill at most: its own tokens fit beside them."""
         return -(-self.ring_rows // CHUNK_TOKENS)
@@ -97,7 +101,7 @@ class SpeculativeConfig(TokenTiles):
 
     @property
     def key_slack_bytes(self) -> int:
-        """Folds read keys in vectors of 16 bytes in products of bfloat16, else in pairs of values."""
+        """Beside bfloat16 states keys are read in vectors of 16 bytes, beside others in shorter ones."""
         return 16 if self.bf16_products else 32
 
     @property

@@ -26,27 +26,35 @@ TACTICS = {
         Tactic(2, 1, trigger="start"),
         Tactic(2, 2, trigger="start"),
         Tactic(4, 1, trigger="start"),
-        Tactic(4, 1, trigger="start", max_blocks_per_sm=5),
-        Tactic(4, 1, trigger="start", max_blocks_per_sm=7),
+        *(Tactic(4, 1, trigger="start", max_blocks_per_sm=x) for x in (4, 5, 6, 7)),
         Tactic(4, 2, trigger="start"),
     )
 }
 
 # By regime, for tiles of 16 rows per SM of at most: a tactic. From times on an H100: benchmarks/results/
-# gdn_spec-h100-tactics, but for bf16 states and one chunk at most, runs without a record (docs/speed.md)
+# gdn_spec-h100-tactics, but for one chunk at most, runs without a record (docs/speed.md, "Blocks on an SM")
 HEURISTIC: dict[str, Rows] = {
-    "one chunk": {NO_LIMIT: "w4t1s"},
-    "half a chunk, bf16 state": {40: "w4t1sb5", 100: "w4t1sb7", NO_LIMIT: "w4t1s"},
-    "one chunk, bf16 state": {32: "w4t1sb5", NO_LIMIT: "w4t1s"},
+    "fold": {NO_LIMIT: "w4t1s"},
+    "one chunk": {NO_LIMIT: "w4t1sb4"},
+    "half a chunk, bf16 state": {
+        16: "w4t1s", 20: "w4t1sb5", 24: "w4t1sb6", 28: "w4t1sb7", 32: "w4t1s", 48: "w4t1sb6", 100: "w4t1sb7",
+        NO_LIMIT: "w4t1s",
+    },
+    "one chunk, bf16 state": {
+        8: "w4t1sb5", 16: "w4t1sb4", 20: "w4t1sb5", 24: "w4t1sb6", 28: "w4t1s", 36: "w4t1sb5", 64: "w4t1sb6",
+        NO_LIMIT: "w4t1s",
+    },
     "many chunks": {8: "w4t1s", NO_LIMIT: "w4t2s"},
     "many chunks, bf16 state": {100: "w4t1s", NO_LIMIT: "w4t2s"},
-}
+}  # fmt: skip
 
 
 def regime(problem: SpeculativeProblem) -> str:
-    """The key of a problem in `HEURISTIC`, by its tokens and, for a verify, by the dtype of its states."""
+    """The key of a problem in `HEURISTIC`: of a verify by its tokens and the dtype of its states."""
+    if problem.mode != "verify":
+        return "fold"
     chunks = "many chunks" if problem.T > CHUNK_TOKENS else "one chunk"
-    if problem.mode != "verify" or problem.state_dtype != torch.bfloat16:
+    if problem.state_dtype != torch.bfloat16:
         return chunks
     return f"{'half a chunk' if 2 * problem.T <= CHUNK_TOKENS else chunks}, bf16 state"
 

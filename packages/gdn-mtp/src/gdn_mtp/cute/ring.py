@@ -15,7 +15,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.testing import assert_
 
 from .chunks import TokenChunks, as_operand
@@ -204,13 +204,6 @@ class RingTiles(TokenChunks):
         rank = cute.arch.popc(live & bits_below(lane))
         alive = (((live >> lane) & 1) == 1) & (rank < cfg.ring_rows)
         position = self.wrapped(start + lane)
-        if alive & (rank % cfg.tactic.warps == place.warp):
-            key = cache.keys[slot, position, head, None].iterator
-            bulk_load(shared.ring_keys[None, rank].iterator, key, cfg.key_bytes, mbar)
-            update = cache.updates[slot, position, place.hv, None].iterator
-            update = update + cute.assume(block_row, divby=MMA_ROWS)
-            rows = shared.ring_updates.iterator + cute.assume(cfg.update_offset(rank), divby=4)
-            bulk_load(rows, update, cfg.update_bytes, mbar)
         gate, k_scale = Float32(0.0), Float32(0.0)
         if place.warp == 0:
             if lane == 0:
@@ -220,6 +213,19 @@ class RingTiles(TokenChunks):
             if alive:
                 gate = read_l2(cache.gates[slot, position, None].iterator + place.hv, Float32)
                 k_scale = read_l2(cache.k_scale[slot, position, None].iterator + head, Float32)
+        mine = cute.arch.vote_ballot_sync(alive & (rank % cfg.tactic.warps == place.warp))
+        while mine != 0:  # the same in all lanes, so that copies need no loop over lanes each
+            before = (mine & -mine) - 1
+            mine = mine & (mine - 1)
+            number, at = cute.arch.popc(live & before), self.wrapped(start + cute.arch.popc(before))
+            key = cache.keys[slot, at, head, None].iterator
+            to_key = shared.ring_keys[None, number].iterator
+            update = cache.updates[slot, at, place.hv, None].iterator
+            update = update + cute.assume(block_row, divby=MMA_ROWS)
+            to_update = shared.ring_updates.iterator + cute.assume(cfg.update_offset(number), divby=4)
+            with cute.arch.elect_one():
+                bulk_load(to_key, key, cfg.key_bytes, mbar)
+                bulk_load(to_update, update, cfg.update_bytes, mbar)
         return gate, k_scale
 
     @cute.jit
@@ -317,7 +323,7 @@ class RingTiles(TokenChunks):
         matrix: [V, K].
         """
         if pending.count > 0:
-            if cutlass.const_expr(self.config.bf16_products):
+            if cutlass.const_expr(self.config.bf16_tokens):
                 self.advance_bf16(pending, shared, place, tile)
             else:
                 self.advance(pending, shared, place, tile)
@@ -360,11 +366,13 @@ class RingTiles(TokenChunks):
                     state[x] = value
 
     def advance_bf16(self, pending, shared, place, tile):
-        """`advance` of a bfloat16 tile by bfloat16 keys, in products of two chunks.
+        """`advance` by bfloat16 keys, in products of two chunks.
 
-        Product j of a run of eight columns has columns 2j and 2j + 1 of each lane's run.
+        Product j of a run of columns has columns 2j and 2j + 1 of each lane's run.
         """
         decay, chunks = self.pending_decay(shared), self.config.pending_chunks
+        dtype = shared.tiles.element_type
+        words = 2 * dtype.width // 32  # of two columns of a row
         updates, keys = [], []
         for p in range(chunks):
             u = self.load_updates(pending, shared, place, tile, p)
@@ -373,14 +381,14 @@ class RingTiles(TokenChunks):
         if chunks % 2:
             updates.append([(Int32(0), Int32(0))] * BF16_PARTS)
         pairs = [[(*x, *y) for x, y in zip(*updates[p : p + 2], strict=True)] for p in range(0, chunks, 2)]
-        for i, _ in self.runs(place):
+        for i, column in self.runs(place.g // 2):
             pointers = [self.vector_pointer(shared, place, tile, half, i) for half in range(2)]
             rows = [load_words(pointer) for pointer in pointers]
-            column = cute.assume(32 * i + 8 * (place.g // 2), divby=8)
-            k = [load_words(key + column) for key in keys]
+            k = [self.load_run(key + column) for key in keys]
             columns = []
-            for j in range(4):
-                acc = [decay * x for row in rows for x in unpack(row[j], BFloat16)]
+            for j in range(len(k[0])):
+                pair = range(words * j, words * (j + 1))
+                acc = [decay * x for row in rows for word in pair for x in unpack(row[word], dtype)]
                 b = [same_halves(k[2 * p][j], k[2 * p + 1][j], place.g % 2) for p in range(chunks)]
                 b += [Int32(0)] * (chunks % 2)
                 for p, a_parts in enumerate(pairs):
@@ -389,7 +397,7 @@ class RingTiles(TokenChunks):
                 columns.append(acc)
             for half in range(2):
                 values = [x for acc in columns for x in acc[2 * half : 2 * half + 2]]
-                store_vector(pointers[half], values, BFloat16)
+                store_vector(pointers[half], values, dtype)
 
 
 def highest_before(x):
